@@ -1,0 +1,1 @@
+"""Data, models, objectives, the learner and its runs on disk."""

@@ -1,0 +1,1 @@
+"""Masks, layer distributions, scores, schedules and the sparsifiers made of them."""

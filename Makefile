@@ -1,0 +1,75 @@
+# Everything a fresh clone needs. `make help` lists the targets; each one brings its own set-up.
+#   make train SPARSITY=0.95 ARGS="-p dataset mnist -p epochs 5"     other parameters of nbs/train.ipynb
+#   make test PYTEST="-k masks"                                      only some of the tests in tests/
+#   make setup PYTHON=/path/to/python3.12                            another interpreter (3.11 or newer)
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup train test slow lab bench
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.sparselab-is-set-up
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v "$$p"; break; }; done)
+PIP = $(BIN)/python -m pip install -qq --no-warn-conflicts -c constraints.txt
+
+SPARSITY ?= 0.99
+OUT ?= runs/train-$(SPARSITY).ipynb
+ARGS ?=
+PYTEST ?=
+PAPERMILL = $(BIN)/python -m papermill --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stderr
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## create .venv with the pinned versions and auto_LiRPA (redone when settings.ini, setup.py or constraints.txt change)
+
+$(STAMP): settings.ini setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found. Install one, or name it: make setup PYTHON=/path/to/python3.12"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is not Python 3.11 or newer. Name one that is: make setup PYTHON=/path/to/python3.12"; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot create virtual environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "[1/5] $(VENV) with $$("$(PYTHON)" --version)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	@$(PIP) pip setuptools
+	@echo "[2/5] PyTorch"
+	@$(PIP) torch
+	@echo "[3/5] Jupyter, plotly, papermill, nbdev, pytest and the rest of constraints.txt"
+	@$(PIP) -e '.[lab,hub,dev,lirpa]'
+	@echo "[4/5] auto_LiRPA, without the torch<1.13 that it asks for (README.md says why)"
+	@$(PIP) --no-deps auto_LiRPA
+	@echo "[5/5] check"
+	@$(BIN)/python -c "import sparselab, torch; print(f'sparselab {sparselab.__version__}, torch {torch.__version__}: ready in $(VENV)')"
+	@touch $@
+
+train: $(STAMP) ## train a 99 % sparse network under a verified loss on scikit-learn's digits
+	@mkdir -p runs
+	@touch runs/.started
+	$(PAPERMILL) nbs/train.ipynb "$(OUT)" -p sparsity $(SPARSITY) $(ARGS)
+	@echo "executed notebook: $(OUT)"
+	@find runs -name summary.json -newer runs/.started -exec dirname {} \; | sed 's/^/run folder:        /'
+
+test: export OMP_NUM_THREADS := 1
+test: $(STAMP) ## all tests: library in sync, notebooks clean, every library notebook, ruff, pytest
+	@$(BIN)/python tests/gates.py
+	@echo "library notebooks"
+	@$(BIN)/nbdev_test --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
+	@$(BIN)/python -m ruff check
+	@$(BIN)/python -m pytest $(PYTEST)
+
+slow: export OMP_NUM_THREADS := 1
+slow: $(STAMP) ## the tests that take minutes each (marked slow; `make test` leaves them out)
+	@$(BIN)/python -m pytest -m slow $(PYTEST)
+
+lab: $(STAMP) ## JupyterLab on the workbench
+	@$(BIN)/python -m jupyterlab $(firstword $(wildcard nbs/explore.ipynb) nbs) $(ARGS)
+
+bench: $(STAMP) ## run nbs/bench/*.ipynb; the executed notebooks go to runs/bench/
+	@mkdir -p runs/bench
+	@set -e; for notebook in $(wildcard nbs/bench/*.ipynb); do \
+		echo "$$notebook"; $(PAPERMILL) "$$notebook" "runs/bench/$$(basename "$$notebook")" $(ARGS); done

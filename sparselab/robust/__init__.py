@@ -1,0 +1,1 @@
+"""Bounds, attacks, neuron stability and verification of any traced network."""

@@ -26,27 +26,29 @@ def copy_project(target: Path) -> None:
 
 
 def nbdev(command: str, cwd: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}  # under IN_TEST nbdev does nothing
+    environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}  # it switches nbdev_export off
     script = Path(sys.executable).with_name(command)
     done = subprocess.run([script], cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode or "Failed" in done.stderr:
         sys.exit(f"{command} failed:\n{done.stdout}{done.stderr}")
 
 
+def read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
 def differing(first: Path, second: Path, pattern: str) -> list[str]:
     """Relative paths of the files that are missing on one side or differ."""
     names = {path.relative_to(side) for side in (first, second) for path in side.rglob(pattern)
              if not any(part.startswith(".") for part in path.relative_to(side).parts)}
-    same = lambda name: all((side / name).exists() for side in (first, second)) and \
-        (first / name).read_bytes() == (second / name).read_bytes()
-    return sorted(str(first.name / name) for name in names if not same(name))
+    return sorted(str(Path(first.name, name)) for name in names if read(first / name) != read(second / name))
 
 
 def gate(title: str, command: str, folder: str, pattern: str, copy: Path) -> bool:
     print(f"{title}: ", end="", flush=True)
     nbdev(command, copy)
     found = differing(ROOT / folder, copy / folder, pattern)
-    print("ok" if not found else f"{command} changes {len(found)} file(s). Run {command}, look at the change and commit it:")
+    print("ok" if not found else f"{command} would change {len(found)} file(s). Run it, look at the change, commit it:")
     for name in found:
         print(f"  {name}")
     return not found

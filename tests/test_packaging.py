@@ -12,10 +12,9 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "numpy", "sklearn", "plotly", "ipywidgets", "anywidget", "papermill", "auto_LiRPA", "nbdev", "fastcore",
-         "datasets", "IPython")
-OPTIONAL = ("plotly", "ipywidgets", "anywidget", "papermill", "auto_LiRPA", "nbdev", "fastcore", "datasets", "IPython", "pyarrow",
-            "PIL", "pytest", "kaleido")
+OPTIONAL = ("plotly", "ipywidgets", "anywidget", "papermill", "auto_LiRPA", "nbdev", "fastcore", "datasets", "IPython",
+            "pyarrow", "PIL", "pytest", "kaleido")
+HEAVY = ("torch", "numpy", "sklearn", *OPTIONAL)
 PUBLIC = {  # what a reader of the README imports -> where it lives; asked for as soon as that module exists
     "Masks": "sparse.masks", "sparsify": "sparse.sparsifiers", "Sparsifier": "sparse.sparsifiers",
     "bounds": "robust.bounds", "verify": "robust.verify",
@@ -73,7 +72,7 @@ def bare(wheel, packed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bare")
     python("-m", "venv", "--without-pip", folder)
     executable = next(path for path in (folder / "bin/python", folder / "Scripts/python.exe") if path.exists())
-    packages = Path(python("-c", "import sysconfig; print(sysconfig.get_path('purelib'))", executable=executable).strip())
+    packages = Path(python("-c", "import sysconfig as s; print(s.get_path('purelib'))", executable=executable).strip())
     for name in required(packed, set()):
         distribution = metadata.distribution(name)
         for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:

@@ -1,0 +1,197 @@
+"""What every committed notebook keeps to, and what the README promises about them."""
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+MODULES = sorted(path for path in (ROOT / "sparselab").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
+LIMIT = {"nbs/train.ipynb": 1_000_000}  # bytes; 300 kB for all others
+BELOW = {  # wing -> the wings that it may import
+    "sparse": set(),
+    "robust": set(),
+    "learn": {"sparse", "robust"},
+    "view": {"learn", "sparse", "robust"},
+    "scale": {"view", "learn", "sparse", "robust"},
+}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def code_cells(path: Path) -> list[dict]:
+    return [cell for cell in load(path)["cells"] if cell["cell_type"] == "code"]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def default_exp(path: Path) -> str | None:
+    found = [re.match(r"#\|\s*default_exp\s+(\S+)", source(cell)) for cell in code_cells(path)]
+    return next((match[1] for match in found if match), None)
+
+
+def is_experiment(path: Path) -> bool:
+    """Every notebook that exports no module is run through papermill."""
+    return default_exp(path) is None
+
+
+LIBRARY = [path for path in NOTEBOOKS if not is_experiment(path)]
+EXPERIMENTS = [path for path in NOTEBOOKS if is_experiment(path)]
+every = pytest.mark.parametrize("path", NOTEBOOKS, ids=relative)
+library = pytest.mark.parametrize("path", LIBRARY, ids=relative)
+complete = pytest.mark.skipif(not (ROOT / "nbs/train.ipynb").exists(), reason="README describes nbs/train.ipynb")
+
+
+@every
+def test_is_small_and_without_widget_state_or_errors(path):
+    notebook = load(path)
+    assert path.stat().st_size <= LIMIT.get(relative(path), 300_000)
+    assert "widgets" not in notebook["metadata"], "a FigureWidget or slider was displayed; show a plain figure"
+    outputs = [output for cell in code_cells(path) for output in cell["outputs"]]
+    assert [output["evalue"] for output in outputs if output["output_type"] == "error"] == []
+
+
+@every
+def test_can_be_executed_by_papermill_and_traced_by_nbdev(path):
+    notebook = load(path)
+    assert notebook["metadata"]["kernelspec"]["language"] == "python"
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5), "cell ids need nbformat 4.5"
+
+
+@every
+def test_begins_with_a_title_and_one_line(path):
+    first = load(path)["cells"][0]
+    assert first["cell_type"] == "markdown" and re.match(r"# .+\n+> .+", source(first))
+
+
+@library
+def test_library_notebook_is_numbered_and_takes_no_parameters(path):
+    assert re.match(r"\d\d", path.name), "nbdev_test in `make test` runs the notebooks whose name begins with a number"
+    assert not any("parameters" in cell["metadata"].get("tags", ()) for cell in code_cells(path))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=relative)
+def test_experiment_has_one_parameters_cell_and_exports_nothing(path):
+    cells = code_cells(path)
+    tags = Counter(tag for cell in cells for tag in cell["metadata"].get("tags", ()))
+    assert tags["parameters"] == 1 and tags["injected-parameters"] == 0
+    assert not any(re.match(r"#\|\s*export", source(cell)) for cell in cells)
+
+
+def test_no_two_notebooks_share_a_module():
+    modules = Counter(map(default_exp, LIBRARY))
+    assert [name for name, count in modules.items() if count > 1] == []
+
+
+def test_every_module_has_its_notebook_and_the_reverse():
+    exported = {f"sparselab/{default_exp(path).replace('.', '/')}.py" for path in LIBRARY}
+    assert exported == set(map(relative, MODULES))
+
+
+def imported_wings(module: Path) -> set[str]:
+    """Wings imported anywhere in a module, at its top or inside a function."""
+    package = list(module.relative_to(ROOT).with_suffix("").parts[:-1])
+    names = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{start}.{alias.name}" for alias in node.names}
+    parts = [name.split(".") for name in names]
+    return {part[1] for part in parts if part[0] == "sparselab" and len(part) > 1 and part[1] in BELOW}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=relative)
+def test_imports_point_downward(module):
+    wing = module.relative_to(ROOT / "sparselab").parts[0]
+    allowed = BELOW[wing] | {wing} if wing in BELOW else set()  # a module outside the wings stands below all of them
+    assert imported_wings(module) <= allowed
+
+
+def tracked() -> list[Path]:
+    """Files of the repository: git's list, or without git everything that is not hidden or generated."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0 and listed.stdout:
+        return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    tops = [ROOT / name for name in ("nbs", "sparselab", "tests")]
+    return [path for top in tops for path in top.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+
+
+def test_no_file_names_a_place_on_somebody_s_machine():
+    anywhere = re.compile(r"(?<![\w.~}])/(?:home|root|Users|work|mnt|srv|private)/[\w.]|\b[A-Z]:\\\\?Users")
+    here = [str(place) for place in (ROOT, Path(sys.prefix), Path.home()) if len(str(place)) > len("/root")]
+    found = []
+    for path in tracked():
+        if path.suffix not in {".png", ".svg", ".jpg", ".gz", ".npz", ".safetensors"}:
+            text = path.read_text(encoding="utf-8")
+            found += [f"{relative(path)}: {match[0]}" for match in anywhere.finditer(text)]
+            found += [f"{relative(path)}: {place}" for place in here if place in text]
+    assert found == []
+
+
+@every
+def test_outputs_name_no_temporary_folder(path):
+    outputs = json.dumps([cell["outputs"] for cell in code_cells(path)])
+    assert re.findall(r"/tmp/\w+|/var/folders/\w+", outputs) == []
+
+
+def commands(document: str) -> list[str]:
+    """Lines of the fenced shell blocks of a document, without comments; continued lines joined."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.partition(" #")[0].strip() for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_make_targets_in_the_documents_exist(document):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {line.split()[1] for line in commands(document) if line.startswith("make ")}
+    assert named and named <= targets
+
+
+@complete
+def test_papermill_lines_of_the_readme_name_real_parameters():
+    from papermill import inspect_notebook
+
+    lines = [line for line in commands("README.md") if "papermill " in line]
+    assert lines
+    for line in lines:
+        notebook = re.search(r"\S+\.ipynb", line)[0]
+        named = set(re.findall(r"-p (\S+)", line))
+        assert named <= set(inspect_notebook(str(ROOT / notebook))), line
+
+
+@complete
+def test_links_of_the_documents_lead_somewhere():
+    broken = []
+    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text):
+            if not re.match(r"https?:", target) and not (ROOT / target).exists():
+                broken.append(f"{document}: {target}")
+    assert broken == []
+
+
+@complete
+def test_python_of_the_readme_runs(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert blocks
+    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -27,6 +27,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## create .venv with the pinned versions and auto_LiRPA (redone when settings.ini, setup.py or constraints.txt change)
+	@echo "$(VENV) is up to date"
 
 $(STAMP): settings.ini setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found. Install one, or name it: make setup PYTHON=/path/to/python3.12"; exit 1; }
@@ -34,8 +35,8 @@ $(STAMP): settings.ini setup.py constraints.txt
 		{ echo "$(PYTHON) is not Python 3.11 or newer. Name one that is: make setup PYTHON=/path/to/python3.12"; exit 1; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot create virtual environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
-	@echo "[1/5] $(VENV) with $$("$(PYTHON)" --version)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	@echo "[1/5] $(VENV) with $$($(BIN)/python --version)"
 	@$(PIP) pip setuptools
 	@echo "[2/5] PyTorch"
 	@$(PIP) torch
@@ -59,7 +60,7 @@ test: $(STAMP) ## all tests: library in sync, notebooks clean, every library not
 	@$(BIN)/python tests/gates.py
 	@echo "library notebooks"
 	@$(BIN)/nbdev_test --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
-	@$(BIN)/python -m ruff check
+	@$(BIN)/python -m ruff check --output-format concise
 	@$(BIN)/python -m pytest $(PYTEST)
 
 slow: export OMP_NUM_THREADS := 1

@@ -18,7 +18,8 @@ SPARSITY ?= 0.99
 OUT ?= runs/train-$(SPARSITY).ipynb
 ARGS ?=
 PYTEST ?=
-PAPERMILL = $(BIN)/python -m papermill --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stderr
+# what the notebook prints appears as it is printed; the pipe keeps papermill from truncating a log file behind stdout
+PAPERMILL = $(BIN)/python -m papermill --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stdout
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
@@ -51,7 +52,8 @@ $(STAMP): settings.ini setup.py constraints.txt
 train: $(STAMP) ## train a 99 % sparse network under a verified loss on scikit-learn's digits
 	@mkdir -p runs
 	@touch runs/.started
-	$(PAPERMILL) nbs/train.ipynb "$(OUT)" -p sparsity $(SPARSITY) $(ARGS)
+	@echo "papermill nbs/train.ipynb $(OUT) -p sparsity $(SPARSITY) $(ARGS)"
+	@set -o pipefail; $(PAPERMILL) nbs/train.ipynb "$(OUT)" -p sparsity $(SPARSITY) $(ARGS) 2>&1 | cat
 	@echo "executed notebook: $(OUT)"
 	@find runs -name summary.json -newer runs/.started -exec dirname {} \; | sed 's/^/run folder:        /'
 
@@ -72,5 +74,5 @@ lab: $(STAMP) ## JupyterLab on the workbench
 
 bench: $(STAMP) ## run nbs/bench/*.ipynb; the executed notebooks go to runs/bench/
 	@mkdir -p runs/bench
-	@set -e; for notebook in $(wildcard nbs/bench/*.ipynb); do \
-		echo "$$notebook"; $(PAPERMILL) "$$notebook" "runs/bench/$$(basename "$$notebook")" $(ARGS); done
+	@set -e -o pipefail; for notebook in $(wildcard nbs/bench/*.ipynb); do echo "papermill $$notebook"; \
+		$(PAPERMILL) "$$notebook" "runs/bench/$$(basename "$$notebook")" $(ARGS) 2>&1 | cat; done

@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 _WINGS = ("sparse", "robust", "learn", "view")
 _HOME = {  # public name -> the module that defines it
     "Masks": "sparse.masks",
+    "Sparsifier": "sparse.sparsifier",
+    "Config": "learn.config",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -1,4 +1,5 @@
 """`pip install .` alone gives a working library, and `import sparselab` stays cheap."""
+import importlib
 import json
 import os
 import re
@@ -15,10 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("plotly", "ipywidgets", "anywidget", "papermill", "auto_LiRPA", "nbdev", "fastcore", "datasets", "IPython",
             "pyarrow", "PIL", "pytest", "kaleido")
 HEAVY = ("torch", "numpy", "sklearn", *OPTIONAL)
-PUBLIC = {  # what a reader of the README imports -> where it lives; asked for as soon as that module exists
-    "Masks": "sparse.masks", "sparsify": "sparse.sparsifiers", "Sparsifier": "sparse.sparsifiers",
-    "bounds": "robust.bounds", "verify": "robust.verify",
-}
+# what a user imports from sparselab itself, and the wing that defines it
+PUBLIC = {"Masks": "sparse", "Sparsifier": "sparse", "sparsify": "sparse", "bounds": "robust", "verify": "robust",
+          "Config": "learn", "train": "learn"}
 
 
 def python(*arguments, executable=sys.executable, cwd=None):
@@ -143,14 +143,22 @@ def test_the_library_loads_no_notebook_tools():
     assert sorted(new & set(OPTIONAL)) == []
 
 
-def test_public_names_are_offered_where_their_module_exists():
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_offered_where_a_module_exports_them(name):
     import sparselab
 
-    for name, module in PUBLIC.items():
-        if (ROOT / "sparselab" / f"{module.replace('.', '/')}.py").exists():
-            assert name in sparselab.__all__ and name in dir(sparselab)
-    for name in sparselab.__all__:
-        assert getattr(sparselab, name) is not None
+    folder = ROOT / "sparselab" / PUBLIC[name]
+    homes = [path for path in folder.glob("*.py") if re.search(rf"^__all__ = [^]]*'{name}'", path.read_text(), re.M)]
+    assert [name in sparselab.__all__, name in dir(sparselab)] == [bool(homes)] * 2
+    if homes:
+        module = importlib.import_module(f"sparselab.{folder.name}.{homes[0].stem}")
+        assert getattr(sparselab, name) is getattr(module, name)
+
+
+def test_nothing_else_is_public():
+    import sparselab
+
+    assert set(sparselab.__all__) <= {"__version__", *PUBLIC}
 
 
 @pytest.mark.parametrize("wrong, right", [("Mask", "'Masks'"), ("sparce", "'sparse'"), ("zzz", "Masks")])

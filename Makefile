@@ -58,11 +58,11 @@ train: $(STAMP) ## train a 99 % sparse network under a verified loss on scikit-l
 	@find runs -name summary.json -newer runs/.started -exec dirname {} \; | sed 's/^/run folder:        /'
 
 test: export OMP_NUM_THREADS := 1
-test: $(STAMP) ## all tests: library in sync, notebooks clean, every library notebook, ruff, pytest
+test: $(STAMP) ## all tests: library in sync, notebooks clean, ruff, every library notebook, pytest
 	@$(BIN)/python tests/gates.py
+	@$(BIN)/python -m ruff check --output-format concise
 	@echo "library notebooks"
 	@$(BIN)/nbdev_test --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
-	@$(BIN)/python -m ruff check --output-format concise
 	@$(BIN)/python -m pytest $(PYTEST)
 
 slow: export OMP_NUM_THREADS := 1

@@ -8,6 +8,7 @@ _WINGS = ("sparse", "robust", "learn", "view")
 _HOME = {  # public name -> the module that defines it
     "Masks": "sparse.masks",
     "Sparsifier": "sparse.sparsifier",
+    "sparsify": "sparse.sparsify",
     "Config": "learn.config",
 }
 __all__ = ["__version__", *_HOME]

@@ -22,9 +22,12 @@ from .relu import ReLU
 LINEAR = Affine | Add | Concat  # layers that a linear function passes through unchanged
 
 
-def backward(pass_: IntervalPass, A: Tensor, place: int) -> tuple[Tensor, Tensor]:
-    """Least and greatest value, each (B, S), of A y for A (B or 1, S, *y), where y is the activation at `place`."""
-    coefficients, constant, mirrored = {place: A}, 0.0, False
+def backward(pass_: IntervalPass, A: Tensor, place: int, both: bool = True) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds, each (B, S), of A y for A (B or 1, S, *y), where y is the activation at `place`.
+
+    With `both` False only the lower bound holds, at half the price.
+    """
+    coefficients, constant, mirrored = {place: A}, 0.0, not both
     while (here := max(coefficients)) > 0:
         step = pass_.steps[here - 1]
         if not mirrored and not isinstance(step.layer, LINEAR):
@@ -37,9 +40,7 @@ def backward(pass_: IntervalPass, A: Tensor, place: int) -> tuple[Tensor, Tensor
         for i, part in zip(step.inputs, parts, strict=True):
             coefficients[i] = coefficients[i] + part if i in coefficients else part
     lb, ub = concretize(coefficients[0], constant, pass_.intervals[0])
-    if not mirrored:
-        return lb, ub
-    return lb[:, : A.shape[1]], -lb[:, A.shape[1] :]
+    return (lb[:, : A.shape[1]], -lb[:, A.shape[1] :]) if mirrored and both else (lb, ub)
 
 # %% ../../nbs/robust/02_crown.ipynb #bdd36706
 def crown_ibp(pass_: IntervalPass, C: Tensor | None = None) -> tuple[Tensor, Tensor]:

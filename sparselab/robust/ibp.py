@@ -48,6 +48,11 @@ class IntervalPass:
         return result
 
     @property
+    def classes(self) -> int:
+        """How many outputs the model has, K of (B, K)."""
+        return self.output()[0].shape[1]
+
+    @property
     def preactivations(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(lb, ub) of the input of every ReLU and leaky ReLU, under the ReLU's name, in the order of the graph."""
         inputs = {step.name: self.intervals[step.inputs[0]] for step in self.steps if isinstance(step.layer, ReLU)}

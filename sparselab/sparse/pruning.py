@@ -77,9 +77,7 @@ class GMP(Sparsifier):
 
     @property
     def budget(self) -> int:
-        due = [t for t in range(self.steps, max(self.steps - self.update_every, -1), -1) if self.updates.due(t)]
-        step = self.updates.end if self.steps >= self.updates.end else max(due, default=0)
-        return budget(self.schedule(step), self.masks.total)
+        return budget(self.schedule(self.updates.last(self.steps)), self.masks.total)
 
     def update(self) -> bool:
         if not self.updates.due(self.steps):

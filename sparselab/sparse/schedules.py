@@ -24,7 +24,13 @@ class Periodic:
 
     def due(self, step: int) -> bool:
         """Whether masks change after step number `step` (the first step is 1)."""
-        return self.start <= step <= self.end and ((step - self.start) % self.every == 0 or step == self.end)
+        return step > 0 and step == self.last(step)
+
+    def last(self, step: int) -> int:
+        """The latest due step that is not after `step`; 0 when there was none."""
+        if step >= self.end:
+            return self.end
+        return max(0, self.start + (step - self.start) // self.every * self.every) if step >= self.start else 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
 """Attacks stay in the box, find the worst corner where it is known, and leave the model as they found it."""
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparselab.robust.attacks import LOSSES, eval_mode, fgsm, pgd, survivors, worst_margin
+from sparselab.robust.attacks import LOSSES, fgsm, pgd, survivors, worst_margin
 from sparselab.robust.boxes import input_box
+from sparselab.robust.modes import eval_mode
 
 
 def mlp(inputs=6, classes=4, seed=0):
@@ -150,6 +154,36 @@ def test_modes_come_back_after_an_error():
     with pytest.raises(KeyError), eval_mode(model):
         raise KeyError
     assert model.bn.training and not model.drop.training
+
+
+LEGACY = """torch.set_float32_matmul_precision('high')
+def read(): return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+"""
+NEW = """matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+if not hasattr(matmul, 'fp32_precision'): raise SystemExit
+matmul.fp32_precision, conv.fp32_precision, torch.backends.cudnn.rnn.fp32_precision = 'tf32', 'tf32', 'ieee'
+def read(): return matmul.fp32_precision, conv.fp32_precision
+"""
+
+
+@pytest.mark.parametrize(("choose", "full"), [(LEGACY, ("highest", False)), (NEW, ("ieee", "ieee"))])
+def test_precision_is_full_inside_and_comes_back_after_an_error(choose, full):
+    """Either way to choose TF32 works; in a process of its own, since torch refuses a mix of both."""
+    program = f"""
+import torch
+from sparselab.robust.modes import full_precision
+{choose}
+before = read()
+try:
+    with torch.autocast("cpu", torch.bfloat16):
+        with full_precision("cpu"):
+            assert read() == {full!r} != before, read()
+            assert not torch.is_autocast_enabled("cpu")
+            raise KeyError
+except KeyError:
+    assert read() == before, read()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("attack", [fgsm, lambda *args: pgd(*args, loss="ce")])

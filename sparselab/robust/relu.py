@@ -37,7 +37,8 @@ class ReLU:
 
     def backward(self, A: Tensor, x: Interval) -> tuple[list[Tensor], Tensor]:
         """A y >= A' x + c for every x in the box, with A (B, S, ...) and c (B, S)."""
-        below, above, intercept = (line.unsqueeze(1) for line in self.lines(x))
-        negative = A.clamp(max=0)
-        slopes = torch.where(A > 0, below, above)
-        return [A * slopes], torch.einsum("bsn,bn->bs", negative.flatten(2), intercept.flatten(2)[:, 0])
+        below, above, intercept = self.lines(x)
+        size, middle, spread = A.abs(), (above + below) / 2, (above - below) / 2
+        slopes = A * middle.unsqueeze(1) - size * spread.unsqueeze(1)
+        negative = (A - size).flatten(2)
+        return [slopes], (negative @ intercept.flatten(1).unsqueeze(2)).squeeze(2) / 2

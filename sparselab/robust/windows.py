@@ -108,8 +108,9 @@ class MaxPool2d:
     def backward(self, A: Tensor, x: Interval) -> tuple[list[Tensor], Tensor]:
         """A y >= A' x + c: positive coefficients take the plane below, negative ones the plane above."""
         best, exact, above = self.planes(x)
-        slope = A.clamp(min=0) + A.clamp(max=0) * exact.unsqueeze(1)
-        constant = (A.clamp(max=0) * (above * ~exact).unsqueeze(1)).flatten(2).sum(2)
+        negative = (A - A.abs()) / 2
+        slope = torch.where(exact.unsqueeze(1), A, A - negative)
+        constant = (negative.flatten(2) @ (above * ~exact).flatten(1).unsqueeze(2)).squeeze(2)
         out = slope.new_zeros(*slope.shape[:3], x.shape[2] * x.shape[3])
         index = best.unsqueeze(1).expand_as(slope).flatten(3)
         return [out.scatter_add(3, index, slope.flatten(3)).unflatten(3, x.shape[2:])], constant

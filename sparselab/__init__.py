@@ -9,6 +9,7 @@ _HOME = {  # public name -> the module that defines it
     "Masks": "sparse.masks",
     "Sparsifier": "sparse.sparsifier",
     "sparsify": "sparse.sparsify",
+    "bounds": "robust.bounds",
     "Config": "learn.config",
 }
 __all__ = ["__version__", *_HOME]

@@ -27,8 +27,9 @@ RAMPS = {"smooth": smooth, "linear": linear}
 
 @dataclass(frozen=True)
 class Moment:
-    """What the objective needs to know of the time: `eps` to train with, `kappa`, and `ramped` in [0, 1]."""
+    """What the objective needs to know of the time: `progress` and `ramped`, both in [0, 1], `eps` to train with, `kappa`."""
 
+    progress: float
     eps: float
     kappa: float
     ramped: float
@@ -43,7 +44,7 @@ class Ramp:
 
     eps: float
     warmup: float = 0.05
-    until: float = 0.5
+    until: float = 0.3
     shape: str = "smooth"
     kappa_start: float = 1.0
     kappa_end: float = 0.3
@@ -64,4 +65,5 @@ class Ramp:
             ramped = 1.0
         else:
             ramped = RAMPS[self.shape](max(0.0, progress - self.warmup) / (self.until - self.warmup))
-        return Moment(self.eps * ramped, self.kappa_start + (self.kappa_end - self.kappa_start) * ramped, ramped)
+        kappa = self.kappa_start + (self.kappa_end - self.kappa_start) * ramped
+        return Moment(progress, self.eps * ramped, kappa, ramped)

@@ -106,7 +106,7 @@ CNNS = {
     "cnn7": CNN(_SHI, (512,), 64, "cnn_7layer of VeriCompress and CTBench"),
     "cnn7_bn": CNN(_SHI, (512,), 64, "CNN7 of Shi et al. (2103.17268): BatchNorm also after fc1", "all"),
     "cnn7_bn_conv": CNN(_SHI, (512,), 64, "cnn_7layer_bn of VeriCompress: no BatchNorm after fc1", "convs"),
-    "cnn7_bn_tiny": CNN((*_SHI[:4], (2, 3, 2, 1)), (512,), 64, "CTBench's CNN7 for Tiny ImageNet: conv5 has stride 2", "all"),
+    "cnn7_bn_tiny": CNN((*_SHI[:4], (2, 3, 2, 1)), (512,), 64, "CTBench's for 64x64, conv5 has stride 2", "all"),
 }
 
 # %% ../../nbs/learn/04a_cnns.ipynb #a08c2537

@@ -11,8 +11,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from ..errors import unknown
 from .hub import HUB, read_hub
 from .images import is_parquet_folder, is_picture_folder, read_parquet_folder, read_picture_folder

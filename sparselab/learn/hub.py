@@ -5,8 +5,12 @@
 # %% auto #0
 __all__ = ['HUB', 'read_hub']
 
-# %% ../../nbs/learn/01c_hub.ipynb #3514dd25
+# %% ../../nbs/learn/01c_hub.ipynb #4cd3140a
+import os
+import socket
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import numpy as np
 
@@ -33,12 +37,23 @@ def _split(split, where: str) -> tuple[Encoded, list[str] | None]:
     return (cell_bytes(list(encoded[image]), where), labels), getattr(split.features[label], "names", None)
 
 
+def _unreachable() -> bool:
+    """True if the hub has no address on this machine and there is no proxy that could know it."""
+    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        return not getproxies() and not socket.getaddrinfo(host, 443)
+    except OSError:
+        return True
+
+
 def read_hub(repository: str, name: str, cache: Path | None = None) -> Raw:
     """A data set of the Hugging Face hub, `repository` or `repository:configuration`; downloads go to `cache`.
 
     A FileNotFoundError carries the hub's own words if there is no network, no such repository or no such configuration.
     """
     path, _, configuration = repository.partition(":")
+    if not Path(path).exists() and _unreachable():  # only its cache can help; else it would try for half a minute
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when datasets is first imported
     datasets = need("datasets")
     try:
         found = datasets.load_dataset(path, configuration or None, cache_dir=cache and str(cache))

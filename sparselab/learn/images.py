@@ -25,7 +25,7 @@ def need(module: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(f"This data set needs {module}: pip install 'sparselab[hub]' ({error}).") from error
+        raise ImportError(f"This data set is read with {module}: pip install 'sparselab[hub]' ({error}).") from error
 
 # %% ../../nbs/learn/01b_images.ipynb #5c82a24a
 def decode(pictures: Sequence[bytes], channels: int | None, where: str) -> np.ndarray:

@@ -149,7 +149,8 @@ def test_public_names_are_offered_where_a_module_exports_them(name):
 
     folder = ROOT / "sparselab" / PUBLIC[name]
     homes = [path for path in folder.glob("*.py") if re.search(rf"^__all__ = [^]]*'{name}'", path.read_text(), re.M)]
-    assert [name in sparselab.__all__, name in dir(sparselab)] == [bool(homes)] * 2
+    assert [name in sparselab.__all__, name in dir(sparselab)] == [bool(homes)] * 2, \
+        f"_HOME in sparselab/__init__.py has to name the module of {name!r}: {[str(home) for home in homes]}"
     if homes:
         module = importlib.import_module(f"sparselab.{folder.name}.{homes[0].stem}")
         assert getattr(sparselab, name) is getattr(module, name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .distributions import layer_budgets
+from .distributions import budget, layer_budgets
 from .masks import assign
 from .pruning import check_share
 from .schedules import CosineDrop, Periodic
@@ -41,14 +41,16 @@ def drop_and_grow(mask: Tensor, drop_scores: Tensor, grow_scores: Tensor, fracti
 class SET(Sparsifier):
     """Drop the smallest |w|, grow at random (arXiv 1707.04780).
 
-    `update_every` steps, from the first until the share `end` of training, replace `drop_fraction` of each layer's
-    weights, falling to 0 along a cosine. `accumulate`: steps whose dense gradients are added up for the growth score.
+    `update_every` steps, from the first until the share `end` of training, replace `drop_fraction` of the weights,
+    falling to 0 along a cosine. `accumulate`: steps whose dense gradients are added up for the growth score. `across`:
+    rank all layers together, so that only the total is fixed.
     """
 
     update_every: int = 100
     drop_fraction: float = 0.3
     end: float = 0.75
     accumulate: int = 1
+    across: bool = False
     grow: Score = random
 
     def start(self) -> None:
@@ -60,7 +62,16 @@ class SET(Sparsifier):
         self.updates = Periodic(self.update_every, self.update_every, last)
         self.fraction = CosineDrop(self.drop_fraction, last)
         self.gradients: dict[str, Tensor] = {}
-        random_masks(self, self.sparsity)
+        random_masks(self, self.sparsity_now)
+
+    @property
+    def sparsity_now(self) -> float:
+        """The sparsity that the budget of this moment stands for."""
+        return self.sparsity
+
+    @property
+    def budget(self) -> int:
+        return budget(self.sparsity_now, self.masks.total)
 
     def see_gradients(self) -> None:
         if self.grow is random or not any(self.updates.due(self.steps + 1 + ahead) for ahead in range(self.accumulate)):
@@ -70,21 +81,31 @@ class SET(Sparsifier):
                 self.gradients[name] = torch.zeros_like(weight)
             self.gradients[name] += weight.grad
 
-    def counts_now(self) -> dict[str, int]:
-        """Layer -> the number of weights it holds after the update of this step."""
-        return layer_budgets(self.shapes, self.sparsity, self.distribution, self.dense)
+    def groups(self) -> list[tuple[list[str], int]]:
+        """(layers that are ranked together, the weights they hold after the update of this step)."""
+        counts = layer_budgets(self.shapes, self.sparsity_now, self.distribution, self.dense)
+        if not self.across:
+            return [([name], count) for name, count in counts.items()]
+        free = [name for name in counts if name not in self.dense]
+        return [(free, sum(counts[name] for name in free))]
 
     def update(self) -> bool:
         if not self.updates.due(self.steps):
             return False
-        for name, count in self.counts_now().items():
-            weight, mask = self.masks.weights[name], self.masks[name]
-            rng = generator_for(self.seed, "grow", self.steps, name)
-            grow_scores = self.grow(weight, self.gradients.get(name), rng)
-            drop_scores = magnitude(weight, None, rng)
-            assign(self.masks, name, drop_and_grow(mask, drop_scores, grow_scores, self.fraction(self.steps), count))
+        for names, count in self.groups():
+            self._update_group(names, count)
         self.gradients = {}
         return True
+
+    def _update_group(self, names: list[str], count: int) -> None:
+        masks, parts = [self.masks[name].view(-1) for name in names], []
+        for name in names:
+            weight, rng = self.masks.weights[name], generator_for(self.seed, "grow", self.steps, name)
+            parts.append([score(weight, self.gradients.get(name), rng).view(-1) for score in (magnitude, self.grow)])
+        drop_scores, grow_scores = (torch.cat(scores) for scores in zip(*parts, strict=True))
+        new = drop_and_grow(torch.cat(masks), drop_scores, grow_scores, self.fraction(self.steps), count)
+        for name, part in zip(names, new.split([mask.numel() for mask in masks]), strict=True):
+            assign(self.masks, name, part.view(self.masks[name].shape))
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"gradients": dict(self.gradients)}

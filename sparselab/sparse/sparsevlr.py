@@ -8,46 +8,35 @@ __all__ = ['SparseVLR']
 # %% ../../nbs/sparse/09_sparsevlr.ipynb #38de8dd3
 from dataclasses import dataclass
 
-from .distributions import budget, layer_budgets
 from .drop_grow import RigL
 from .pruning import check_share
 from .schedules import CubicSparsity
-from .sparsifier import random_masks
 
 # %% ../../nbs/sparse/09_sparsevlr.ipynb #5f7a7050
 @dataclass(kw_only=True, eq=False, repr=False)
 class SparseVLR(RigL):
-    """Drop the smallest |w|, grow by the gradient of the trained (verified) loss, from an inflated budget that shrinks.
+    """Drop the smallest |w|, grow by the gradient of the trained (verified) loss, on a budget that shrinks to its target.
 
-    `inflate`: how many times the budget the random start holds (at most dense); `shrink_until`: the share of training
-    at which the budget arrives at its target. Other options as in RigL. After arXiv 2211.09945; see the notebook.
+    `inflate`: the random start has the density d ** inflate, for a target density d; 1 keeps the budget constant.
+    `shrink_until`: the share of training at which the budget arrives. Other options as in RigL. After arXiv 2211.09945.
     """
 
-    update_every: int = 50
+    update_every: int = 25
     drop_fraction: float = 0.5
-    inflate: float = 5.0
+    across: bool = True
+    inflate: float = 0.5
     shrink_until: float = 0.7
 
     def start(self) -> None:
         check_share("shrink_until", self.shrink_until)
-        if not self.inflate >= 1:
-            raise ValueError(f"inflate multiplies the budget, at least 1; got {self.inflate!r}.")
+        check_share("inflate", self.inflate)
         if self.shrink_until > self.end:
             raise ValueError(f"shrink_until = {self.shrink_until!r} must not exceed end = {self.end!r}, "
                              "as masks do not change after it.")
-        first = max(0.0, 1 - self.inflate * (1 - self.sparsity))
+        first = 1 - (1 - self.sparsity) ** self.inflate
         self.schedule = CubicSparsity(first, self.sparsity, 0, round(self.shrink_until * self.total_steps))
         super().start()
-        random_masks(self, self.sparsity_now)
 
     @property
     def sparsity_now(self) -> float:
-        """The sparsity that the budget of this moment stands for."""
         return self.schedule(self.updates.last(self.steps))
-
-    @property
-    def budget(self) -> int:
-        return budget(self.sparsity_now, self.masks.total)
-
-    def counts_now(self) -> dict[str, int]:
-        return layer_budgets(self.shapes, self.sparsity_now, self.distribution, self.dense)

@@ -119,7 +119,8 @@ def load(name: str, data_dir: str | Path | None = None, device: str | torch.devi
     `name` and `data_dir` are those of `find`, which says what is looked for where, and what is raised.
     """
     raw = find(name, data_dir)
-    whole, test = (Split(torch.tensor(images), torch.tensor(labels)) for images, labels in (raw.train, raw.test))
+    whole, test = (Split(*(torch.from_numpy(np.require(a, requirements="CW")) for a in part))
+                   for part in (raw.train, raw.test))
     train, valid = (whole.take(index) for index in validation_split(whole.labels, validation, seed))
     return Data(train.to(device), valid.to(device), test.to(device), len(raw.classes), tuple(train.images.shape[1:]),
                 *mean_std(train.images), raw.name, raw.source, raw.classes)

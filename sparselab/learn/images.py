@@ -30,21 +30,23 @@ def need(module: str) -> ModuleType:
 # %% ../../nbs/learn/01b_images.ipynb #5c82a24a
 def decode(pictures: Sequence[bytes], channels: int | None, where: str) -> np.ndarray:
     """Encoded pictures as uint8 (N, C, H, W), C = 1 (grey) or 3 (RGB); `where` names their origin in errors."""
-    image_module, arrays = need("PIL.Image"), []
+    image_module, images = need("PIL.Image"), None
     for i, picture in enumerate(pictures):
         try:
             image = image_module.open(io.BytesIO(picture))
-            arrays.append(np.asarray(image.convert("L" if channels == 1 else "RGB")))
+            array = np.atleast_3d(image.convert("L" if channels == 1 else "RGB"))
         except Exception as error:  # every decoder has its own: OSError, SyntaxError, ValueError, struct.error
             raise ValueError(f"Image {i} of {where} cannot be read ({error}). Download the set again.") from error
         if image.mode[0] in "IF":
             raise ValueError(f"Image {i} of {where} has more than 8 bits per channel (mode {image.mode}).")
-        if arrays[i].shape != arrays[0].shape:
-            raise ValueError(f"Image {i} of {where} has size {arrays[i].shape[:2]}, the ones before it have "
-                             f"{arrays[0].shape[:2]}. Resize the images to one size first.")
-    if not arrays:
+        images = np.empty((len(pictures), *array.shape), np.uint8) if images is None else images
+        if array.shape != images.shape[1:]:
+            raise ValueError(f"Image {i} of {where} has size {array.shape[:2]}, the ones before it have "
+                             f"{images.shape[1:3]}. Resize the images to one size first.")
+        images[i] = array
+    if images is None:
         raise ValueError(f"{where} holds no image.")
-    images = np.stack(arrays).reshape(len(arrays), *arrays[0].shape[:2], -1).transpose(0, 3, 1, 2)
+    images = images.transpose(0, 3, 1, 2)
     return images[:, :1] if channels is None and (images == images[:, :1]).all() else images
 
 # %% ../../nbs/learn/01b_images.ipynb #550236a7
@@ -60,9 +62,9 @@ def decoded(train: Encoded, test: Encoded, classes: Sequence[str] | None, name: 
     """Encoded splits as a data set; it is called "... (JPEG)" if its images are re-encodings."""
     known = KNOWN.get(name)
     title, channels = (known.title, known.shape[0]) if known else (name, None)
+    images = [decode(part[0], channels, f"{source}, {split}") for split, part in (("train", train), ("test", test))]
     if not classes:
         classes = known.classes if known else numbered(1 + int(max(train[1].max(), test[1].max())))
-    images = [decode(pictures, channels, source) for pictures, _ in (train, test)]
     if name != "tiny_imagenet" and any(map(is_jpeg, [*train[0], *test[0]])):
         title, source = f"{title} (JPEG)", f"{source}, images are JPEG" + (" re-encodings" if known else "")
     return Raw((images[0], train[1]), (images[1], test[1]), tuple(classes), title, source)

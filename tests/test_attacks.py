@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparselab.robust.attacks import LOSSES, fgsm, pgd, survivors, worst_margin
+from sparselab.robust.attacks import LOSSES, fgsm, pgd, survivors
 from sparselab.robust.boxes import input_box
-from sparselab.robust.modes import eval_mode
+from sparselab.robust.modes import eval_mode, worst_margin
 
 
 def mlp(inputs=6, classes=4, seed=0):
@@ -47,15 +47,18 @@ def test_pgd_and_fgsm_find_the_worst_corner_of_a_linear_network(loss):
         assert torch.allclose(worst_margin(linear(points), y), exact, atol=1e-6)
 
 
-def test_pgd_comes_within_a_percent_of_a_grid_search_in_two_dimensions():
+def test_pgd_comes_close_to_a_grid_search_in_two_dimensions():
     model = mlp(inputs=2, classes=3, seed=3)
+    model[2].weight.data.mul_(50)  # margins as large as those of a trained network
     x, y = batch(model, n=20, inputs=2)
     lower, upper = input_box(x, 0.2)
     t = torch.linspace(0, 1, 201)
     grid = lower.unsqueeze(1) + torch.cartesian_prod(t, t) * (upper - lower).unsqueeze(1)
     worst = worst_margin(model(grid.flatten(0, 1)), y.repeat_interleave(201**2)).view(20, -1).amin(1)
     found = worst_margin(model(pgd(model, x, y, 0.2, steps=100, restarts=10)), y)
-    assert (found - worst).max() < 0.01 * (worst_margin(model(x), y) - worst).max()
+    fell, could = worst_margin(model(x), y) - found, worst_margin(model(x), y) - worst
+    assert fell.sum() > 0.98 * could.sum()
+    assert (found >= worst - 0.02 * could).all(), "by no more than the mesh of the grid"
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -68,6 +71,16 @@ def test_never_better_than_the_image_and_more_restarts_never_worse(loss):
     for weaker, stronger in zip(margins, margins[1:], strict=False):
         assert (stronger <= weaker + 1e-6).all()
     assert margins[-1].sum() < margins[1].sum() < margins[0].sum()
+
+
+def test_twenty_falling_steps_beat_a_hundred_short_ones():
+    model = mlp(inputs=6, classes=4, seed=3)
+    model[2].weight.data.mul_(50)
+    x, y = batch(model, n=300)
+    falling, short = (
+        worst_margin(model(pgd(model, x, y, 0.2, **o)), y).mean() for o in ({}, {"steps": 100, "step_size": 0.005})
+    )
+    assert falling < short
 
 
 def test_early_stop_breaks_the_same_samples_and_evaluates_fewer():

@@ -80,20 +80,28 @@ class Learner:
         self._call("before_fit")
         while self.epoch < self.epochs:
             started = time.perf_counter()
-            self.train_epoch()
+            try:
+                self.train_epoch()
+            except FloatingPointError as error:
+                raise TrainingStopped(f"Training has diverged in epoch {self.epoch + 1} ({error}) at learning rate "
+                                      f"{self.peak_lr[0]:g}. Lower lr, or set grad_clip (now {self.grad_clip:g}). What was "
+                                      "saved after the epoch before is intact.") from error
             self.seconds += time.perf_counter() - started
             self._call("after_epoch")
 
     def train_epoch(self) -> None:
-        """One pass over the training images."""
+        """One pass over the training images. Raises FloatingPointError when the loss is not finite."""
         self.model.train()
         losses, batches = 0.0, 0
         for x, y in self.data.train.batches(self.batch_size, self.seed, self.epoch, augment=self.augment):
             losses, batches = losses + self.train_step(x, y), batches + 1
+        loss = float(losses) / batches
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
         self.epoch += 1
         moment = self.objective.ramp(self.step / self.total_steps)
         self.row = {"step": self.step, "epoch": self.epoch, "eps": moment.eps, "kappa": moment.kappa,
-                    "lr": self.optimizer.param_groups[0]["lr"], "loss": float(losses) / batches,
+                    "lr": self.optimizer.param_groups[0]["lr"], "loss": loss,
                     "nnz": self.sparsifier.masks.nnz, "sparsity": self.sparsifier.masks.sparsity}
 
     def train_step(self, x: Tensor, y: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ SAMPLE = 64  # one score in SAMPLE estimates the threshold
 def top(scores: Tensor, k: int) -> Tensor:
     """Flat indices (ascending) of the `k` highest scores; equal scores are taken lowest index first.
 
-    Raises ValueError when k exceeds the number of scores or a score is NaN.
+    Raises ValueError when k exceeds the number of scores, FloatingPointError when a score is NaN.
     """
     flat = scores.reshape(-1)
     if not 0 <= k <= flat.numel():
         raise ValueError(f"Cannot take the {k} highest of {flat.numel()} scores.")
     if flat.isnan().any():
-        raise ValueError("A score is NaN, so weights cannot be ranked; the loss or its gradient has diverged.")
+        raise FloatingPointError("a score is NaN, so weights cannot be ranked")
     if flat.numel() > 1_000_000 and k < flat.numel() // 8:
         sample = flat[::SAMPLE]
         floor = torch.topk(sample, min(sample.numel(), 2 * k // SAMPLE + 64), sorted=False).values.min()

@@ -142,6 +142,8 @@ def test_a_place_may_hold_the_files_itself_unless_it_is_called_after_another_set
     assert find("fashion_mnist", nowhere / "Fashion-MNIST").name == "Fashion-MNIST"
     with pytest.raises(FileNotFoundError):
         find("kmnist", nowhere / "Fashion-MNIST")
+    with pytest.raises(ValueError, match="Did you mean 'kmnist'"):
+        find("kmnits", nowhere / "my_idx_files")
 
 
 @pytest.mark.parametrize("owner, first", find_module.FIRST_LABELS.items())

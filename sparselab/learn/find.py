@@ -39,8 +39,8 @@ def candidates(root: Path, name: str) -> list[Path]:
         return []
     named = sorted(d for d in root.iterdir() if d.is_dir() and _squash(d.name) == _squash(name))
     nested = [sub for d in named for sub in sorted(d.iterdir()) if sub.is_dir()]
-    other_set = _squash(root.name) in {_squash(other) for other in KNOWN if other != name}
-    return named + nested + ([] if other_set else [root])
+    unnamed = name in KNOWN and _squash(root.name) not in map(_squash, KNOWN)
+    return named + nested + ([root] if unnamed or _squash(root.name) == _squash(name) else [])
 
 
 def reader(folder: Path) -> Callable[[Path, str], Raw] | None:

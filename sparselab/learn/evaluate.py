@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import Split
-from ..robust.attacks import survivors, worst_margin
+from ..robust.attacks import survivors
 from ..robust.bounds import bounds
 from ..robust.boxes import input_box, margin_matrix
 from ..robust.ibp import interval_pass
-from ..robust.modes import eval_mode
+from ..robust.modes import eval_mode, worst_margin
 from ..robust.stability import LayerStability, as_row, merge
 from ..robust.verify import verify
 

@@ -138,7 +138,7 @@ def test_drop_and_grow_keeps_the_strongest_and_counts_exactly(n, data):
     mask = torch.zeros(n, dtype=torch.bool)
     mask[torch.randperm(n, generator=rng)[:active]] = True
     weight, slope = torch.rand(n, generator=rng) * mask, torch.rand(n, generator=rng)
-    new = drop_and_grow(mask, weight, slope, fraction, count)
+    new = drop_and_grow(mask, weight[mask], slope, fraction, count)
     assert int(new.sum()) == count
     must_stay = min(count - int(fraction * count), active)
     strongest = top(torch.where(mask, weight, -1.0), must_stay)

@@ -23,17 +23,15 @@ from .sparsifier import Sparsifier, random_masks
 def drop_and_grow(mask: Tensor, drop_scores: Tensor, grow_scores: Tensor, fraction: float, count: int) -> Tensor:
     """The next mask: `count` weights, of which int(fraction * count) are chosen by `grow_scores`.
 
-    The others are the active weights with the highest `drop_scores`. Both scores have the weight's shape; those of
-    `grow_scores` compete among all weights that were not kept, just-dropped ones included. Source: arXiv 1911.11134.
+    The others are the active weights with the highest `drop_scores`, given for the active weights only, in flat order.
+    `grow_scores` has the mask's shape; all weights that were not kept compete, just-dropped ones included. Source:
+    arXiv 1911.11134.
     """
     active = mask.view(-1).nonzero().view(-1)
-    kept_count = min(count - int(fraction * count), active.numel())
-    kept = active[top(drop_scores.view(-1)[active], kept_count)]
-    candidates = grow_scores.reshape(-1).clone()
-    candidates[kept] = -torch.inf
+    kept = active[top(drop_scores, min(count - int(fraction * count), active.numel()))]
     new = torch.zeros_like(mask).view(-1)
     new[kept] = True
-    new[top(candidates, count - kept_count)] = True
+    new[top(grow_scores, count - kept.numel(), taken=new)] = True
     return new.view(mask.shape)
 
 # %% ../../nbs/sparse/08_drop_grow.ipynb #70a36e5a
@@ -98,12 +96,13 @@ class SET(Sparsifier):
         return True
 
     def _update_group(self, names: list[str], count: int) -> None:
-        masks, parts = [self.masks[name].view(-1) for name in names], []
-        for name in names:
+        masks = [self.masks[name].view(-1) for name in names]
+        drop_scores, grow_scores = [], []
+        for name, mask in zip(names, masks, strict=True):
             weight, rng = self.masks.weights[name], generator_for(self.seed, "grow", self.steps, name)
-            parts.append([score(weight, self.gradients.get(name), rng).view(-1) for score in (magnitude, self.grow)])
-        drop_scores, grow_scores = (torch.cat(scores) for scores in zip(*parts, strict=True))
-        new = drop_and_grow(torch.cat(masks), drop_scores, grow_scores, self.fraction(self.steps), count)
+            drop_scores.append(magnitude(weight.view(-1)[mask], None, rng))
+            grow_scores.append(self.grow(weight, self.gradients.get(name), rng).view(-1))
+        new = drop_and_grow(_joined(masks), _joined(drop_scores), _joined(grow_scores), self.fraction(self.steps), count)
         for name, part in zip(names, new.split([mask.numel() for mask in masks]), strict=True):
             assign(self.masks, name, part.view(self.masks[name].shape))
 
@@ -113,6 +112,10 @@ class SET(Sparsifier):
     def load_state_dict(self, state) -> None:
         super().load_state_dict(state)
         self.gradients = {name: g.to(self.masks[name].device) for name, g in state["gradients"].items()}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

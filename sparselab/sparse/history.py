@@ -17,11 +17,12 @@ from torch import Tensor
 def pack_sorted(values: np.ndarray) -> bytes:
     """Strictly increasing non-negative integers -> compressed bytes (gaps, 7 bits a byte, zlib)."""
     gaps = np.diff(values, prepend=-1).astype(np.uint64) - np.uint64(1)
-    columns = [(gaps >> np.uint64(7 * i)) for i in range(10)]
+    places = max(1, -(-int(gaps.max(initial=0)).bit_length() // 7))
+    columns = [(gaps >> np.uint64(7 * i)) for i in range(places)]
     used = [np.ones(len(gaps), bool), *[c > 0 for c in columns[1:]]]
     parts = [(c & np.uint64(127)).astype(np.uint8) | (np.uint8(128) * more) for c, more in
              zip(columns, [*used[1:], np.zeros(len(gaps), bool)], strict=True)]
-    return zlib.compress(np.stack(parts, 1)[np.stack(used, 1)].tobytes())
+    return zlib.compress(np.stack(parts, 1)[np.stack(used, 1)].tobytes(), level=1)
 
 
 def unpack_sorted(data: bytes) -> np.ndarray:

@@ -16,23 +16,25 @@ from torch import Tensor
 SAMPLE = 64  # one score in SAMPLE estimates the threshold
 
 
-def top(scores: Tensor, k: int) -> Tensor:
+def top(scores: Tensor, k: int, taken: Tensor | None = None) -> Tensor:
     """Flat indices (ascending) of the `k` highest scores; equal scores are taken lowest index first.
 
-    Raises ValueError when k exceeds the number of scores, FloatingPointError when a score is NaN.
+    `taken`: bool, True where a score does not take part. Raises ValueError when k exceeds the number of scores,
+    FloatingPointError when a score is NaN.
     """
-    flat = scores.reshape(-1)
+    flat, taken = scores.reshape(-1), None if taken is None else taken.reshape(-1)
     if not 0 <= k <= flat.numel():
         raise ValueError(f"Cannot take the {k} highest of {flat.numel()} scores.")
-    if flat.isnan().any():
+    if flat.numel() and flat.max().isnan():
         raise FloatingPointError("a score is NaN, so weights cannot be ranked")
     if flat.numel() > 1_000_000 and k < flat.numel() // 8:
         sample = flat[::SAMPLE]
         floor = torch.topk(sample, min(sample.numel(), 2 * k // SAMPLE + 64), sorted=False).values.min()
         likely = (flat >= floor).nonzero().view(-1)
+        likely = likely if taken is None else likely[~taken[likely]]
         if likely.numel() >= k:
             return likely[_top(flat[likely], k)]
-    return _top(flat, k)
+    return _top(flat if taken is None else flat.masked_fill(taken, -torch.inf), k)
 
 
 def _top(flat: Tensor, k: int) -> Tensor:
@@ -40,7 +42,7 @@ def _top(flat: Tensor, k: int) -> Tensor:
         return torch.empty(0, dtype=torch.long, device=flat.device)
     least = torch.topk(flat, k, sorted=False).values.min()
     above, ties = flat > least, (flat == least).nonzero().view(-1)
-    above[ties[:k - int(above.sum())]] = True
+    above[ties[:k - int(above.count_nonzero())]] = True
     return above.nonzero().view(-1)
 
 # %% ../../nbs/sparse/02_scores.ipynb #8932dddd

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .distributions import budget, layer_budgets
 from .history import MaskHistory
 from .history_files import from_tensors, to_tensors
-from .masks import Masks, assign, mask_gradients, mask_moments, prunable
+from .masks import Masks, assign, clear_moments, mask_gradients, prunable
 from .scores import generator_for, top
 
 # %% ../../nbs/sparse/06_sparsifier.ipynb #e8a50a4d
@@ -76,7 +76,7 @@ class Sparsifier:
         """Call after every `optimizer.step()`: counts the step and lets the method change the masks."""
         self.steps, self._seen = self.steps + 1, False
         if self.update():
-            mask_moments(self.masks, self.optimizer)
+            clear_moments(self.masks, self.optimizer)
             self.history.record(self.steps, self.masks)
 
     def state_dict(self) -> dict:

@@ -42,6 +42,7 @@ class Sparsifier:
         self.steps, self._seen = 0, False
         layer_budgets(self.shapes, self.sparsity, self.distribution, self.dense)  # refuses what is infeasible
         self.start()
+        clear_moments(self.masks, self.optimizer)
         self.history = MaskHistory(self.masks)
         self.optimizer.register_step_pre_hook(lambda *_: self.mask_gradients())
 
@@ -70,6 +71,7 @@ class Sparsifier:
         if not self._seen:
             self._seen = True
             self.see_gradients()
+            clear_moments(self.masks, self.optimizer)
             mask_gradients(self.masks)
 
     def step(self) -> None:
@@ -92,6 +94,7 @@ class Sparsifier:
         self.steps, self._seen = int(state["steps"]), False
         for name, mask in state["masks"].items():
             assign(self.masks, name, mask.to(self.masks[name].device))
+            self.masks.dropped[name].clear()  # the saved moments are those of the saved masks
         self.history = from_tensors(state["history"])
 
     def __repr__(self) -> str:

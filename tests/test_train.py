@@ -1,0 +1,212 @@
+"""A run is killed, starved of disk and given nonsense; it must continue to the same bits or say a sentence, and lose nothing."""
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparselab.learn.config import Config
+from sparselab.learn.learner import TrainingStopped
+from sparselab.learn.runs import Run
+from sparselab.learn.train import train
+
+SMALL = dict(model="mlp", model_options={"widths": [24, 24]}, epochs=4, eps=0.02, test_samples=60, device="cpu",
+             method_options={"update_every": 3})
+
+
+def in_child(config: Config, killed_after: float | None = None) -> None:
+    """Train `config` in a forked process; kill -9 it after some seconds, or wait for it to end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            train(config)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error))
+            os._exit(1)
+    if killed_after is not None:
+        time.sleep(killed_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert killed_after is not None or status == 0
+
+
+def left_by(run: Run) -> dict:
+    summary = {k: v for k, v in run.summary.items() if k not in ("seconds", "config")}
+    masks = [(run.path / "masks" / name).read_bytes() for name in ("start.bin", "updates.bin", "updates.jsonl")]
+    return {"model": (run.path / "model.safetensors").read_bytes(), "summary": summary, "masks": masks,
+            "metrics": run.metrics, "stability": run.stability}
+
+
+def killed_and_resumed(tmp_path: Path, moments: int, **options) -> None:
+    whole = Config(**SMALL | options, runs_dir=str(tmp_path / "whole"))
+    started = time.perf_counter()
+    in_child(whole)
+    length = time.perf_counter() - started
+    expected = left_by(Run(tmp_path / "whole" / whole.run_id))
+    rng = random.Random(0)
+    for i in range(moments):
+        config = replace(whole, runs_dir=str(tmp_path / str(i)))
+        in_child(config, killed_after=rng.uniform(0, length))
+        in_child(config)
+        assert left_by(Run(tmp_path / str(i) / config.run_id)) == expected, f"moment {i}"
+
+
+def test_killed_at_random_moments_a_run_resumes_to_the_same_bits(tmp_path):
+    killed_and_resumed(tmp_path, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"method": "gmp", "objective": "crown_ibp"}, {"method": "vlr_projection",
+                                     "method_options": {}, "model": "cnn5_bn", "model_options": {"width": 4}}])
+def test_killed_at_twenty_random_moments(tmp_path, options):
+    killed_and_resumed(tmp_path, 20, **options)
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return Config(**SMALL, runs_dir=str(tmp_path / "runs"))
+
+
+def test_a_finished_run_is_returned_and_a_fresh_one_keeps_the_old(config, capsys):
+    first = train(config)
+    written = (first.path / "summary.json").stat().st_mtime_ns
+    assert (train(config).path / "summary.json").stat().st_mtime_ns == written
+    assert "has finished before" in capsys.readouterr().out
+    again = train(replace(config, resume=False))
+    kept = Run(first.path.with_name(first.path.name + ".old-1"))
+    assert left_by(kept) == left_by(again)
+
+
+def test_the_summary_says_what_the_files_say(config):
+    run = train(config)
+    summary = run.summary
+    assert summary["nnz"] == round(0.01 * summary["total"]) == sum(layer["nnz"] for layer in summary["layers"].values())
+    assert summary["nnz"] == sum(run.history.counts(-1).values())
+    assert sum(int((w != 0).sum()) for name, w in run.weights.items() if name in summary["layers"]) <= summary["nnz"]
+    accuracy = summary["accuracy"]
+    assert accuracy["verified"] <= accuracy["pgd"] <= accuracy["clean"]
+    assert abs(sum(summary["verified_by"].values()) - accuracy["verified"]) < 1e-6
+    assert Config.read(summary["config"]) == config
+    assert [row["epoch"] for row in run.metrics] == [row["epoch"] for row in run.stability] == [1, 2, 3, 4]
+
+
+def test_a_truncated_checkpoint_costs_an_epoch_not_the_run(config):
+    expected = left_by(train(config))
+    aside = replace(config, runs_dir=config.runs_dir + "2")
+    run = train(aside)
+    for name in ("summary.json", "model.safetensors"):
+        (run.path / name).unlink()
+    newest = max((run.path / "checkpoint").iterdir())
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="not a readable checkpoint .* checkpoint before it is used"):
+        assert left_by(train(aside)) == expected
+    (run.path / "summary.json").unlink()
+    for path in (run.path / "checkpoint").iterdir():
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="No checkpoint .* can be read.*resume=False"):
+        train(aside)
+    assert run.metrics == expected["metrics"]
+
+
+@pytest.mark.parametrize(("values", "sentence"), [
+    ({"sparsity": 1.0}, "share of weights removed|from 0 up to but not including 1; got 1.0"),
+    ({"sparsity": -1}, "got -1"), ({"sparsity": "abc"}, "sparsity is a number .* got 'abc'"),
+    ({"sparsity": float("nan")}, "got nan"), ({"sparsty": 0.9}, "'sparsty'. Did you mean 'sparsity'"),
+    ({"method": "rigel"}, "method called 'rigel'. Did you mean 'rigl'"), ({"dataset": "mnits"}, "mnist"),
+    ({"model": "cnn44"}, "model called 'cnn44'. Did you mean 'cnn4'"), ({"objective": "crownibp"}, "crown_ibp"),
+    ({"eps": "eight"}, "eps is a number such as .* got 'eight'"), ({"engine": "lirpa"}, "auto_lirpa"),
+    ({"dataset": "kmnist"}, "kmnist"), ({"device": "tpu0"}, "device 'tpu0' cannot be used here"),
+    ({"optimizer": "lion"}, "optimizer called 'lion'"), ({"distribution": "erkk"}, "'erkk'"),
+    ({"method_options": {"drop_fracton": 1}}, "Did you mean 'drop_fraction'"),
+    ({"objective_options": {"kapa_end": 1}}, "Did you mean 'kappa_end'"),
+    ({"sparsity": 0.9999}, "largest feasible sparsity is"), ({"init": "kaiming"}, "init called 'kaiming'"),
+])
+def test_bad_input_is_a_sentence_and_writes_nothing(tmp_path, monkeypatch, values, sentence):
+    monkeypatch.delenv("SPARSELAB_DATA", raising=False)
+    runs = tmp_path / "runs"
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        train(Config.read({**SMALL, "model_options": {} if "model" in values else SMALL["model_options"],
+                           "runs_dir": str(runs), **values}))
+    assert not runs.exists()
+
+
+def test_eps_may_be_a_fraction_of_255():
+    assert Config.read({"eps": "8/255"}).eps == 8 / 255
+
+
+def test_a_read_only_runs_dir_is_a_sentence(config):
+    with pytest.raises(OSError, match="/proc/runs.* cannot be written .*choose another runs_dir"):
+        train(replace(config, runs_dir="/proc/runs"))
+
+
+def test_a_full_disk_loses_nothing_and_the_run_continues_when_there_is_room(config, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk of its own needs the right to mount one")
+    try:
+        small = replace(config, runs_dir=str(disk), epochs=8)
+        with pytest.raises(OSError, match="No space left on device.*run the same command again"):
+            train(small)
+        run = Run(disk / small.run_id)
+        assert not run.finished and run.config == small
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        expected = train(replace(small, runs_dir=config.runs_dir))
+        assert left_by(train(small)) == left_by(expected)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_divergence_is_reported_before_anything_of_it_is_saved(config):
+    with pytest.raises(TrainingStopped, match=r"diverged in epoch 1 \(.*\) at learning rate 1e\+30. Lower lr"):
+        train(replace(config, lr=1e30, grad_clip=0.0, optimizer="sgd", method="dense", method_options={}))
+    run = next(Path(config.runs_dir).iterdir())
+    assert not Run(run).metrics and not (run / "summary.json").exists()
+
+
+def test_a_collapsed_network_is_reported(config):
+    hopeless = replace(config, eps=0.5, epochs=12, sparsity=0.999, model_options={"widths": [400, 400]},
+                       objective_options={"until": 0.1, "kappa_end": 0.0})
+    with pytest.raises(TrainingStopped, match="chance level .* has collapsed"):
+        train(hopeless)
+
+
+def test_two_processes_do_not_write_one_run(config):
+    child = os.fork()
+    if child == 0:
+        train(replace(config, epochs=400))
+        os._exit(0)
+    try:
+        folder = Path(config.runs_dir) / replace(config, epochs=400).run_id
+        while not (folder / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        with pytest.raises(RuntimeError, match="Another process is writing"):
+            train(replace(config, epochs=400))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("objective", ["natural", "pgd", "crown_ibp", "sabr", "mtl_ibp"])
+def test_every_objective_trains_a_batchnorm_network_sparse(config, objective):
+    run = train(replace(config, objective=objective, model="cnn5_bn", model_options={"width": 4}, epochs=2, sparsity=0.8))
+    assert run.summary["nnz"] == round(0.2 * run.summary["total"]) and len(run.metrics) == 2
+
+
+def test_the_second_engine_trains_the_same_network(config):
+    if importlib.util.find_spec("auto_LiRPA") is None:
+        pytest.skip("auto_LiRPA is not installed")
+    one = replace(config, epochs=1, method="static", method_options={}, test_samples=20)
+    native, other = train(one), train(replace(one, engine="auto_lirpa"))
+    for name, weight in native.weights.items():
+        assert torch.allclose(weight, other.weights[name], atol=1e-4), name
+    assert json.loads((other.path / "config.json").read_text())["engine"] == "auto_lirpa"

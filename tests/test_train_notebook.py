@@ -1,0 +1,81 @@
+"""nbs/train.ipynb is run by papermill as a user would, and what it leaves is looked at."""
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from sparselab.learn.config import Config
+from sparselab.learn.runs import Run, runs_in
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ROOT / "nbs" / "train.ipynb"
+
+
+def run_papermill(folder: Path, *parameters: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "papermill", str(TRAIN), "out.ipynb", "--no-progress-bar", "-p", "runs_dir", "runs"]
+    return subprocess.run([*command, *parameters], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("papermill")
+    done = run_papermill(folder, "-p", "sparsity", "0.95", "-p", "epochs", "6", "-p", "eps", "8/255", "-p", "test_samples", "80",
+                         "-y", "{method_options: {update_every: 6}}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def outputs(path: Path) -> list[dict]:
+    notebook = nbformat.read(path, 4)
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def test_the_run_is_sparse_compared_with_dense_and_readable(executed):
+    runs = {run.config.method: run for run in runs_in(executed / "runs")}
+    assert set(runs) == {"sparsevlr", "dense"} and all(isinstance(run, Run) for run in runs.values())
+    summary = runs["sparsevlr"].summary
+    assert summary["nnz"] == round(0.05 * summary["total"]) and summary["config"]["eps"] == 8 / 255
+    text = "".join(json.dumps(output) for output in outputs(executed / "out.ipynb"))
+    for value in (f"{summary['accuracy']['verified']:.2%}", f"{summary['nnz']:,}"):
+        assert value in text, f"{value} is in summary.json but not in the notebook"
+
+
+def test_the_saved_notebook_is_small_and_lives_without_a_kernel(executed):
+    path = executed / "out.ipynb"
+    assert path.stat().st_size < 1e6
+    assert "widgets" not in nbformat.read(path, 4).metadata
+    figures = [output["data"]["application/vnd.plotly.v1+json"] for output in outputs(path)
+               if "application/vnd.plotly.v1+json" in output.get("data", {})]
+    assert len(figures) >= 6
+    sliders = [figure for figure in figures if figure["layout"].get("sliders")]
+    assert sliders, "no figure has a slider"
+    history = next(run for run in runs_in(executed / "runs") if run.config.method == "sparsevlr").history
+    steps = sliders[0]["layout"]["sliders"][0]["steps"]
+    frames = sliders[0].get("frames") or steps
+    assert len(steps) == len(frames) and 2 <= len(steps) <= len(history.steps)
+    progress = [o["text"] for o in outputs(path) if o["output_type"] == "stream" and o["name"] == "stdout"]
+    assert sum(bool(re.search(r"^ +6 ", text, re.M)) for text in progress) == 2
+
+
+def test_a_misspelt_parameter_stops_the_notebook_with_a_sentence(tmp_path):
+    done = run_papermill(tmp_path, "-p", "sparsty", "0.9")
+    assert done.returncode == 1
+    assert "There is no parameter called 'sparsty'. Did you mean 'sparsity'?" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_parameter_is_a_field_with_its_default_and_a_description():
+    parameters = papermill.inspect_notebook(str(TRAIN))
+    defaults = {field.name: getattr(Config(), field.name) for field in fields(Config)}
+    assert set(parameters) - {"with_dense"} == set(defaults)
+    for name, parameter in parameters.items():
+        assert len(parameter["help"]) > 10, f"{name} has no description"
+        if name in defaults:
+            assert parameter["inferred_type_name"] == type(defaults[name]).__name__
+            assert eval(parameter["default"]) == defaults[name], name

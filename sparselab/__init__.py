@@ -10,7 +10,9 @@ _HOME = {  # public name -> the module that defines it
     "Sparsifier": "sparse.sparsifier",
     "sparsify": "sparse.sparsify",
     "bounds": "robust.bounds",
+    "verify": "robust.verify",
     "Config": "learn.config",
+    "train": "learn.train",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -52,7 +52,6 @@ LIBRARY = [path for path in NOTEBOOKS if not is_experiment(path)]
 EXPERIMENTS = [path for path in NOTEBOOKS if is_experiment(path)]
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=relative)
 library = pytest.mark.parametrize("path", LIBRARY, ids=relative)
-complete = pytest.mark.skipif(not (ROOT / "nbs/train.ipynb").exists(), reason="README describes nbs/train.ipynb")
 
 
 @every
@@ -165,7 +164,6 @@ def test_make_targets_in_the_documents_exist(document):
     assert named and named <= targets
 
 
-@complete
 def test_papermill_lines_of_the_readme_name_real_parameters():
     from papermill import inspect_notebook
 
@@ -177,7 +175,6 @@ def test_papermill_lines_of_the_readme_name_real_parameters():
         assert named <= set(inspect_notebook(str(ROOT / notebook))), line
 
 
-@complete
 def test_links_of_the_documents_lead_somewhere():
     broken = []
     for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
@@ -188,7 +185,6 @@ def test_links_of_the_documents_lead_somewhere():
     assert broken == []
 
 
-@complete
 def test_python_of_the_readme_runs(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)

@@ -28,7 +28,7 @@ def fused_upper(
     """Upper bound on the cross entropy log sum_j exp(z_j - z_y) over each box, by loss fusion (arXiv 2002.12920)."""
     if not 0 <= mix <= 1:
         raise ValueError(f"mix is {mix}; it weighs CROWN-IBP against IBP and must be in [0, 1].")
-    C = margin_matrix(labels, pass_.classes)
+    C = margin_matrix(labels, pass_.at(len(pass_.steps)).shape[1])
     lb, ub = (-margin for margin in reversed(pass_.output(C)))  # of t_j = z_j - z_y
     shift = ub.detach().amax(1, keepdim=True).clamp(min=0)
     top, one = torch.exp(ub - shift), torch.exp(-shift[:, 0])

@@ -16,15 +16,15 @@ from .boxes import Interval
 
 # %% ../../nbs/robust/00b_layers.ipynb #0c5dddf5
 class Affine:
-    """y = L x + b, from `apply` (L x + b), `absolute` (|L| r), `transpose` (A L) and `constant` (A b)."""
+    """y = L x + b, from `apply` (L x + b), `absolute` (|L| r) and `transpose` (A L)."""
 
     def interval(self, x: Interval) -> Interval:
         """The box that contains the image of the box `x`: centre L mid + b, radius |L| rad (arXiv 1810.12715)."""
         return Interval.ball(self.apply(x.mid), self.absolute(x.rad))
 
-    def backward(self, A: Tensor, x: Interval) -> tuple[list[Tensor], Tensor | float]:
-        """Coefficients A L of the input and the constant A b, so that A y = (A L) x + A b."""
-        return [self.transpose(A)], self.constant(A)
+    def backward(self, A: Tensor, x: Interval, y: Interval) -> tuple[list[Tensor], Tensor | float]:
+        """The coefficients A L of the input; measured from the centres there is no constant."""
+        return [self.transpose(A)], 0.0
 
 # %% ../../nbs/robust/00b_layers.ipynb #ed8c37cb
 @dataclass
@@ -43,8 +43,9 @@ class Linear(Affine):
     def transpose(self, A: Tensor) -> Tensor:
         return A @ self.weight
 
-    def constant(self, A: Tensor) -> Tensor | float:
-        return 0.0 if self.bias is None else (A @ self.bias).flatten(2).sum(2) if A.dim() > 3 else A @ self.bias
+    def scaled(self, scale: Tensor, shift: Tensor) -> "Linear":
+        """This layer followed by y * scale + shift."""
+        return Linear(self.weight * scale.unsqueeze(1), shift if self.bias is None else self.bias * scale + shift)
 
 # %% ../../nbs/robust/00b_layers.ipynb #7879d8d5
 @dataclass
@@ -62,16 +63,8 @@ class Scale(Affine):
         return r if self.scale is None else r * abs(self.scale)
 
     def transpose(self, A: Tensor) -> Tensor:
-        return A if self.scale is None else A * _for_rows(self.scale, A)
-
-    def constant(self, A: Tensor) -> Tensor | float:
-        return 0.0 if self.shift is None else (A * _for_rows(self.shift, A)).flatten(2).sum(2)
-
-
-def _for_rows(value: Tensor | float, A: Tensor) -> Tensor | float:
-    """A factor that broadcasts against (B, *shape), made to broadcast against the rows (B, S, *shape)."""
-    batched = isinstance(value, Tensor) and value.dim() == A.dim() - 1
-    return value.unsqueeze(1) if batched else value
+        batched = isinstance(self.scale, Tensor) and self.scale.dim() == A.dim() - 1
+        return A if self.scale is None else A * (self.scale.unsqueeze(1) if batched else self.scale)
 
 # %% ../../nbs/robust/00b_layers.ipynb #5df9ece6
 @dataclass
@@ -89,9 +82,6 @@ class Reshape(Affine):
     def transpose(self, A: Tensor) -> Tensor:
         return A.reshape(*A.shape[:2], *self.before[1:])
 
-    def constant(self, A: Tensor) -> float:
-        return 0.0
-
 
 @dataclass
 class Add:
@@ -102,7 +92,7 @@ class Add:
     def interval(self, x1: Interval, x2: Interval) -> Interval:
         return Interval.ball(torch.add(x1.mid, x2.mid, alpha=self.sign), x1.rad + x2.rad)
 
-    def backward(self, A: Tensor, x1: Interval, x2: Interval) -> tuple[list[Tensor], float]:
+    def backward(self, A: Tensor, x1: Interval, x2: Interval, y: Interval) -> tuple[list[Tensor], float]:
         return [A, self.sign * A], 0.0
 
 
@@ -115,5 +105,5 @@ class Concat:
     def interval(self, *xs: Interval) -> Interval:
         return Interval.ends(torch.cat([x.lb for x in xs], self.dim), torch.cat([x.ub for x in xs], self.dim))
 
-    def backward(self, A: Tensor, *xs: Interval) -> tuple[list[Tensor], float]:
-        return list(A.split([x.shape[self.dim] for x in xs], self.dim + 1)), 0.0
+    def backward(self, A: Tensor, *boxes: Interval) -> tuple[list[Tensor], float]:
+        return list(A.split([x.shape[self.dim] for x in boxes[:-1]], self.dim + 1)), 0.0

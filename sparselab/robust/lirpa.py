@@ -62,6 +62,9 @@ def _exporter() -> Any:
 @contextmanager
 def _old_exporter() -> Iterator[None]:
     settings = _exporter()
+    for opset in range(9, 21):  # torch used to register all of them when it was imported
+        with suppress(ImportError):
+            importlib.import_module(f"torch.onnx.symbolic_opset{opset}")
     before, inlining = settings.export_onnx_opset_version, settings.autograd_inlining
     with _lent(torch._C.Node, "__getitem__", lambda node, key: getattr(node, node.kindOf(key))(key)):
         try:
@@ -150,11 +153,20 @@ def _wrap(model: nn.Module, x: Tensor) -> nn.Module:
     key = (x.shape, x.dtype, x.device, *((type(module), module.training) for module in model.modules()))
     if model not in _wrapped or _wrapped[model][0] != key:
         with _old_exporter():
-            bounded = load().BoundedModule(_stand_in(model), torch.zeros_like(x), device=x.device)
+            bounded = load().BoundedModule(_stand_in(model), torch.zeros_like(x), {"minimum_sparsity": 1.0}, x.device)
         _wrapped[model] = key, bounded
     return _wrapped[model][1]
 
 
+def _compute(model: nn.Module, live: dict, lower: Tensor, upper: Tensor, method: str, C: Tensor | None) -> tuple:
+    bounded, lirpa = _wrap(model, lower), load()
+    _borrow(bounded, live)
+    box = lirpa.BoundedTensor((lower + upper) / 2, lirpa.PerturbationLpNorm(norm=np.inf, x_L=lower, x_U=upper))
+    lb, ub = bounded.compute_bounds(x=(box,), C=C, method=METHODS[method])[:2]
+    _release(bounded)
+    return lb, ub
+
+# %% ../../nbs/robust/04_lirpa.ipynb #11c18400
 def lirpa_bounds(
     model: nn.Module,
     lower: Tensor,
@@ -169,18 +181,16 @@ def lirpa_bounds(
     """
     check_box(lower, upper)
     lirpa, live = load(), _live_weights(model, statistics or {})
+    parts = [slice(i, i + 1) for i in range(len(lower))] if method == "crown" else [slice(None)]
+    C = C if C is None else C.to(lower).expand(len(lower), -1, -1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            bounded = _wrap(model, lower)
-            _borrow(bounded, live)
-            ball = lirpa.PerturbationLpNorm(norm=np.inf, x_L=lower, x_U=upper)
-            x = lirpa.BoundedTensor((lower + upper) / 2, ball)
-            lb, ub = bounded.compute_bounds(x=(x,), C=C, method=METHODS[method])[:2]
+            found = [_compute(model, live, lower[i], upper[i], method, C if C is None else C[i]) for i in parts]
         except torch.OutOfMemoryError:
             raise
         except _FAILURES as error:
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"auto_LiRPA {lirpa.__version__} cannot bound {type(model).__name__} ({what}).") from error
-        _release(bounded)
+    lb, ub = (torch.cat(side) for side in zip(*found, strict=True))
     return lb, ub

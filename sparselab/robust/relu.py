@@ -22,23 +22,21 @@ class ReLU:
     slope: float = 0.0
 
     def interval(self, x: Interval) -> Interval:
-        return Interval.ends(self._function(x.lb), self._function(x.ub))
+        return Interval.ends(self.function(x.lb), self.function(x.ub))
 
-    def _function(self, x: Tensor) -> Tensor:
+    def function(self, x: Tensor) -> Tensor:
         return F.leaky_relu(x, self.slope) if self.slope else F.relu(x)
 
-    def lines(self, x: Interval) -> tuple[Tensor, Tensor, Tensor]:
-        """Slope of the line below (through the origin), slope and intercept of the line above; each (B, ...)."""
-        l = x.lb.clamp(max=0)  # noqa: E741
-        u = torch.maximum(x.ub.clamp(min=0), l + 1e-8)  # keeps the chord defined at l = u = 0
-        above = (u - self.slope * l) / (u - l) if self.slope else u / (u - l)
-        below = torch.where(above > 0.5, 1.0, self.slope).to(above.dtype)
-        return below, above, (self.slope - above) * l
+    def slopes(self, x: Interval) -> tuple[Tensor, Tensor]:
+        """Slopes of the line below, through the origin, and of the chord above; each (B, ...)."""
+        above = (x.mid / x.rad.clamp(min=1e-30) * 0.5 + 0.5).clamp(0, 1)
+        above = above * (1 - self.slope) + self.slope if self.slope else above
+        return (above > 0.5).to(above.dtype) * (1 - self.slope) + self.slope, above
 
-    def backward(self, A: Tensor, x: Interval) -> tuple[list[Tensor], Tensor]:
-        """A y >= A' x + c for every x in the box, with A (B, S, ...) and c (B, S)."""
-        below, above, intercept = self.lines(x)
-        size, middle, spread = A.abs(), (above + below) / 2, (above - below) / 2
-        slopes = A * middle.unsqueeze(1) - size * spread.unsqueeze(1)
-        negative = (A - size).flatten(2)
-        return [slopes], (negative @ intercept.flatten(1).unsqueeze(2)).squeeze(2) / 2
+    def backward(self, A: Tensor, x: Interval, y: Interval) -> tuple[list[Tensor], Tensor]:
+        """A (y - y0) >= A' (x - x0) + c for every x in the box, with A (B, S, ...) and c (B, S)."""
+        below, above = self.slopes(x)
+        positive = A + A.abs()
+        depth = (below * x.mid - y.mid).flatten(1).unsqueeze(2)
+        slopes = torch.addcmul(A * above.unsqueeze(1), positive, ((below - above) / 2).unsqueeze(1))
+        return [slopes], (positive.flatten(2) @ depth).squeeze(2) / 2

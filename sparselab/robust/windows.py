@@ -7,7 +7,7 @@ __all__ = ['Conv2d', 'AvgPool2d', 'MaxPool2d']
 
 # %% ../../nbs/robust/00c_windows.ipynb #82032e90
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,10 @@ class Conv2d(Affine):
         )
         return x[..., : self.size[0], : self.size[1]].unflatten(0, A.shape[:2])
 
-    def constant(self, A: Tensor) -> Tensor | float:
-        return 0.0 if self.bias is None else A.sum((3, 4)) @ self.bias
+    def scaled(self, scale: Tensor, shift: Tensor) -> "Conv2d":
+        """This layer followed by y * scale + shift, per channel."""
+        bias = shift if self.bias is None else self.bias * scale + shift
+        return replace(self, weight=self.weight * scale.view(-1, 1, 1, 1), bias=bias)
 
 # %% ../../nbs/robust/00c_windows.ipynb #24a06dab
 @dataclass
@@ -77,9 +79,6 @@ class AvgPool2d(Affine):
         like = A.new_empty(A.shape[0] * A.shape[1], A.shape[2], *self.size)
         x = torch.ops.aten.avg_pool2d_backward(A.flatten(0, 1), like, _pair(kernel), _pair(stride), *rest)
         return x.unflatten(0, A.shape[:2])
-
-    def constant(self, A: Tensor) -> float:
-        return 0.0
 
 # %% ../../nbs/robust/00c_windows.ipynb #01fb7fd9
 def _unfold(x: Tensor, value: float, kernel, stride, padding, dilation) -> Tensor:
@@ -105,12 +104,19 @@ class MaxPool2d:
         others = _unfold(x.ub.detach(), -math.inf, *self.options).masked_fill(is_best, -math.inf).amax(2)
         return best, lower >= others.view_as(lower), F.max_pool2d(x.ub, *self.options)
 
-    def backward(self, A: Tensor, x: Interval) -> tuple[list[Tensor], Tensor]:
-        """A y >= A' x + c: positive coefficients take the plane below, negative ones the plane above."""
+    def backward(self, A: Tensor, x: Interval, y: Interval) -> tuple[list[Tensor], Tensor]:
+        """A (y - y0) >= A' (x - x0) + c: positive coefficients take the plane below, negative ones the plane above."""
         best, exact, above = self.planes(x)
-        negative = (A - A.abs()) / 2
-        slope = torch.where(exact.unsqueeze(1), A, A - negative)
-        constant = (negative.flatten(2) @ (above * ~exact).flatten(1).unsqueeze(2)).squeeze(2)
+        centre = x.mid.flatten(2).gather(2, best.flatten(2)).view_as(above)  # of the input i*
+        size, free = A.abs(), ~exact.unsqueeze(1)
+        slope = torch.where(free, (A + size) / 2, A)
+        middle = torch.where(exact, centre, (centre + above) / 2) - y.mid
+        spread = torch.where(exact, 0.0, (above - centre) / 2)
+        constant = _dot(A, middle) - _dot(size, spread)
         out = slope.new_zeros(*slope.shape[:3], x.shape[2] * x.shape[3])
         index = best.unsqueeze(1).expand_as(slope).flatten(3)
         return [out.scatter_add(3, index, slope.flatten(3)).unflatten(3, x.shape[2:])], constant
+
+
+def _dot(A: Tensor, x: Tensor) -> Tensor:
+    return (A.flatten(2) @ x.flatten(1).unsqueeze(2)).squeeze(2)

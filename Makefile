@@ -55,7 +55,8 @@ train: $(STAMP) ## train a 99 % sparse network under a verified loss on scikit-l
 	@echo "papermill nbs/train.ipynb $(OUT) -p sparsity $(SPARSITY) $(ARGS)"
 	@set -o pipefail; $(PAPERMILL) nbs/train.ipynb "$(OUT)" -p sparsity $(SPARSITY) $(ARGS) 2>&1 | cat
 	@echo "executed notebook: $(OUT)"
-	@find runs -name summary.json -newer runs/.started -exec dirname {} \; | sed 's/^/run folder:        /'
+	@found=$$(find runs -name summary.json -newer runs/.started); \
+		for summary in $${found:-$$(ls -t runs/*/summary.json | head -n 1)}; do echo "run folder:        $$(dirname "$$summary")"; done
 
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP) ## all tests: library in sync, notebooks clean, ruff, every library notebook, pytest

@@ -1,0 +1,469 @@
+"""Figures show what happened: their data against masks, histories, rows and summaries, on random cases."""
+import base64
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from html import unescape
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("plotly", reason="figures need the extra lab")
+import plotly.graph_objects as go
+
+from sparselab.sparse.history import MaskHistory
+from sparselab.view import theme
+from sparselab.view.masks import layer_sparsity, layers_of, mask_evolution, mask_image
+from sparselab.view.png import data_uri, fewer_colours, indexed_png
+from sparselab.view.raster import GAP, OFF, PALETTE, events, layout, pixels
+from sparselab.view.results import COLUMNS, accuracy_bars, results_table
+from sparselab.view.stability import STATES, stability_by_layer
+from sparselab.view.training import training_curves
+from sparselab.view.updates import changes, flow, overlap
+
+SHAPES = {"conv1.weight": (6, 1, 3, 3), "point.weight": (5, 6, 1, 1), "fc1.weight": (9, 37), "fc2.weight": (3, 9)}
+
+
+def chunks(png):
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    at, found = 8, {}
+    while at < len(png):
+        size, kind = struct.unpack(">I4s", png[at:at + 8])
+        body = png[at + 8:at + 8 + size]
+        assert struct.unpack(">I", png[at + 8 + size:at + 12 + size])[0] == zlib.crc32(kind + body)
+        found[kind] = found.get(kind, b"") + body
+        at += size + 12
+    return found
+
+
+def decode(source):
+    """Palette indices of an indexed PNG (bytes or data URI), read bit by bit."""
+    found = chunks(base64.b64decode(source.split(",")[1]) if isinstance(source, str) else source)
+    width, height, depth, kind = struct.unpack(">IIBB", found[b"IHDR"][:10])
+    assert kind == 3 and set(found) == {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+    rows = np.frombuffer(zlib.decompress(found[b"IDAT"]), np.uint8).reshape(height, -1)
+    assert not rows[:, 0].any()
+    bits = np.unpackbits(rows[:, 1:], axis=1)[:, :width * depth].reshape(height, width, depth)
+    return bits @ (1 << np.arange(depth)[::-1])
+
+
+def random_history(shapes=SHAPES, updates=7, seed=0, density=0.3):
+    """Masks that change at random: also in number, with layers that stay and weights that come back."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = {name: torch.rand(shape, generator=generator) < density for name, shape in shapes.items()}
+    history, all_masks = MaskHistory(masks), [dict(masks)]
+    for i in range(updates):
+        for j, (name, mask) in enumerate(masks.items()):
+            if (i + j) % 3:
+                masks[name] = mask ^ (torch.rand(mask.shape, generator=generator) < 0.15)
+        history.record(10 * (i + 1), masks)
+        all_masks.append(dict(masks))
+    return history, all_masks
+
+
+# --- png and raster ---------------------------------------------------------------------------------------------------
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 256), st.integers(1, 21), st.integers(1, 9), st.integers(0, 2 ** 32 - 1))
+def test_indexed_png_round_trip(colours, width, height, seed):
+    image = np.random.default_rng(seed).integers(0, colours, (height, width))
+    palette = [(i, 255 - i, i // 2, 255 - i // 3) for i in range(colours)]
+    png = indexed_png(image, palette)
+    assert (decode(png) == image).all() and (decode(data_uri(png)) == image).all()
+    found = chunks(png)
+    assert [tuple(c) for c in np.frombuffer(found[b"PLTE"], np.uint8).reshape(-1, 3)] == [c[:3] for c in palette]
+    assert list(found[b"tRNS"]) == [c[3] for c in palette]
+
+
+def test_a_png_that_is_not_of_chrome_stays_as_it_is():
+    png = indexed_png(np.zeros((3, 3), int), [(1, 2, 3, 255)])
+    assert fewer_colours(png) == png
+
+
+def naive(now, before, at):
+    """The summary of masks, one block at a time."""
+    now, before = (mask.reshape(len(mask), -1) for mask in (now, before))
+    image = np.full((-(-now.shape[0] // at.block[0]), -(-now.shape[1] // at.block[1])), OFF)
+    for i, j in np.ndindex(image.shape):
+        n, b = (m[i * at.block[0]:(i + 1) * at.block[0], j * at.block[1]:(j + 1) * at.block[1]] for m in (now, before))
+        counts = [(n & ~b).sum(), (b & ~n).sum(), (n & b).sum()]  # grown, dropped, kept: the first wins a tie
+        if sum(counts):
+            image[i, j] = 4 * (2, 3, 1)[int(np.argmax(counts))] - 3 + -(-4 * sum(counts) // n.size)
+    return image
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 11), st.integers(1, 13), st.sampled_from([(), (1, 1), (3,), (2, 3)]), st.integers(1, 12),
+       st.integers(1, 40), st.sampled_from([0.02, 0.3, 1.0]), st.integers(0, 2 ** 32 - 1))
+def test_pixels_are_the_masks_block_by_block(outputs, inputs, kernel, rows, columns, density, seed):
+    random = np.random.default_rng(seed)
+    now, before = random.random((2, outputs, inputs, *kernel)) < density
+    at = layout(now.shape, (rows, columns))
+    image = pixels(events(now, before), at)
+    assert image.shape[0] <= rows and image.shape[1] <= columns and image.max() < len(PALETTE)
+    if at.gaps:
+        gaps = np.arange(at.kernel, image.shape[1], at.kernel + 1)
+        assert (image[:, gaps] == GAP).all()
+        image = np.delete(image, gaps, axis=1)
+    assert (image == naive(now, before, at)).all()
+
+
+@pytest.mark.parametrize("shape", [(10, 7), (10, 7, 3, 3), (300, 900), (300, 900, 3, 3), (7, 900, 1, 1), (4, 90, 5, 5)])
+def test_axes_count_output_and_input_units(shape):
+    at = layout(shape)
+    rows, columns = pixels(events(np.ones(shape, bool)), at).shape
+    axes, half = at.axes, 0.5 + 1e-9
+    for first, step, size, units in [("x0", "dx", columns, shape[1]), ("y0", "dy", rows, shape[0])]:
+        left, right = axes[first] - axes[step] / 2, axes[first] + axes[step] * (size - 0.5)
+        assert -half <= left and right >= units - 0.5 - axes[step] - 1e-9  # the pixels cover the units
+        assert right < units - 0.5 + axes[step]
+    if at.gaps:  # the middle of a kernel is a whole number
+        middle = axes["x0"] + axes["dx"] * ((at.kernel - 1) / 2 + 3 * (at.kernel + 1))
+        assert middle == pytest.approx(3)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_frame_of_an_evolution_is_the_masks(name):
+    history, masks = random_history()
+    fig = mask_evolution(history, name)
+    assert len(fig.frames) == len(masks) == len(fig.layout.sliders[0].steps)
+    assert fig.data[0].source == fig.frames[fig.layout.sliders[0].active].data[0].source
+    at = layout(SHAPES[name])
+    for i, frame in enumerate(fig.frames):
+        now, before = masks[i][name].numpy(), masks[max(0, i - 1)][name].numpy()
+        image = decode(frame.data[0].source)
+        shown = image[:, [c for c in range(image.shape[1]) if not at.gaps or c % (at.kernel + 1) != at.kernel]]
+        assert (shown == naive(now, before, at)).all()
+        assert fig.layout.sliders[0].steps[i].args[0] == (frame.name,) and frame.traces == (0,)
+        counts = (now & before).sum(), (now & ~before).sum(), (before & ~now).sum()
+        assert frame.name == f"step {10 * i}: {counts[0]} kept, {counts[1]} grown, {counts[2]} dropped"
+
+
+def test_too_many_updates_are_thinned_and_said():
+    history, masks = random_history(updates=50)
+    fig = mask_evolution(history, "fc1.weight", max_updates=7)
+    steps = [int(frame.name.split(":")[0].split()[1]) for frame in fig.frames]
+    assert len(steps) == 7 and steps[0] == 0 and steps[-1] == 500 and "7 of 51 masks" in fig.layout.meta["note"]
+    at = steps[3] // 10  # events compare with the update just before, which is not shown
+    grown = (masks[at]["fc1.weight"] & ~masks[at - 1]["fc1.weight"]).sum()
+    assert f"{grown} grown" in fig.frames[3].name and (decode(fig.frames[3].data[0].source) == 9).sum() == grown
+
+
+def test_pictures_stay_within_their_bytes():
+    history, _ = random_history({"big.weight": (300, 1000)}, updates=12)
+    free, tight = (mask_evolution(history, "big.weight", max_bytes=size) for size in (10 ** 9, 200_000))
+    assert len(free.frames) == 13 and sum(len(f.data[0].source) for f in free.frames) > 220_000
+    assert 2 <= len(tight.frames) < 13 and sum(len(f.data[0].source) for f in tight.frames) < 220_000
+    assert "2 x 2 weights" in tight.layout.meta["note"] and f"{len(tight.frames)} of 13" in tight.layout.meta["note"]
+
+
+def test_one_image_is_that_record():
+    history, masks = random_history()
+    for record in (0, 3, -1):
+        image = decode(mask_image(history, "fc1.weight", record).data[0].source)
+        now = masks[record]["fc1.weight"].numpy()
+        before = now if record == 0 else masks[record - 1]["fc1.weight"].numpy()
+        assert (image == naive(now, before, layout((9, 37)))).all()
+    with pytest.raises(IndexError):
+        mask_image(history, "fc1.weight", 99)
+
+
+def test_a_static_history_has_figures_without_slider():
+    history = MaskHistory({"fc.weight": torch.eye(4).bool()})
+    fig = mask_evolution(history, "fc.weight")
+    assert not fig.layout.sliders and (decode(fig.data[0].source) == np.where(np.eye(4), 5, OFF)).all()
+    assert "never changed" in flow(history).layout.meta["note"]
+    assert [list(trace.y) for trace in overlap(history).data] == [[1], [1], [0.25], [0.25]]
+
+
+@pytest.mark.parametrize("draw", [mask_evolution, mask_image, changes, lambda h, n: flow(h, [n]),
+                                  lambda h, n: overlap(h, [n])])
+def test_unknown_layers_are_answered_with_the_nearest(draw):
+    with pytest.raises(ValueError, match="'fc1.wieght'.*Did you mean 'fc1.weight'"):
+        draw(random_history()[0], "fc1.wieght")
+
+
+@pytest.mark.parametrize("draw", [flow, overlap])
+def test_a_history_without_layers_is_refused_in_words(draw):
+    with pytest.raises(ValueError, match="no layers.*dense"):
+        draw(MaskHistory({}))
+
+
+def test_layer_sparsity_is_the_history_counted():
+    history, masks = random_history()
+    for record in (0, -1):
+        layers = layers_of(history, record)
+        drawn = {trace.name: list(trace.x) for trace in layer_sparsity(layers, dict.fromkeys(SHAPES, 0.5)).data}
+        assert drawn["kept weights"] == [int(mask.sum()) for mask in masks[record].values()]
+        assert drawn["all weights"] == [mask.numel() for mask in masks[record].values()]
+        assert drawn["density"] == [float(mask.float().mean(dtype=torch.float64)) for mask in masks[record].values()]
+        assert drawn["ERK"] == [0.5] * 4
+    with pytest.raises(ValueError, match="no layer"):
+        layer_sparsity({})
+    with pytest.raises(ValueError, match="erk.*fc2.weight"):
+        layer_sparsity(layers, {name: 0.1 for name in list(SHAPES)[:-1]})
+
+
+# --- updates ----------------------------------------------------------------------------------------------------------
+
+def as_sets(masks, names):
+    return [{(name, i) for name in names for i in m[name].flatten().nonzero().flatten().tolist()} for m in masks]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_flow_and_overlap_against_sets(seed):
+    history, masks = random_history(seed=seed, updates=9)
+    fig = flow(history)
+    for panel, name in enumerate(SHAPES):
+        sets = as_sets(masks, [name])
+        new, again, dropped = (np.array(trace.y) for trace in fig.data[3 * panel:3 * panel + 3])
+        for i, (before, now) in enumerate(zip(sets, sets[1:], strict=False)):
+            tried = set().union(*sets[:i + 1])
+            assert (new[i], again[i], -dropped[i]) == (len(now - tried), len(now - before & tried), len(before - now))
+        rows = [row for row in history.flow() if row["name"] == name]
+        assert (new + again).tolist() == [row["grown"] for row in rows]
+        assert (-dropped).tolist() == [row["dropped"] for row in rows]
+        assert (new + again + dropped).sum() == len(sets[-1]) - len(sets[0])
+    sets, total = as_sets(masks, SHAPES), sum(np.prod(shape) for shape in SHAPES.values())
+    drawn = {trace.name: list(trace.y) for trace in overlap(history).data}
+    assert drawn["with the first"] == pytest.approx([len(s & sets[0]) / len(s | sets[0]) for s in sets])
+    pairs = zip([sets[0], *sets], sets, strict=False)
+    assert drawn["with the previous"] == pytest.approx([len(a & b) / len(a | b) for a, b in pairs])
+    assert drawn["all layers"] == pytest.approx([len(set().union(*sets[:i + 1])) / total for i in range(len(sets))])
+
+
+def test_many_layers_show_the_busiest_below_the_sum():
+    shapes = {f"l{i}.weight": (4, 4 + 4 * (i % 5)) for i in range(9)}
+    history, _ = random_history(shapes)
+    fig = flow(history)
+    titles = [annotation.text for annotation in fig.layout.annotations]
+    assert titles[0] == "all 9 layers" and len(titles) == 7 and "busiest" in fig.layout.meta["title"]
+    moved = {name: sum(r["grown"] + r["dropped"] for r in history.flow() if r["name"] == name) for name in shapes}
+    left_out = [moved[name] for name in shapes if name.removesuffix(".weight") not in titles]
+    assert max(left_out) <= min(moved[f"{title}.weight"] for title in titles[1:])
+    assert (np.array(fig.data[0].y) + fig.data[1].y).sum() == sum(r["grown"] for r in history.flow())
+
+
+# --- training, stability, results -------------------------------------------------------------------------------------
+
+def test_curves_skip_what_rows_lack_and_sort_by_step():
+    rows = [{"step": 30, "loss": 1.0, "clean": 0.5, "eps": 0.1},
+            {"step": 10, "loss": 3.0, "verified": 0.25, "clean": None},
+            {"step": 20, "nnz": 7, "sparsity": 0.5, "eps": 0.0}]
+    drawn = {trace.name: (list(trace.x), list(trace.y)) for trace in training_curves(rows).data}
+    assert drawn == {"loss": ([10, 30], [3.0, 1.0]), "clean": ([30], [0.5]), "verified": ([10], [0.25]),
+                     "eps": ([20, 30], [0.0, 0.1]), "nnz": ([20], [7])}
+
+
+@pytest.mark.parametrize("present", [c for n in range(1, 5) for c in combinations(("loss", "clean", "nnz", "eps"), n)])
+def test_curves_of_any_choice_of_columns_and_one_row(present):
+    row = {"step": 1, **dict.fromkeys(present, 0.5)}
+    if present == ("eps",):
+        with pytest.raises(ValueError, match="nothing to draw in 1 rows"):
+            training_curves([row])
+        return
+    panels = len({"loss", "clean", "nnz"} & set(present))
+    fig = training_curves([row])
+    assert len([axis for axis in fig.layout if axis.startswith("xaxis")]) == panels
+    assert {t.name for t in fig.data} == set(present) - ({"eps"} if "clean" not in present else set())
+
+
+def test_curves_survive_a_diverged_run_and_refuse_an_empty_one():
+    fig = training_curves([{"step": 1, "loss": 2.0, "clean": 0.1, "eps": 0.0}, {"step": 2, "loss": float("nan")}])
+    assert np.isnan(fig.data[0].y[1]) and json.loads(fig.to_json())
+    with pytest.raises(ValueError, match="nothing to draw in 0 rows"):
+        training_curves([])
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from([1, 2, 4, 10]), st.integers(1, 6), st.integers(0, 2 ** 32 - 1))
+def test_stability_bars_fill_every_layer_at_every_row(layers, rows, seed):
+    random = np.random.default_rng(seed)
+
+    def measured():
+        active, unstable, inactive = random.dirichlet([1, 1, 1])
+        return {"active": active, "unstable": unstable, "inactive": inactive, "dead": inactive * random.random()}
+
+    table = [{"step": 5 * i, "epoch": i, "layers": {f"l{j}": measured() for j in range(layers) if i + j != 1}}
+             for i in range(rows)]
+    shown = [name for name in dict.fromkeys(n for row in table for n in row["layers"])][:9]
+    if not shown:
+        return
+    fig = stability_by_layer(table[::-1])  # rows in any order
+    assert len(fig.data) == 4 * len(shown)
+    for at, name in enumerate(shown):
+        bars = {trace.name: np.array(trace.y) for trace in fig.data[4 * at:4 * at + 4]}
+        have = [row for row in table if name in row["layers"]]
+        assert list(fig.data[4 * at].x) == [row["epoch"] for row in have] and tuple(bars) == STATES
+        assert np.allclose(sum(bars.values()), 1) and min(map(min, bars.values())) >= 0
+        for state in ("active", "unstable", "dead"):
+            assert np.allclose(bars[state], [row["layers"][name][state] for row in have])
+    assert ("layers shown" in fig.layout.meta["note"]) == (len({n for r in table for n in r["layers"]}) > 9)
+
+
+@pytest.mark.parametrize("layer", [{"active": 0.5, "unstable": 0.5, "inactive": 0.5, "dead": 0},
+                                   {"active": 0.5, "unstable": 0.25, "inactive": 0.25, "dead": 0.5}])
+def test_stability_that_is_no_share_names_layer_and_step(layer):
+    with pytest.raises(ValueError, match="layer fc1 at step 7"):
+        stability_by_layer([{"step": 7, "layers": {"fc1": layer}}])
+
+
+def test_stability_names_are_checked():
+    rows = [{"step": 7, "layers": {"relu1": {"active": 0.5, "unstable": 0.25, "inactive": 0.25, "dead": 0}}}]
+    assert len(stability_by_layer(rows, ["relu1"]).data) == 4
+    with pytest.raises(ValueError, match="'relu2'.*'relu1'"):
+        stability_by_layer(rows, ["relu2"])
+
+
+def summary(clean, pgd, verified, **more):
+    return {"accuracy": {"clean": clean, "pgd": pgd, "verified": verified}, **more}
+
+
+def test_bars_are_means_and_spreads_of_the_summaries():
+    runs = {"dense": [summary(0.9, 0.8, 0.7), summary(0.8, 0.7, 0.5)], "one": summary(0.5, 0.4, 0.25),
+            "no pgd": [summary(0.5, None, 0.125)]}
+    clean, pgd, verified = accuracy_bars(runs, dense="dense").data
+    assert list(clean.x) == ["dense", "one", "no pgd"]
+    assert clean.y[:2] == pytest.approx((0.85, 0.5)) and pgd.y[2] is None and verified.y[2] == 0.125
+    assert verified.error_y.array[0] == pytest.approx(np.std([0.7, 0.5], ddof=1)) and verified.error_y.array[1] == 0
+    assert verified.text[0] == "60.0%" and verified.text[1] == "25.0%<br>-35.0" and pgd.text[2] == ""
+    assert not accuracy_bars({"a": summary(1, 1, 1)}).data[0].error_y.visible
+    with pytest.raises(ValueError, match="'dence'.*'dense'"):
+        accuracy_bars(runs, dense="dence")
+
+
+@pytest.mark.parametrize("nothing", [{}, {"a": []}, {"a": {"nnz": 3}}, {"a": [summary(1, 1, 1), {}]}])
+def test_results_without_accuracy_are_refused_in_words(nothing):
+    for draw in (accuracy_bars, results_table):
+        with pytest.raises(ValueError, match="summary.json"):
+            draw(nothing)
+
+
+def test_the_table_holds_the_numbers_and_escapes_names():
+    one = summary(0.911, 0.85, 0.84, verified_by={"ibp": 0.83, "crown": 0.01}, nnz=1662, total=166248, sparsity=0.99,
+                  seconds=61.4, config={"method": "sparsevlr"})
+    assert results_table(one).rows == [["sparsevlr", "91.10%", "85.00%", "84.00%", "ibp 83.00%, crown 1.00%", "1,662",
+                                        "166,248", "99.00%", "61"]]
+    other = one | summary(0.891, 0.85, 0.8, verified_by={"ibp": 0.81, "crown": 0.03})
+    table = results_table({"<b>|both": [one, other], "one": one})
+    assert table.rows[0][:4] == ["<b>|both", "90.10% ± 1.41%", "85.00%", "82.00% ± 2.83%"]
+    assert "&lt;b&gt;|both" in table._repr_html_() and "<b>" not in table._repr_html_()
+    lines = table._repr_markdown_().splitlines()
+    assert len(lines) == 4 and {line.replace("\\|", "").count("|") for line in lines} == {len(COLUMNS) + 1}
+    assert results_table(summary(1, 1, 1, verified_by={"ibp": 1, "crown": 0})).rows[0][4] == "ibp 1, crown 0"
+
+
+# --- theme ------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def no_browser(monkeypatch):
+    monkeypatch.setattr(theme, "picture", lambda fig: None)
+
+
+def test_every_figure_wears_the_theme(no_browser):
+    history, _ = random_history()
+    for fig in (flow(history), overlap(history), mask_evolution(history, "fc1.weight"),
+                layer_sparsity(layers_of(history)), training_curves([{"step": 1, "loss": 1.0}]),
+                accuracy_bars({"a": summary(1, 1, 1)})):
+        assert fig.layout.template.layout.paper_bgcolor == theme.CLEAR and fig.layout.width is None
+        bundle = theme.mimebundle(fig)
+        assert bundle["text/plain"] == f"Figure: {fig.layout.meta['title']}" and "image/png" not in bundle
+        assert len(json.dumps(bundle)) < 40_000  # plotly's own template alone would be 7 kB of each figure
+
+
+def test_the_flipbook_has_the_frames_of_the_figure(no_browser):
+    history, _ = random_history()
+    fig = mask_evolution(history, "fc1.weight")
+    book = theme.mimebundle(fig)["text/html"]
+    frames = json.loads(unescape(book.split('data-frames="')[1].split('"')[0]))
+    assert frames == [[frame.name, frame.data[0].source] for frame in fig.frames]
+    assert f'src="{frames[-1][1]}"' in book and f'max="{len(frames) - 1}"' in book and "http" not in book
+    assert "text/html" not in theme.mimebundle(flow(history))
+
+
+def test_show_does_nothing_in_tests_and_displays_otherwise(no_browser, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append((bundle, raw)))
+    fig = training_curves([{"step": 1, "loss": 1.0}])
+    monkeypatch.setenv("IN_TEST", "1")
+    theme.show(fig)
+    assert shown == []
+    monkeypatch.delenv("IN_TEST")
+    theme.show(fig)
+    (bundle, raw), = shown
+    assert raw and "application/vnd.plotly.v1+json" in bundle
+
+
+def test_a_browser_that_never_answers_is_given_up_once(monkeypatch):
+    import asyncio
+
+    class Stuck:
+        calls = 0
+
+        async def calc_fig(self, fig, opts):
+            Stuck.calls += 1
+            await asyncio.sleep(3600)
+
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    monkeypatch.setattr(theme, "_camera", lambda process: (loop, Stuck()))
+    monkeypatch.setattr(theme, "_blind", set())
+    fig = training_curves([{"step": 1, "loss": 1.0}])
+    with pytest.warns(UserWarning, match="failed.*without a picture"):
+        assert theme.picture(fig, timeout=0.2) is None
+    assert theme.picture(fig) is None and Stuck.calls == 1
+    loop.call_soon_threadsafe(loop.stop)
+
+
+@pytest.mark.browser
+def test_a_real_browser_draws_the_figure_small():
+    pytest.importorskip("kaleido")
+    code = ("import sys\nfrom sparselab.view import theme, training\n"
+            "fig = training.training_curves([{'step': i, 'loss': 1 / (i + 1), 'clean': i / 9} for i in range(9)])\n"
+            "sys.stdout.buffer.write(theme.picture(fig))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=240, env=os.environ)
+    assert done.returncode == 0, done.stderr.decode()
+    image = decode(done.stdout)
+    palette = np.frombuffer(chunks(done.stdout)[b"PLTE"], np.uint8).reshape(-1, 3)
+    colours = {"#" + bytes(palette[i]).hex().upper() for i in np.unique(image)}
+    assert image.shape[1] == 900 and len(done.stdout) < 40_000
+    assert {theme.COLORS["loss"], theme.COLORS["clean"]} <= colours  # both curves are there, in their exact colours
+
+
+@pytest.mark.browser
+def test_the_slider_of_a_saved_notebook_works_as_html_without_network(tmp_path, no_browser):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    nbformat, nbconvert = pytest.importorskip("nbformat"), pytest.importorskip("nbconvert")
+    fig = mask_evolution(random_history()[0], "conv1.weight")
+    output = nbformat.v4.new_output("display_data", data=theme.mimebundle(fig))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("show(fig)", outputs=[output])])
+    page_file = tmp_path / "saved.html"
+    page_file.write_text(nbconvert.HTMLExporter().from_notebook_node(notebook)[0])
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        page.context.set_offline(True)
+        page.goto(page_file.as_uri())
+        slider, seen = page.locator("input[type=range]"), []
+        slider.focus()
+        for _ in fig.frames:
+            seen.append((page.locator("output").text_content(), page.locator("img").get_attribute("src")))
+            page.keyboard.press("ArrowLeft")
+        browser.close()
+    assert seen == [(frame.name, frame.data[0].source) for frame in reversed(fig.frames)]
+
+
+def test_figures_are_plain_figures():
+    history, _ = random_history()
+    assert type(mask_evolution(history, "fc1.weight")) is go.Figure  # a FigureWidget would save 5 MB of JavaScript

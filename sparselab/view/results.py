@@ -77,7 +77,7 @@ def _bars_look(fig: go.Figure, groups: dict[str, list[dict]], dense: str | None)
     fig.update_yaxes(range=[0, 1], tickformat=".0%", title_text="accuracy")
     fig.update_xaxes(type="category")
     fig.update_layout(barmode="group", bargap=0.2, bargroupgap=0.04)
-    return titled(fig, "Clean, PGD and verified accuracy", "; ".join(notes) or "verified <= PGD <= clean")
+    return titled(fig, "Clean, PGD and verified accuracy", "; ".join(notes) or "verified ≤ PGD ≤ clean")
 
 # %% ../../nbs/view/07_results.ipynb #f80cbd43
 COLUMNS = ("run", *MEASURES.values(), "verified by", "nnz", "total", "sparsity", "seconds")

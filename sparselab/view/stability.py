@@ -40,6 +40,7 @@ def stability_by_layer(rows: list[dict], names: Sequence[str] | None = None) -> 
     `names`: the layers to show, by default the first MAX_LAYERS; the figure says when there are more. Raises ValueError
     when there is nothing to show.
     """
+    rows = sorted(rows, key=lambda row: row["step"])
     present = list(dict.fromkeys(name for row in rows for name in row["layers"]))
     if not present:
         raise ValueError(f"There is nothing to draw in {len(rows)} rows of stability: no row holds a layer. It is "
@@ -60,7 +61,7 @@ def stability_by_layer(rows: list[dict], names: Sequence[str] | None = None) -> 
 def _stack(fig: go.Figure, name: str, rows: list[dict], row: int, column: int, legend: bool) -> None:
     """The bars of one layer; rows that did not measure it are left out."""
     measured = [(r.get("epoch", r["step"]), shares(r["layers"][name], f"layer {name} at step {r['step']}"))
-                for r in sorted(rows, key=lambda r: r["step"]) if name in r["layers"]]
+                for r in rows if name in r["layers"]]
     for state in STATES:
         fig.add_bar(x=[at for at, _ in measured], y=[share[state] for _, share in measured], name=state,
                     marker={"color": COLORS[state], "line": {"width": 0}}, legendgroup=state, showlegend=legend,
@@ -68,7 +69,7 @@ def _stack(fig: go.Figure, name: str, rows: list[dict], row: int, column: int, l
 
 # %% ../../nbs/view/06_stability.ipynb #f721678b
 def _look(fig: go.Figure, rows: list[dict], chosen: list[str], present: list[str]) -> go.Figure:
-    last = max(rows, key=lambda row: row["step"])
+    last = rows[-1]
     loose = [last["layers"][name]["unstable"] for name in chosen if name in last["layers"]]
     note = f"last row: {sum(loose) / len(loose):.1%} of neurons unstable, mean of {len(loose)} layers" if loose else ""
     if len(chosen) < len(present):

@@ -48,7 +48,7 @@ TEMPLATE = go.layout.Template(layout={
     "margin": {"l": 60, "r": 20, "b": 45}, "xaxis": _axis, "yaxis": _axis,
     "legend": {"orientation": "h", "x": 0, "yref": "container", "yanchor": "top", "traceorder": "normal"},
     "title": {"x": 0, "xref": "paper", "xanchor": "left", "yref": "container", "yanchor": "top", "font": {"size": 17}},
-    "bargap": 0.2,
+    "bargap": 0.2, "modebar": {"bgcolor": CLEAR, "color": GRID, "activecolor": TEXT},
 })
 
 
@@ -93,18 +93,18 @@ def picture(fig: go.Figure, width: int = 900, timeout: float = 90) -> bytes | No
             return None
         loop, browser = _camera(pid)
         still = {"data": fig.to_dict()["data"], "layout": fig.to_dict()["layout"]}
-        drawing = asyncio.run_coroutine_threadsafe(browser.calc_fig(still, opts=options), loop)
-        return fewer_colours(drawing.result(timeout))
+        drawing = asyncio.wait_for(browser.calc_fig(still, opts=options), timeout)
+        return fewer_colours(asyncio.run_coroutine_threadsafe(drawing, loop).result(timeout + 5))
     except Exception as error:
         _blind.add(pid)
-        warnings.warn(f"The browser that draws PNG pictures failed ({type(error).__name__}: {error}); "
+        warnings.warn(f"The browser that draws PNG pictures failed ({error!r}); "
                       "figures are shown without a picture from here on.", stacklevel=2)
         return None
 
 # %% ../../nbs/view/01_theme.ipynb #34863af3
 _BOOK = """<div style="max-width:900px;font-family:sans-serif;color:{text}">
 <b>{title}</b><br>{note}<br>{legend}<br>
-<img width="880" height="{height}" style="width:100%;image-rendering:pixelated;border:1px solid {grid}" src="{source}">
+<img width="880" height="{height}" style="width:100%;height:{height}px;image-rendering:pixelated" src="{source}">
 <input type="range" style="width:100%" min="0" max="{last}" value="{last}" data-frames="{frames}" oninput="
 const f=JSON.parse(this.dataset.frames)[this.value], box=this.parentNode;
 box.querySelector('img').src=f[1]; box.querySelector('output').textContent=f[0]">
@@ -118,14 +118,15 @@ def flipbook(fig: go.Figure) -> str | None:
     frames = [(frame.name, frame.data[0].source) for frame in fig.frames]
     legend = " &nbsp; ".join(f'<span style="color:{trace.marker.color}">&#9632;</span> {html.escape(trace.name)}'
                              for trace in fig.data if trace.type == "scatter")
-    return _BOOK.format(**fig.layout.meta, legend=legend, text=TEXT, grid=GRID, height=fig.layout.height - 200,
+    words = {key: html.escape(text) for key, text in fig.layout.meta.items()}
+    return _BOOK.format(**words, legend=legend, text=TEXT, height=fig.layout.height - 200,
                         source=frames[-1][1], last=len(frames) - 1, label=html.escape(frames[-1][0]),
                         frames=html.escape(json.dumps(frames)))
 
 # %% ../../nbs/view/01_theme.ipynb #e397183e
 def mimebundle(fig: go.Figure) -> dict:
     """`fig` in every form a reader of a notebook may know: plotly JSON, HTML when frames are pictures, PNG, text."""
-    figure = json.loads(fig.to_json()) | {"config": {"displaylogo": False, "responsive": True}}
+    figure = json.loads(fig.to_json()) | {"config": {"displaylogo": False}}
     bundle = {"application/vnd.plotly.v1+json": figure, "text/plain": f"Figure: {fig.layout.meta['title']}"}
     if book := flipbook(fig):
         bundle["text/html"] = book

@@ -13,7 +13,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..sparse.history import MaskHistory
-from .masks import masks_between, short
+from .masks import masks_between, shape_of, short
+from .raster import events
 from .theme import COLORS, OKABE_ITO, TEXT, titled
 
 # %% ../../nbs/view/05_updates.ipynb #d9fd61e1
@@ -23,15 +24,18 @@ def changes(history: MaskHistory, name: str) -> dict[str, np.ndarray]:
     active; grown and dropped by the update; regrown (of those grown, dropped before); first (still active from the
     start); ever (active in any mask so far). Raises ValueError for an unknown layer.
     """
-    rows, ever, start = [], None, None
+    rows, tried = [], np.zeros(int(np.prod(shape_of(history, name))), bool)
     for _, now, before in masks_between(history, name):
-        if start is None:
-            start, ever = now, now.copy()
-        grown = now & ~before
-        rows.append({"active": now.sum(), "grown": grown.sum(), "dropped": (before & ~now).sum(),
-                     "regrown": (grown & ever).sum(), "first": (now & start).sum()})
-        ever |= now
-        rows[-1]["ever"] = ever.sum()
+        kept, grown, dropped = events(now, before).values()
+        if not rows:
+            start, first, ever = now.ravel(), len(kept), len(kept)
+            tried[kept] = True
+        regrown = int(tried[grown].sum())
+        first += int(start[grown].sum()) - int(start[dropped].sum())
+        ever += len(grown) - regrown
+        tried[grown] = True
+        rows.append({"active": len(kept) + len(grown), "grown": len(grown), "dropped": len(dropped),
+                     "regrown": regrown, "first": first, "ever": ever})
     return {key: np.array([row[key] for row in rows], np.int64) for key in rows[0]}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import unknown
 from .boxes import input_box
-from .modes import eval_mode, full_precision, worst_margin
+from .modes import check_labels, eval_mode, full_precision, worst_margin
 
 # %% ../../nbs/robust/06b_attacks.ipynb #07331180
 def _rivals(logits: Tensor, y: Tensor) -> Tensor:
@@ -33,12 +33,6 @@ def _gradient(model: nn.Module, points: Tensor, y: Tensor, loss: str) -> tuple[T
         (gradient,) = torch.autograd.grad(LOSSES[loss](logits, y).sum(), points)
     return gradient, worst_margin(logits.detach(), y)
 
-
-def _check_labels(x: Tensor, y: Tensor) -> None:
-    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-        shape = tuple(y.shape)
-        raise ValueError(f"{len(x)} images need {len(x)} labels of type torch.int64, not {y.dtype} of shape {shape}.")
-
 # %% ../../nbs/robust/06b_attacks.ipynb #ddd3fe19
 def fgsm(
     model: nn.Module,
@@ -51,7 +45,7 @@ def fgsm(
     Runs the model in eval mode. Raises ValueError for images outside [0, 1], a bad eps, or labels that do not fit.
     """
     lower, upper = input_box(x.detach(), eps)
-    _check_labels(x, y)
+    check_labels(x, y)
     with eval_mode(model):
         gradient, _ = _gradient(model, x, y, "ce")
     return (x.detach() + eps * gradient.sign()).clamp(lower, upper)
@@ -134,7 +128,7 @@ def pgd(
     """
     x = x.detach()
     box = input_box(x, eps)
-    _check_labels(x, y)
+    check_labels(x, y)
     _check_options(steps, step_size, restarts, loss)
     if eps == 0 or not len(x):
         return x.clone()

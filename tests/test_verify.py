@@ -1,0 +1,245 @@
+"""A proof is never wrong, methods see what is left, and the result adds up."""
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sparselab.robust import verify as module
+from sparselab.robust.attacks import pgd, survivors
+from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
+from sparselab.robust.graph import UnsupportedLayer
+from sparselab.robust.modes import worst_margin
+from sparselab.robust.verify import Verification, check_order, verify
+
+
+def network(seed=0, inputs=4, width=12, classes=3, sparsity=0.0):
+    torch.manual_seed(seed)
+    first, second, last = nn.Linear(inputs, width), nn.Linear(width, width), nn.Linear(width, classes)
+    net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+    for layer in net[::2]:
+        nn.init.kaiming_normal_(layer.weight)
+        layer.weight.data *= torch.rand_like(layer.weight) >= sparsity
+    last.bias.data -= net(torch.rand(1000, inputs)).mean(0).detach()  # every class occurs
+    return net
+
+
+def samples(net, n=100, inputs=4, wrong=10):
+    """Images, and labels of which the first `wrong` are wrong."""
+    x = torch.rand(n, inputs, generator=torch.Generator().manual_seed(1))
+    y = net(x).argmax(1)
+    y[:wrong] = (y[:wrong] + 1) % net(x).shape[1]
+    return x, y
+
+
+@given(seed=st.integers(0, 10**6), eps=st.floats(0.001, 0.3), sparsity=st.sampled_from([0.0, 0.7, 0.95]))
+@settings(max_examples=30, deadline=None)
+def test_verified_samples_cannot_be_attacked(seed, eps, sparsity):
+    net = network(seed, sparsity=sparsity)
+    x, y = samples(net, n=40)
+    result = verify(net, x, y, eps)
+    left = survivors(net, x, y, eps, steps=10, restarts=2)
+    check_order(result.clean, left, result.verified)
+    lower, upper = input_box(x, eps)
+    points = lower + torch.rand(50, *x.shape) * (upper - lower)
+    margins = worst_margin(net(points.flatten(0, 1)), y.repeat(50)).view(50, -1)
+    assert (result.margins <= margins.amin(0) + 1e-5).all()
+
+
+def test_result_is_that_of_the_bounds_and_adds_up():
+    net = network(2)
+    x, y = samples(net)
+    result = verify(net, x, y, 0.05, batch_size=7)
+    alone = {m: bounds(net, *input_box(x, 0.05), m, margin_matrix(y, 3))[0].amin(1) for m in METHODS}
+    assert torch.equal(result.clean, net(x).argmax(1) == y) and int(result.clean.sum()) == 90
+    left = result.clean
+    for method in METHODS:
+        assert torch.equal(result.tried[method], left)
+        assert torch.equal(result.by_method[method], left & (alone[method] > 0))
+        assert result.by_method[method].any()
+        left = left & ~result.by_method[method]
+    best = torch.stack(list(alone.values())).amax(0)
+    assert torch.equal(result.verified, result.clean & (best > 0))
+    unproved = result.clean & ~result.verified
+    assert 0 < unproved.sum() and torch.allclose(result.margins[unproved], best[unproved], atol=1e-5)
+    assert (result.margins[~result.clean] == -math.inf).all()
+    counts = {m: result.proved_by.count(m) for m in METHODS}
+    assert counts == {m: int(result.by_method[m].sum()) for m in METHODS}
+    assert result.proved_by.count(None) == 100 - int(result.verified.sum())
+    assert result.verified_by == {m: n / 100 for m, n in counts.items()}
+    assert sum(result.verified_by.values()) == pytest.approx(result.accuracy["verified"])
+    assert result.accuracy["clean"] == 0.9
+
+
+def test_order_and_repetition_of_methods_change_nothing_and_one_may_be_a_string():
+    net = network(2)
+    x, y = samples(net)
+    one, other = verify(net, x, y, 0.05, METHODS), verify(net, x, y, 0.05, ["crown", "ibp", "crown_ibp", "ibp"])
+    assert list(one.by_method) == list(other.by_method) == list(METHODS)
+    assert torch.equal(one.margins, other.margins)
+    assert list(verify(net, x, y, 0.05, "crown").by_method) == ["crown"]
+
+
+def test_the_proof_is_strict_and_needs_a_right_answer():
+    net = nn.Linear(1, 2)
+    net.weight.data = torch.tensor([[1.0], [0.0]])
+    net.bias.data = torch.tensor([0.0, 0.25])  # the margin of class 0 is x - 0.25
+    x = torch.tensor([[0.5], [0.5], [0.75], [0.125], [0.25]])
+    y = torch.tensor([0, 1, 0, 0, 0])
+    for methods in METHODS:
+        result = verify(net, x, y, 0.25, methods)
+        assert result.clean.tolist() == [True, False, True, False, False], "a tie is not right"
+        assert result.verified.tolist() == [False, False, True, False, False], "a margin of zero is not proved"
+        assert result.margins.tolist() == [0.0, -math.inf, 0.25, -math.inf, -math.inf]
+
+
+def test_what_an_attack_broke_is_left_to_ibp_only():
+    net = network()
+    x, y = samples(net)
+    eps = 0.08
+    left = survivors(net, x, y, eps)
+    full, less = verify(net, x, y, eps), verify(net, x, y, eps, robust=left)
+    assert torch.equal(full.verified, less.verified) and not left.all()
+    assert torch.equal(less.tried["ibp"], less.clean)
+    assert not (less.tried["crown"] & ~left).any() and (full.tried["crown"] & ~left).any()
+
+
+def test_a_contradiction_between_bound_and_attack_is_not_passed_over():
+    net = network()
+    x, y = samples(net)
+    proved = verify(net, x, y, 0.03).by_method["ibp"].nonzero().flatten()
+    lie = torch.ones(100, dtype=torch.bool)
+    lie[proved[:2]] = False
+    with pytest.raises(AssertionError, match=rf"2 samples are verified.*{proved[:2].tolist()}".replace("[", r"\[")):
+        verify(net, x, y, 0.03, robust=lie)
+
+
+def test_a_contradiction_of_the_size_of_rounding_goes_to_the_attack():
+    net = nn.Linear(1, 2)
+    net.weight.data = torch.tensor([[1.0], [0.0]])
+    net.bias.data = torch.tensor([0.0, 0.25 - 2**-20])
+    x, y, broken = torch.tensor([[0.5]]), torch.tensor([0]), torch.tensor([False])
+    assert verify(net, x, y, 0.25).verified.item()
+    result = verify(net, x, y, 0.25, robust=broken)
+    assert not result.verified.item() and result.margins.item() == 0 and result.proved_by == [None]
+
+
+@pytest.mark.parametrize("methods", METHODS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bounds_that_are_not_finite_prove_nothing(methods, bad, monkeypatch):
+    net = network()
+    x, y = samples(net, wrong=0)
+
+    def spoiled(*args):
+        lb, ub = bounds(*args)
+        lb[::2] = torch.tensor([bad, 1.0])
+        return lb, ub
+
+    monkeypatch.setattr(module, "bounds", spoiled)
+    result = verify(net, x, y, 0.001, methods, batch_size=100)
+    assert not result.verified[::2].any() and result.verified[1::2].any()
+    assert (result.margins[::2] == -math.inf).all()
+
+
+def test_batches_are_small_where_models_are_large(monkeypatch):
+    net, seen = network(), []
+    x, y = samples(net)
+
+    def watched(model, lower, *args):
+        seen.append((args[1], len(lower)))
+        return bounds(model, lower, *args)
+
+    whole = verify(net, x, y, 0.03)
+    monkeypatch.setattr(module, "bounds", watched)
+    monkeypatch.setattr(module, "FLOATS", 4 * 10 * (4 + 12 * 4 + 2 * 3 + 2 * 12))
+    again = verify(net, x, y, 0.03)
+    assert torch.allclose(again.margins, whole.margins, atol=1e-5)
+    largest = {m: max(n for name, n in seen if name == m) for m in METHODS}
+    assert 90 > largest["ibp"] > largest["crown_ibp"] == largest["crown"] > 1
+    seen.clear()
+    monkeypatch.setattr(module, "FLOATS", 1)
+    verify(net, x[:20], y[:20], 0.03)
+    assert {n for _, n in seen} == {1}
+
+
+def test_the_model_is_left_as_it_was():
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3)).train()
+    net[3].eval()
+    x, y = torch.rand(20, 4), torch.randint(0, 3, (20,))
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    result = verify(net, x, y, 0.01)
+    assert [m.training for m in net] == [True, True, True, False, True]
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert not any(module._forward_hooks for module in net.modules())
+    assert all(p.grad is None for p in net.parameters()) and not result.margins.requires_grad
+    net.eval()
+    assert torch.equal(verify(net, x, y, 0.01).margins, result.margins)
+
+
+def test_no_samples_and_eps_zero():
+    net = network()
+    x, y = samples(net)
+    none = verify(net, x[:0], y[:0], 0.1)
+    assert none.proved_by == [] and none.accuracy == {"clean": 0.0, "verified": 0.0}
+    point = verify(net, x, y, 0.0)
+    assert torch.equal(point.verified, point.clean)
+
+
+def test_check_order_names_the_samples():
+    yes, no = torch.ones(3, dtype=torch.bool), torch.tensor([True, False, True])
+    check_order(yes, yes, no)
+    with pytest.raises(AssertionError, match=r"1 samples are verified, but an attack broke them .*\[1\]"):
+        check_order(yes, no, yes)
+    with pytest.raises(AssertionError, match="misclassified"):
+        check_order(no, yes, no)
+
+
+def test_wider_boxes_have_fewer_proofs():
+    net = network()
+    x, y = samples(net)
+    counts = [int(verify(net, x, y, eps).verified.sum()) for eps in (0, 0.01, 0.03, 0.1, 0.5)]
+    assert counts == sorted(counts, reverse=True) and counts[0] == 90 and counts[-1] < 10
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"methods": ["ibp", "crwn"]}, "no bound method called 'crwn'. Did you mean 'crown'"),
+        ({"methods": []}, "No method was named"),
+        ({"engine": "lirpa"}, "no bound engine called 'lirpa'"),
+        ({"eps": -1.0}, "eps is -1.0"),
+        ({"y": torch.zeros(4, dtype=torch.long)}, "5 images need 5 labels"),
+        ({"y": torch.full((5,), 3)}, "index 3|from 3 to 3"),
+        ({"x": torch.rand(5, 4) * 255}, r"pixels must be in \[0, 1\]"),
+    ],
+)
+def test_bad_input_is_refused(options, said):
+    given = {"x": torch.rand(5, 4), "y": torch.zeros(5, dtype=torch.long), "eps": 0.1} | options
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        verify(network(), **given)
+
+
+def test_an_unsupported_layer_is_named_and_the_mode_comes_back():
+    net = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2)).train()
+    with torch.no_grad():
+        net[2].bias.copy_(torch.tensor([100.0, 0.0]))
+    with pytest.raises(UnsupportedLayer, match="'1'.*auto_lirpa"):
+        verify(net, torch.rand(2, 4), torch.zeros(2, dtype=torch.long), 0.1)
+    assert net.training and net[1].training
+
+
+def test_pgd_points_of_unproved_samples_show_the_gap_not_a_proof():
+    """Bounds may be loose, never the other way round: where PGD breaks a sample, every margin bound is negative."""
+    net = network(3)
+    x, y = samples(net)
+    broken = worst_margin(net(pgd(net, x, y, 0.1, restarts=3)), y) <= 0
+    result = verify(net, x, y, 0.1)
+    assert broken.any() and (result.margins[broken] <= 0).all()
+
+
+def test_verification_of_given_tensors():
+    bits = torch.tensor([True, True, False])
+    empty = Verification(bits, torch.full((3,), -math.inf))
+    assert empty.proved_by == [None] * 3 and empty.accuracy["verified"] == 0 and empty.verified_by == {}

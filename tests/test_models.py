@@ -202,7 +202,7 @@ class Sums(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name in ("plus", "function", "method", "inplace", "product", "last"):
+        for name in ("plus", "function", "method", "inplace", "assigned", "product", "last"):
             setattr(self, name, nn.Linear(100, 100))
 
     def forward(self, x):
@@ -211,7 +211,8 @@ class Sums(nn.Module):
         x = self.method(x.add(x).flatten(1))
         y = x.clone()
         y += x
-        x = self.inplace(y)
+        x = self.assigned(y)
+        x = self.inplace(x.clone().add_(x))
         return self.last(self.product(x * x))
 
 
@@ -219,7 +220,7 @@ def test_additions_are_recognised_however_they_are_written():
     torch.manual_seed(0)
     model = ibp_init_(Sums())
     halved = [name for name, layer in model.named_children() if scale(layer) < 0.75 and name != "last"]
-    assert halved == ["plus", "function", "method", "inplace"]
+    assert halved == ["plus", "function", "method", "inplace", "assigned"]
 
 
 @pytest.mark.parametrize("name, shape", [("cnn7", (1, 16, 16)), ("gowal_medium", (1, 28, 28)), ("mlp", (1, 28, 28))])

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 # %% ../../nbs/learn/06_init.ipynb #f063b175
 _LAYERS = (nn.Linear, nn.Conv2d)
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_ADDITIONS = (operator.add, torch.add, "add", "add_")  # `+=` is traced as operator.add
 
 
 def _layer_nodes(graph: fx.GraphModule) -> list[tuple[fx.Node, nn.Module]]:

@@ -117,6 +117,11 @@ def test_pixels_are_the_masks_block_by_block(outputs, inputs, kernel, rows, colu
     assert (image == naive(now, before, at)).all()
 
 
+def test_kernels_that_fit_only_without_gaps_are_one_pixel_each():
+    assert layout((4, 10, 3), (10, 40)).gaps
+    assert pixels(events(np.ones((4, 10, 3), bool)), layout((4, 10, 3), (10, 35))).shape == (4, 10)
+
+
 @pytest.mark.parametrize("shape", [(10, 7), (10, 7, 3, 3), (300, 900), (300, 900, 3, 3), (7, 900, 1, 1), (4, 90, 5, 5)])
 def test_axes_count_output_and_input_units(shape):
     at = layout(shape)

@@ -102,8 +102,8 @@ def summarise(learner: Learner, config: Config) -> dict:
     layers = {name: {"nnz": count, "total": masks[name].numel()} for name, count in masks.counts.items()}
     return {**evaluate(learner.model, test, config.eps, config.engine).summary(), "sparsity": masks.sparsity,
             "nnz": masks.nnz, "total": masks.total, "layers": layers, "seconds": round(learner.seconds, 1),
-            "epochs": learner.epoch, "samples": len(test), "data": {"name": learner.data.name, "source": learner.data.source},
-            "config": asdict(config)}
+            "epochs": learner.epoch, "samples": len(test),
+            "data": {"name": learner.data.name, "source": learner.data.source}, "config": asdict(config)}
 
 
 def train(config: Config, callbacks: Sequence[Callback] = ()) -> Run:

@@ -42,6 +42,7 @@ class Graph:
     names: dict[fx.Node, str]
     constants: dict[str, Tensor]
     activations: set[fx.Node] = field(default_factory=set)
+    norms: dict[fx.Node, fx.Node] = field(default_factory=dict)  # a layer -> the BatchNorm that alone reads it
     output: fx.Node | None = None
 
 
@@ -94,7 +95,13 @@ def _check(graph: Graph, model: nn.Module) -> Graph:
                 reason = "it works in place on a tensor that is used again later"
                 raise UnsupportedLayer(graph.names[node], describe(node, model), reason)
             graph.activations.add(node)
+            if _is_module(model, node, _BatchNorm) and _is_module(model, (layer := node.args[0]), nn.Linear | nn.Conv2d):
+                graph.norms |= {layer: node} if len(layer.users) == 1 else {}
     return graph
+
+
+def _is_module(model: nn.Module, node: fx.Node, kind: type) -> bool:
+    return node.op == "call_module" and isinstance(model.get_submodule(node.target), kind)
 
 
 def _overwrites(node: fx.Node, model: nn.Module) -> bool:
@@ -149,6 +156,16 @@ def evaluate(graph: Graph, model: nn.Module, node: fx.Node, args: tuple, kwargs:
 
 def build_layer(graph: Graph, model: nn.Module, node: fx.Node, args: tuple, kwargs: dict, statistics: Statistics) -> Any:
     """The layer of an activation, with the weights that the model has now; None when it changes nothing."""
+    if node in graph.norms.values():
+        return None  # folded into the layer before it
+    layer = _build(graph, model, node, args, kwargs, statistics)
+    if node not in graph.norms:
+        return layer
+    norm = _build(graph, model, graph.norms[node], args, {}, statistics)
+    return layer.scaled(norm.scale.flatten(), norm.shift.flatten())
+
+
+def _build(graph: Graph, model: nn.Module, node: fx.Node, args: tuple, kwargs: dict, statistics: Statistics) -> Any:
     rule = find_rule(graph, model, node)
     if node.op == "call_module":
         module = model.get_submodule(node.target)

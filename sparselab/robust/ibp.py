@@ -74,6 +74,8 @@ class IntervalPass:
 # %% ../../nbs/robust/01_ibp.ipynb #fd7c8b95
 def apply_rows(A: Tensor, x: Tensor) -> Tensor:
     """A x, (B, S), for rows A (B or 1, S, ...) and a tensor x (B, ...)."""
+    if A.shape[1] == 1:  # a product of row and column vectors is slow as a matrix product
+        return (A.flatten(2) * x.flatten(1).unsqueeze(1)).sum(2)
     return (A.flatten(2) @ x.flatten(1).unsqueeze(2)).squeeze(2)
 
 

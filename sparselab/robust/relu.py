@@ -11,8 +11,66 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from .boxes import Interval
+
+# %% ../../nbs/robust/00d_relu.ipynb #848337ce
+def _total(rows: Tensor) -> Tensor:
+    """The sum over the rows, (B, S, ...) -> (B, ...)."""
+    return rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1)
+
+
+class _Lines(Function):
+    """A (y - y0) >= A' (x - x0) + c, for x in mid +- rad: returns A' and c."""
+
+    @staticmethod
+    def forward(ctx, A: Tensor, mid: Tensor, rad: Tensor, y0: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+        steep = 0.5 - 0.5 * slope
+        place = mid.div(rad.clamp(min=1e-30)).clamp_(-1, 1)  # of zero in the box: 1 is active, -1 is inactive
+        chord = place.mul(steep).add_(1 - steep)
+        alpha = chord.sub(0.5).sign_().clamp_(min=0).mul_(1 - slope).add_(slope)
+        half = alpha.sub(chord).mul_(0.5)
+        depth = alpha.mul(mid).sub_(y0).mul_(0.5)
+        ctx.save_for_backward(A, rad, place, chord, alpha, half, depth)
+        ctx.steep = steep
+        twice = A.abs().add_(A)
+        slopes = A.mul(chord.unsqueeze(1)).addcmul_(twice, half.unsqueeze(1))
+        return slopes, twice.mul_(depth.unsqueeze(1)).flatten(2).sum(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor, gc: Tensor) -> tuple[Tensor | None, ...]:
+        A, rad, place, chord, alpha, half, depth = ctx.saved_tensors
+        gc = gc.view(*gc.shape, *(1,) * (A.dim() - 2))
+        grad_twice = g.mul(half.unsqueeze(1)).addcmul_(gc, depth.unsqueeze(1))
+        grad_A = A.sign().add_(1).mul_(grad_twice).addcmul_(g, chord.unsqueeze(1))
+        negative = torch.clamp(A, max=0, out=grad_twice)
+        grad_depth = _total(A.sub(negative).mul_(gc))
+        unstable = place.mul(place).neg_().add_(1).sign_().mul_(ctx.steep).div_(rad.clamp(min=1e-30))
+        grad_mid = _total(negative.mul_(g)).mul_(unstable)
+        grad_rad = torch.mul(grad_mid, place, out=unstable).neg_()
+        return grad_A, grad_mid.addcmul_(alpha, grad_depth), grad_rad, grad_depth.neg_(), None
+
+# %% ../../nbs/robust/00d_relu.ipynb #4cc290d1
+class _Box(Function):
+    """Centre and radius of the ReLU of mid +- rad."""
+
+    @staticmethod
+    def forward(ctx, mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
+        ub, lb = mid.add(rad).clamp_(min=0), mid.sub(rad).clamp_(min=0)
+        radius = ub.sub(lb).mul_(0.5)
+        middle = ub.sub(radius)
+        ctx.save_for_backward(ub.sign_(), lb.sign_())
+        return middle, radius
+
+    @staticmethod
+    def backward(ctx, grad_mid: Tensor, grad_rad: Tensor) -> tuple[Tensor, Tensor]:
+        ub_open, lb_open = ctx.saved_tensors
+        grad_ub, grad_lb = (grad_mid + grad_rad).mul_(ub_open), (grad_mid - grad_rad).mul_(lb_open)
+        grad_rad = (grad_ub - grad_lb).mul_(0.5)
+        return grad_ub - grad_rad, grad_rad
 
 # %% ../../nbs/robust/00d_relu.ipynb #41b9a5dc
 @dataclass
@@ -22,21 +80,14 @@ class ReLU:
     slope: float = 0.0
 
     def interval(self, x: Interval) -> Interval:
-        return Interval.ends(self.function(x.lb), self.function(x.ub))
+        if self.slope:
+            return Interval.ends(self.function(x.lb), self.function(x.ub))
+        return Interval.ball(*_Box.apply(x.mid, x.rad))
 
     def function(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(x, self.slope) if self.slope else F.relu(x)
-
-    def slopes(self, x: Interval) -> tuple[Tensor, Tensor]:
-        """Slopes of the line below, through the origin, and of the chord above; each (B, ...)."""
-        above = (x.mid / x.rad.clamp(min=1e-30) * 0.5 + 0.5).clamp(0, 1)
-        above = above * (1 - self.slope) + self.slope if self.slope else above
-        return (above > 0.5).to(above.dtype) * (1 - self.slope) + self.slope, above
+        return F.leaky_relu(x, self.slope)
 
     def backward(self, A: Tensor, x: Interval, y: Interval) -> tuple[list[Tensor], Tensor]:
         """A (y - y0) >= A' (x - x0) + c for every x in the box, with A (B, S, ...) and c (B, S)."""
-        below, above = self.slopes(x)
-        positive = A + A.abs()
-        depth = (below * x.mid - y.mid).flatten(1).unsqueeze(2)
-        slopes = torch.addcmul(A * above.unsqueeze(1), positive, ((below - above) / 2).unsqueeze(1))
-        return [slopes], (positive.flatten(2) @ depth).squeeze(2) / 2
+        slopes, constant = _Lines.apply(A, x.mid, x.rad, y.mid, self.slope)
+        return [slopes], constant

@@ -11,6 +11,7 @@ from sparselab.robust import verify as module
 from sparselab.robust.attacks import pgd, survivors
 from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
 from sparselab.robust.graph import UnsupportedLayer
+from sparselab.robust.lirpa import load
 from sparselab.robust.modes import worst_margin
 from sparselab.robust.verify import Verification, check_order, verify
 
@@ -243,3 +244,16 @@ def test_verification_of_given_tensors():
     bits = torch.tensor([True, True, False])
     empty = Verification(bits, torch.full((3,), -math.inf))
     assert empty.proved_by == [None] * 3 and empty.accuracy["verified"] == 0 and empty.verified_by == {}
+
+
+def test_both_engines_prove_the_same():
+    try:
+        load()
+    except ImportError as error:
+        pytest.skip(str(error))
+    net = network(2)
+    x, y = samples(net, n=40)
+    native, other = (verify(net, x, y, 0.05, engine=engine, batch_size=16) for engine in ("native", "auto_lirpa"))
+    assert torch.equal(native.verified, other.verified) and native.verified.any()
+    assert native.proved_by == other.proved_by
+    assert torch.allclose(native.margins, other.margins, rtol=1e-4, atol=1e-5)

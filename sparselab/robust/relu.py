@@ -89,5 +89,6 @@ class ReLU:
 
     def backward(self, A: Tensor, x: Interval, y: Interval) -> tuple[list[Tensor], Tensor]:
         """A (y - y0) >= A' (x - x0) + c for every x in the box, with A (B, S, ...) and c (B, S)."""
+        A = A.expand(len(x.mid), *A.shape[1:])  # rows that all samples share part here
         slopes, constant = _Lines.apply(A, x.mid, x.rad, y.mid, self.slope)
         return [slopes], constant

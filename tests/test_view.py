@@ -2,6 +2,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -226,6 +227,22 @@ def as_sets(masks, names):
     return [{(name, i) for name in names for i in m[name].flatten().nonzero().flatten().tolist()} for m in masks]
 
 
+def test_parts_of_a_sequential_are_called_layers():
+    history, _ = random_history({"0.weight": (6, 8), "2.1.weight": (9, 6), "head.weight": (3, 9)})
+    assert [theme.short(name) for name in history.names] == ["layer 0", "layer 2.1", "head"]
+    assert mask_image(history, "0.weight").layout.title.text.startswith("Mask of layer 0<")
+    shares = {"active": 0.5, "unstable": 0.5, "inactive": 0.0, "dead": 0.0}
+    fig = stability_by_layer([{"step": 0, "epoch": 0, "layers": {"0": shares, "relu1": shares}}])
+    assert {"layer 0", "relu1"} <= {note.text for note in fig.layout.annotations}
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1, 0.03, 0.0004])
+def test_the_density_axis_has_two_ticks_and_holds_every_layer(density):
+    fig = layer_sparsity({"a": {"nnz": round(density * 10_000), "total": 10_000}, "b": {"nnz": 100, "total": 100}})
+    low, high = fig.layout.xaxis.range
+    assert low < np.log10(density) < high and np.floor(high) - np.ceil(low) >= 1
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_flow_and_overlap_against_sets(seed):
     history, masks = random_history(seed=seed, updates=9)
@@ -282,6 +299,21 @@ def test_curves_of_any_choice_of_columns_and_one_row(present):
     fig = training_curves([row])
     assert len([axis for axis in fig.layout if axis.startswith("xaxis")]) == panels
     assert {t.name for t in fig.data} == set(present) - ({"eps"} if "clean" not in present else set())
+
+
+@pytest.mark.parametrize("eps", [None, 0.0, 0.1])
+def test_every_quantity_has_its_own_panel(eps):
+    rows = [{"step": i, "loss": 1.0, "clean": 0.5, "verified": 0.5, "nnz": 9, "eps": eps} for i in range(3)]
+    fig = training_curves(rows)
+    axes = {trace.name: fig.layout["yaxis" + trace.yaxis[1:]] for trace in fig.data}
+    domain = {name: (fig.layout["yaxis" + axis.overlaying[1:]] if axis.overlaying else axis).domain
+              for name, axis in axes.items()}
+    assert ("eps" in axes) == bool(eps) and domain["clean"] == domain["verified"] == domain.get("eps", domain["clean"])
+    assert domain["nnz"][1] < domain["clean"][0] < domain["clean"][1] < domain["loss"][0]
+    if eps:  # an axis that lies over another needs traces below it
+        assert axes["clean"].overlaying == next(trace.yaxis for trace in fig.data if trace.name == "eps")
+    else:
+        assert not axes["clean"].overlaying
 
 
 def test_curves_survive_a_diverged_run_and_refuse_an_empty_one():
@@ -346,6 +378,13 @@ def test_bars_are_means_and_spreads_of_the_summaries():
     assert not accuracy_bars({"a": summary(1, 1, 1)}).data[0].error_y.visible
     with pytest.raises(ValueError, match="'dence'.*'dense'"):
         accuracy_bars(runs, dense="dence")
+
+
+@pytest.mark.parametrize("count, angle", [(2, 0), (4, 0), (5, -90), (9, -90)])
+def test_the_text_of_narrow_bars_is_turned(count, angle):
+    fig = accuracy_bars({str(i): summary(0.9, 0.8, 0.7 - i / 100) for i in range(count)}, dense="0")
+    assert {bar.textangle for bar in fig.data} == {angle}
+    assert fig.data[2].text[0] == "70.0%" and re.fullmatch(r"69\.0%\D+-1\.0", fig.data[2].text[1])
 
 
 @pytest.mark.parametrize("nothing", [{}, {"a": []}, {"a": {"nnz": 3}}, {"a": [summary(1, 1, 1), {}]}])

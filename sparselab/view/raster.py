@@ -73,7 +73,7 @@ def layout(shape: tuple[int, ...], limit: tuple[int, int] = LIMIT) -> Layout:
 def _palette() -> list[tuple[int, int, int, int]]:
     """Gap, off, then every event in four strengths."""
     strong = [tuple(int(COLORS[event][i:i + 2], 16) for i in (1, 3, 5)) for event in EVENTS]
-    return [(0, 0, 0, 0), (128, 128, 128, 38)] + [(*rgb, alpha) for rgb in strong for alpha in (90, 145, 200, 255)]
+    return [(0, 0, 0, 0), (128, 128, 128, 38)] + [(*rgb, alpha) for rgb in strong for alpha in (130, 175, 215, 255)]
 
 
 PALETTE = _palette()

@@ -41,11 +41,11 @@ def _values(group: list[dict], *keys: str) -> list[float]:
         values += [run] if run is not None else []
     return values
 
-# %% ../../nbs/view/07_results.ipynb #9b9388df
-def _bar_text(value: float | None, reference: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.1%}" if reference is None else f"{value:.1%}<br>{100 * (value - reference):+.1f}"
+# %% ../../nbs/view/07_results.ipynb #e6cd8bdd
+def _bar_text(value: float | None, reference: float | None, upright: bool) -> str:
+    if value is None or reference is None:
+        return "" if value is None else f"{value:.1%}"
+    return f"{value:.1%}{'<br>' if upright else ' &nbsp; '}{100 * (value - reference):+.1f}"
 
 
 def accuracy_bars(runs: Runs, dense: str | None = None) -> go.Figure:
@@ -57,23 +57,24 @@ def accuracy_bars(runs: Runs, dense: str | None = None) -> go.Figure:
     groups = by_label(runs)
     if dense is not None and dense not in groups:
         raise unknown("run", dense, groups)
-    fig = go.Figure()
+    fig, upright = go.Figure(), len(groups) <= 4  # the text of narrow bars is turned
     for key, label in MEASURES.items():
         values = {name: _values(group, "accuracy", key) for name, group in groups.items()}
         height = {name: mean(v) if v else None for name, v in values.items()}
-        text = [_bar_text(h, height[dense] if dense not in (None, name) else None) for name, h in height.items()]
+        text = [_bar_text(h, height[dense] if dense not in (None, name) else None, upright)
+                for name, h in height.items()]
         spread = [stdev(v) if len(v) > 1 else 0 for v in values.values()]
         whisker = {"type": "data", "array": spread, "color": COLORS["eps"], "visible": any(s > 0 for s in spread)}
         fig.add_bar(x=list(groups), y=list(height.values()), name=label, marker_color=COLORS[key], error_y=whisker,
-                    text=text, textposition="inside", insidetextanchor="start", textangle=0,
-                    hovertemplate=label + " %{y:.2%}<extra></extra>")
+                    text=text, textposition="inside", insidetextanchor="start",
+                    textangle=0 if upright else -90, hovertemplate=label + " %{y:.2%}<extra></extra>")
     return _bars_look(fig, groups, dense)
 
 
 def _bars_look(fig: go.Figure, groups: dict[str, list[dict]], dense: str | None) -> go.Figure:
     seeds = max(map(len, groups.values()))
     notes = [f"whiskers: standard deviation over up to {seeds} runs"] if seeds > 1 else []
-    notes += [f"second line: points from {dense}"] if dense is not None and len(groups) > 1 else []
+    notes += [f"signed numbers: points from {dense}"] if dense is not None and len(groups) > 1 else []
     fig.update_yaxes(range=[0, 1], tickformat=".0%", title_text="accuracy")
     fig.update_xaxes(type="category")
     fig.update_layout(barmode="group", bargap=0.2, bargroupgap=0.04)

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..errors import unknown
-from .theme import COLORS, TEXT, titled
+from .theme import COLORS, TEXT, short, titled
 
 # %% ../../nbs/view/06_stability.ipynb #cf5bd715
 STATES = ("active", "unstable", "inactive", "dead")
@@ -51,7 +51,7 @@ def stability_by_layer(rows: list[dict], names: Sequence[str] | None = None) -> 
     chosen = list(names or present[:MAX_LAYERS])
     columns = min(3, len(chosen))
     down = -(-len(chosen) // columns)
-    fig = make_subplots(down, columns, shared_yaxes=True, subplot_titles=chosen,
+    fig = make_subplots(down, columns, shared_yaxes=True, subplot_titles=list(map(short, chosen)),
                         horizontal_spacing=0.03, vertical_spacing=0.25 / down)
     for at, name in enumerate(chosen):
         _stack(fig, name, rows, at // columns + 1, at % columns + 1, legend=at == 0)
@@ -71,7 +71,7 @@ def _stack(fig: go.Figure, name: str, rows: list[dict], row: int, column: int, l
 def _look(fig: go.Figure, rows: list[dict], chosen: list[str], present: list[str]) -> go.Figure:
     last = rows[-1]
     loose = [last["layers"][name]["unstable"] for name in chosen if name in last["layers"]]
-    note = f"last row: {sum(loose) / len(loose):.1%} of neurons unstable, mean of {len(loose)} layers" if loose else ""
+    note = f"unstable at the end: {sum(loose) / len(loose):.1%} of a layer's neurons on average" if loose else ""
     if len(chosen) < len(present):
         note += f"; {len(chosen)} of {len(present)} layers shown"
     axis = "epoch" if all("epoch" in row for row in rows) else "step"

@@ -37,31 +37,31 @@ def training_curves(metrics: list[dict], title: str = "Training") -> go.Figure:
     if not panels:
         raise ValueError(f"There is nothing to draw in {len(rows)} rows of metrics: a row needs step and one of loss, "
                          "clean, pgd, verified, nnz. Has the run finished its first epoch?")
-    heights = [2 if name == "accuracy" else 1 for name in panels]
+    ramp, heights = any(row.get("eps") for row in rows), [2 if name == "accuracy" else 1 for name in panels]
     fig = make_subplots(len(panels), 1, shared_xaxes=True, vertical_spacing=0.06, row_heights=heights,
-                        specs=[[{"secondary_y": name == "accuracy"}] for name in panels])
+                        specs=[[{"secondary_y": ramp and name == "accuracy"}] for name in panels])
     for at, (name, keys) in enumerate(panels.items(), 1):
+        above = ramp and name == "accuracy"  # a panel's second axis is drawn above its first: accuracies above eps
+        if above:
+            _eps_axis(fig, rows, at)
+        for key in keys:
+            fig.add_trace(_line(rows, key, COLORS[key]), at, 1, secondary_y=above)
+        fig.update_yaxes(title_text=name, row=at, col=1, secondary_y=above)
         if name == "accuracy":
-            _accuracy_axes(fig, rows, at)
-        for key in keys:  # the second axis of a panel is drawn above the first, so accuracies lie above eps
-            fig.add_trace(_line(rows, key, COLORS[key]), at, 1, secondary_y=name == "accuracy")
-        fig.update_yaxes(title_text=name, row=at, col=1, secondary_y=name == "accuracy")
+            fig.update_yaxes(tickformat=".0%", range=[0, 1.02], nticks=4, side="left", row=at, col=1, secondary_y=above)
         if name == "weights":
             _weights_axis(fig, rows, at)
     fig.update_xaxes(title_text="step", row=len(panels), col=1)
     return titled(fig, title, _note(rows), height=160 + 80 * sum(heights))
 
-# %% ../../nbs/view/02_training.ipynb #3c8e6e59
-def _accuracy_axes(fig: go.Figure, rows: list[dict], at: int) -> None:
-    """Accuracies from 0 to 100 % at the left; eps, filled, on an axis at the right with the same grid lines."""
-    fig.update_yaxes(tickformat=".0%", range=[0, 1.02], side="left", showgrid=True, row=at, col=1, secondary_y=True)
-    fig.update_yaxes(side="right", showgrid=False, row=at, col=1, secondary_y=False)
-    if _present(rows, ("eps",)):
-        top = max(row.get("eps") or 0 for row in rows) or 1
-        fig.add_trace(_line(rows, "eps", COLORS["eps"], fill="tozeroy", fillcolor="rgba(128,128,128,0.18)"), at, 1)
-        fig.data[-1].update(mode="lines", line={"width": 1})
-        fig.update_yaxes(title_text="eps", range=[0, 1.02 * top], tickvals=[0, top / 2, top], tickformat=".3~g",
-                         row=at, col=1, secondary_y=False)
+# %% ../../nbs/view/02_training.ipynb #2468b91c
+def _eps_axis(fig: go.Figure, rows: list[dict], at: int) -> None:
+    """eps, filled, on an axis at the right; its grid lines are those of 0, 50 and 100 % accuracy."""
+    top = max(row.get("eps") or 0 for row in rows)
+    fig.add_trace(_line(rows, "eps", COLORS["eps"], fill="tozeroy", fillcolor="rgba(128,128,128,0.18)"), at, 1)
+    fig.data[-1].update(mode="lines", line={"width": 1})
+    fig.update_yaxes(title_text="eps", side="right", range=[0, 1.02 * top], tickvals=[0, top / 2, top],
+                     tickformat=".3~g", row=at, col=1, secondary_y=False)
 
 
 def _weights_axis(fig: go.Figure, rows: list[dict], at: int) -> None:

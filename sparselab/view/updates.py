@@ -13,9 +13,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..sparse.history import MaskHistory
-from .masks import masks_between, shape_of, short
+from .masks import masks_between, shape_of
 from .raster import events
-from .theme import COLORS, OKABE_ITO, TEXT, titled
+from .theme import COLORS, OKABE_ITO, TEXT, short, titled
 
 # %% ../../nbs/view/05_updates.ipynb #d9fd61e1
 def changes(history: MaskHistory, name: str) -> dict[str, np.ndarray]:

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from ..errors import unknown
+from .at_init import SNIP, GraSP, SynFlow
 from .drop_grow import SET, RigL
-from .pruning import GMP, SNIP, Dense, Static, VLRProjection
+from .pruning import GMP, Dense, Static, VLRProjection
 from .sparsevlr import SparseVLR
 from .sparsifier import Sparsifier
 
 # %% ../../nbs/sparse/10_sparsify.ipynb #5234114e
 METHODS: dict[str, type[Sparsifier]] = {
-    "dense": Dense, "static": Static, "snip": SNIP, "set": SET, "rigl": RigL, "gmp": GMP,
+    "dense": Dense, "static": Static, "snip": SNIP, "grasp": GraSP, "synflow": SynFlow, "set": SET, "rigl": RigL, "gmp": GMP,
     "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
 }
 HANDED = {"model", "optimizer", "sparsity", "total_steps", "seed"}  # what sparsify takes itself

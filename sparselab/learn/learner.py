@@ -110,6 +110,7 @@ class Learner:
         for group, peak in zip(self.optimizer.param_groups, self.peak_lr, strict=True):
             group["lr"] = peak * lr_share(progress)
         self.optimizer.zero_grad()
+        self.sparsifier.see_loss(lambda: self.objective(self.model, x, y, progress))
         loss = self.objective(self.model, x, y, progress)
         loss.backward()
         self.sparsifier.mask_gradients()

@@ -42,7 +42,7 @@ class Graph:
     names: dict[fx.Node, str]
     constants: dict[str, Tensor]
     activations: set[fx.Node] = field(default_factory=set)
-    norms: dict[fx.Node, fx.Node] = field(default_factory=dict)  # a layer -> the BatchNorm that alone reads it
+    norms: dict[fx.Node, fx.Node] = field(default_factory=dict)  # a convolution -> the BatchNorm that alone reads it
     output: fx.Node | None = None
 
 
@@ -95,7 +95,7 @@ def _check(graph: Graph, model: nn.Module) -> Graph:
                 reason = "it works in place on a tensor that is used again later"
                 raise UnsupportedLayer(graph.names[node], describe(node, model), reason)
             graph.activations.add(node)
-            if _is_module(model, node, _BatchNorm) and _is_module(model, (layer := node.args[0]), nn.Linear | nn.Conv2d):
+            if _is_module(model, node, _BatchNorm) and _is_module(model, (layer := node.args[0]), nn.Conv2d):
                 graph.norms |= {layer: node} if len(layer.users) == 1 else {}
     return graph
 

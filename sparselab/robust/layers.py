@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from .boxes import Interval
 
@@ -26,7 +28,25 @@ class Affine:
         """The coefficients A L of the input; measured from the centres there is no constant."""
         return [self.transpose(A)], 0.0
 
-# %% ../../nbs/robust/00b_layers.ipynb #ed8c37cb
+# %% ../../nbs/robust/00b_layers.ipynb #f2f7f8af
+class _AbsoluteLinear(Function):
+    """r |W|^T for r (B, in) and W (out, in)."""
+
+    @staticmethod
+    def forward(ctx, r: Tensor, weight: Tensor) -> Tensor:
+        size = weight.abs()
+        ctx.save_for_backward(r, weight, size)
+        return F.linear(r, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        r, weight, size = ctx.saved_tensors
+        needs_r, needs_weight = ctx.needs_input_grad
+        grad_weight = (g.flatten(0, -2).T @ r.flatten(0, -2)).mul_(weight.sign()) if needs_weight else None
+        return g @ size if needs_r else None, grad_weight
+
+
 @dataclass
 class Linear(Affine):
     """nn.Linear: weight (out, in), bias (out,) or None."""
@@ -38,16 +58,12 @@ class Linear(Affine):
         return F.linear(x, self.weight, self.bias)
 
     def absolute(self, r: Tensor) -> Tensor:
-        return F.linear(r, self.weight.abs())
+        return _AbsoluteLinear.apply(r, self.weight)
 
     def transpose(self, A: Tensor) -> Tensor:
         return A @ self.weight
 
-    def scaled(self, scale: Tensor, shift: Tensor) -> "Linear":
-        """This layer followed by y * scale + shift."""
-        return Linear(self.weight * scale.unsqueeze(1), shift if self.bias is None else self.bias * scale + shift)
-
-# %% ../../nbs/robust/00b_layers.ipynb #7879d8d5
+# %% ../../nbs/robust/00b_layers.ipynb #ed8c37cb
 @dataclass
 class Scale(Affine):
     """y = scale * x + shift, entry by entry; both broadcast to the shape of x, and None leaves the factor or the term out."""
@@ -66,7 +82,7 @@ class Scale(Affine):
         batched = isinstance(self.scale, Tensor) and self.scale.dim() == A.dim() - 1
         return A if self.scale is None else A * (self.scale.unsqueeze(1) if batched else self.scale)
 
-# %% ../../nbs/robust/00b_layers.ipynb #5df9ece6
+# %% ../../nbs/robust/00b_layers.ipynb #7879d8d5
 @dataclass
 class Reshape(Affine):
     """Flatten, reshape and view: the batch stays in front."""

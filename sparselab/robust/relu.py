@@ -60,17 +60,16 @@ class _Box(Function):
     @staticmethod
     def forward(ctx, mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
         ub, lb = mid.add(rad).clamp_(min=0), mid.sub(rad).clamp_(min=0)
-        radius = ub.sub(lb).mul_(0.5)
-        middle = ub.sub(radius)
-        ctx.save_for_backward(ub.sign_(), lb.sign_())
-        return middle, radius
+        ctx.save_for_backward(ub.sign(), lb.sign())
+        radius = lb.sub_(ub).mul_(-0.5)
+        return ub.sub_(radius), radius
 
     @staticmethod
     def backward(ctx, grad_mid: Tensor, grad_rad: Tensor) -> tuple[Tensor, Tensor]:
         ub_open, lb_open = ctx.saved_tensors
         grad_ub, grad_lb = (grad_mid + grad_rad).mul_(ub_open), (grad_mid - grad_rad).mul_(lb_open)
         grad_rad = (grad_ub - grad_lb).mul_(0.5)
-        return grad_ub - grad_rad, grad_rad
+        return grad_ub.sub_(grad_rad), grad_rad
 
 # %% ../../nbs/robust/00d_relu.ipynb #41b9a5dc
 @dataclass

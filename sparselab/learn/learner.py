@@ -9,6 +9,7 @@ __all__ = ['OPTIMIZERS', 'lr_share', 'make_optimizer', 'TrainingStopped', 'Callb
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,9 @@ class Callback:
     def before_fit(self, learner: "Learner") -> None:
         """The learner is complete, possibly restored from a checkpoint."""
 
+    def after_step(self, learner: "Learner") -> None:
+        """An optimizer step and its mask update are complete; the state may be saved here."""
+
     def after_epoch(self, learner: "Learner") -> None:
         """An epoch has ended; `learner.row` collects what is to be recorded of it."""
 
@@ -69,6 +73,7 @@ class Learner:
         self.grad_clip, self.augment = grad_clip, augment
         self.peak_lr = [group["lr"] for group in optimizer.param_groups]
         self.epoch, self.step, self.seconds, self.row = 0, 0, 0.0, {}
+        self.losses: Tensor | float = 0.0  # the sum over the steps of the current epoch
 
     @property
     def total_steps(self) -> int:
@@ -90,22 +95,23 @@ class Learner:
             self._call("after_epoch")
 
     def train_epoch(self) -> None:
-        """One pass over the training images. Raises FloatingPointError when the loss is not finite."""
+        """The rest of a pass over the training images. Raises FloatingPointError when the loss is not finite."""
         self.model.train()
-        losses, batches = 0.0, 0
-        for x, y in self.data.train.batches(self.batch_size, self.seed, self.epoch, augment=self.augment):
-            losses, batches = losses + self.train_step(x, y), batches + 1
-        loss = float(losses) / batches
+        steps = self.data.train.steps(self.batch_size)
+        batches = self.data.train.batches(self.batch_size, self.seed, self.epoch, augment=self.augment)
+        for x, y in islice(batches, self.step - self.epoch * steps, None):  # those before were done when it was saved
+            self.train_step(x, y)
+        loss = float(self.losses) / steps
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
-        self.epoch += 1
+        self.epoch, self.losses = self.epoch + 1, 0.0
         moment = self.objective.ramp(self.step / self.total_steps)
         self.row = {"step": self.step, "epoch": self.epoch, "eps": moment.eps, "kappa": moment.kappa,
                     "lr": self.optimizer.param_groups[0]["lr"], "loss": loss,
                     "nnz": self.sparsifier.masks.nnz, "sparsity": self.sparsifier.masks.sparsity}
 
-    def train_step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One optimizer step on a batch; returns its loss, detached (reading it would wait for the device)."""
+    def train_step(self, x: Tensor, y: Tensor) -> None:
+        """One optimizer step on a batch; its loss is added up unread (reading it would wait for the device)."""
         progress = self.step / self.total_steps
         for group, peak in zip(self.optimizer.param_groups, self.peak_lr, strict=True):
             group["lr"] = peak * lr_share(progress)
@@ -118,21 +124,23 @@ class Learner:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()
         self.sparsifier.step()
-        self.step += 1
-        return loss.detach()
+        self.step, self.losses = self.step + 1, self.losses + loss.detach()
+        self._call("after_step")
 
     def _call(self, moment: str) -> None:
         for callback in self.callbacks:
             getattr(callback, moment)(self)
 
     def state_dict(self) -> dict:
-        """Everything that the next epoch depends on."""
-        return {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "sparsifier": self.sparsifier.state_dict()}
+        """Everything that the next step depends on."""
+        return {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "losses": self.losses,
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "sparsifier": self.sparsifier.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what `state_dict` gave, to the same bits on the same machine."""
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.losses = state["losses"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sparsifier.load_state_dict(state["sparsifier"])

@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from .augment import standard
 from .callbacks import Look, Progress, Record, StopWhenLost
+from .changes import Changes
 from .config import Config
 from .data import load
 from .evaluate import evaluate
@@ -106,15 +107,15 @@ def summarise(learner: Learner, config: Config) -> dict:
             "data": {"name": learner.data.name, "source": learner.data.source}, "config": asdict(config)}
 
 
-def train(config: Config, callbacks: Sequence[Callback] = ()) -> Run:
+def train(config: Config, callbacks: Sequence[Callback] = (Progress(),)) -> Run:
     """Train `config` in its run folder, or continue, or return the run if it has finished.
 
-    `callbacks` are added after those that look, record and print. Raises ValueError for a configuration that cannot be,
-    TrainingStopped when training has failed, OSError when the folder cannot be written.
+    `callbacks` run after those that look, stop and record; by default they print. Raises ValueError for a configuration
+    that cannot be, TrainingStopped when training has failed, OSError when the folder cannot be written.
     """
     folder = Path(config.runs_dir) / config.run_id
     look = Look(config.eps, config.engine)
-    learner = make_learner(config, [look, StopWhenLost(), Record(folder, look), Progress(), *callbacks])
+    learner = make_learner(config, [look, StopWhenLost(), Record(folder, look), Changes(folder), *callbacks])
     if folder.exists() and not config.resume:
         with locked(folder):
             _put_aside(folder)

@@ -7,6 +7,7 @@ __all__ = ['save', 'load', 'to_tensors', 'from_tensors']
 
 # %% ../../nbs/sparse/05_history_files.ipynb #4c2d1b67
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,8 @@ def _rebuild(shapes: dict, packed: np.ndarray, lines: list[dict], blob: bytes) -
     ends = np.cumsum([-(-size // 8) for size in sizes])
     if len(packed) != ends[-1]:
         raise ValueError(f"the first masks have {len(packed)} bytes, not {ends[-1]}")
-    start = {name: torch.from_numpy(np.unpackbits(part, count=size).astype(bool)).view(tuple(shape))
-             for (name, shape), size, part in zip(shapes.items(), sizes, np.split(packed, ends[:-1]), strict=True)}
-    history = MaskHistory(start)
-    for line in lines:
-        history.extend(_update(line, blob))
-    return history
+    start = dict(zip(shapes, np.split(packed, ends[:-1]), strict=True))
+    return MaskHistory.packed(shapes, start, [_update(line, blob) for line in lines])
 
 # %% ../../nbs/sparse/05_history_files.ipynb #6b8fc81a
 def save(history: MaskHistory, folder: str | Path) -> None:
@@ -52,8 +49,9 @@ def save(history: MaskHistory, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "start.json").exists():
-        (folder / "start.bin").write_bytes(b"".join(packed.tobytes() for packed in history.start.values()))
-        (folder / "start.tmp").write_text(json.dumps({"shapes": history.shapes}))
+        bits = b"".join(packed.tobytes() for packed in history.start.values())
+        (folder / "start.bin").write_bytes(zlib.compress(bits, 6))
+        (folder / "start.tmp").write_text(json.dumps({"shapes": history.shapes, "deflated": True}))
         (folder / "start.tmp").rename(folder / "start.json")
     lines = _index(folder)[:len(history.updates)]
     end = lines[-1]["end"] if lines else 0
@@ -73,10 +71,11 @@ def load(folder: str | Path) -> MaskHistory:
     """The history saved in `folder`. Raises ValueError, with the reason, when it cannot be read."""
     folder = Path(folder)
     try:
-        shapes = json.loads((folder / "start.json").read_text())["shapes"]
+        header, bits = json.loads((folder / "start.json").read_text()), (folder / "start.bin").read_bytes()
+        packed = np.frombuffer(zlib.decompress(bits) if header.get("deflated") else bits, np.uint8)
         blob = (folder / "updates.bin").read_bytes() if (folder / "updates.bin").exists() else b""
-        return _rebuild(shapes, np.fromfile(folder / "start.bin", np.uint8), _index(folder), blob)
-    except (OSError, ValueError, KeyError) as error:
+        return _rebuild(header["shapes"], packed, _index(folder), blob)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
         raise ValueError(f"{folder} does not hold a readable mask history ({error}); train the run again.") from error
 
 

@@ -1,0 +1,131 @@
+"""A mask history against the masks themselves, however one walks through it, and in every format it was ever written."""
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparselab.sparse.codec import pack_sorted, unpack_sorted
+from sparselab.sparse.cursor import Cursor
+from sparselab.sparse.history import MaskHistory
+from sparselab.sparse.history_files import load, save
+
+
+def older_pack(values):
+    """The code of the first version: gaps in bytes of seven bits, deflated."""
+    raw = bytearray()
+    for gap in np.diff(values, prepend=-1) - 1:
+        while gap > 127:
+            raw.append(int(gap) & 127 | 128)
+            gap >>= 7
+        raw.append(int(gap))
+    return zlib.compress(bytes(raw), 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sets(st.integers(0, 5000) | st.integers(0, 2 ** 40), max_size=400))
+def test_sorted_integers_come_back_from_both_codes(values):
+    values = np.array(sorted(values), np.int64)
+    assert (unpack_sorted(pack_sorted(values)) == values).all()
+    assert (unpack_sorted(older_pack(values)) == values).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 10 ** 6), min_size=1, max_size=300, unique=True), st.data())
+def test_a_cut_list_is_a_sentence(values, data):
+    packed = pack_sorted(np.array(sorted(values)))
+    cut = packed[:data.draw(st.integers(0, len(packed) - 1))]
+    with pytest.raises(ValueError, match="is damaged"):
+        unpack_sorted(cut)
+
+
+def random_masks(seed, records, shape=(7, 9), still=0.2):
+    rng = np.random.default_rng(seed)
+    masks = [rng.random(shape) < rng.random()]
+    for _ in range(records):
+        change = rng.random() * 0.5 if rng.random() > still else 0
+        masks.append(masks[-1] ^ (rng.random(shape) < change))
+    return masks
+
+
+def history_of(masks):
+    history = MaskHistory({"w": torch.from_numpy(masks[0])})
+    for step, mask in enumerate(masks[1:], 1):
+        history.record(10 * step, {"w": torch.from_numpy(mask)})
+    return history
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2 ** 32 - 1), st.integers(0, 40), st.lists(st.integers(-41, 40), max_size=25), st.integers(0, 5))
+def test_a_walk_is_a_replay(seed, records, jumps, appended):
+    masks = random_masks(seed, records + appended)
+    history = history_of(masks[:records + 1])
+    cursor = Cursor(history, "w")
+    for jump in jumps:
+        if not -records - 1 <= jump <= records:
+            with pytest.raises(ValueError, match=f"no record {jump}"):
+                cursor.seek(jump)
+            continue
+        check(cursor.seek(jump), masks[:records + 1], jump % (records + 1))
+    for step in range(records + 1, len(masks)):  # a run that is still being trained
+        history.record(10 * step, {"w": torch.from_numpy(masks[step])})
+        check(cursor.seek(-1), masks, step)
+
+
+def check(cursor, masks, at):
+    now, before = masks[at], masks[max(at - 1, 0)]
+    assert cursor.record == at and cursor.step == 10 * at and (cursor.mask == now).all()
+    assert cursor.active.tolist() == np.flatnonzero(now).tolist()
+    assert cursor.grown.tolist() == np.flatnonzero(now & ~before).tolist()
+    assert cursor.dropped.tolist() == np.flatnonzero(before & ~now).tolist()
+    for weight, since, age in zip(cursor.active, cursor.since, cursor.age, strict=True):
+        on = [record for record in range(at + 1) if all(m.flat[weight] for m in masks[record:at + 1])]
+        assert since == on[0] and age == at - on[0]
+
+
+def test_a_cursor_keeps_few_masks():
+    history = history_of(random_masks(1, 400))
+    cursor = Cursor(history, "w")
+    cursor.seek(-1).seek(0).seek(200)
+    assert len(cursor._marks) <= 21
+
+
+def test_a_history_written_by_the_first_version_is_read(tmp_path):
+    masks = random_masks(3, 6)
+    lines, blob, before = [], b"", np.flatnonzero(masks[0])
+    for step, mask in enumerate(masks[1:], 1):
+        after = np.flatnonzero(mask)
+        parts = [older_pack(np.flatnonzero(~np.isin(before, after))), older_pack(np.setdiff1d(after, before))]
+        blob, before = blob + b"".join(parts), after
+        lines.append(json.dumps({"step": 10 * step, "end": len(blob), "layers": {"w": [*map(len, parts)]}}) + "\n")
+    (tmp_path / "start.json").write_text(json.dumps({"shapes": {"w": masks[0].shape}}))
+    (tmp_path / "start.bin").write_bytes(np.packbits(masks[0]).tobytes())
+    (tmp_path / "updates.bin").write_bytes(blob)
+    (tmp_path / "updates.jsonl").write_text("".join(lines))
+    history = load(tmp_path)
+    for record, mask in enumerate(masks):
+        assert (history.mask(record, "w").numpy() == mask).all()
+    more = random_masks(4, 1)[1]
+    history.record(70, {"w": torch.from_numpy(more)})
+    save(history, tmp_path)
+    assert (load(tmp_path).mask(-1, "w").numpy() == more).all()
+
+
+@pytest.mark.parametrize("damage", ["start.bin", "start.json", "updates.bin"])
+def test_a_damaged_history_is_a_sentence(tmp_path, damage):
+    save(history_of(random_masks(5, 6, still=0)), tmp_path)
+    path = tmp_path / damage
+    path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
+    with pytest.raises(ValueError, match="history|is damaged"):
+        Cursor(load(tmp_path), "w").seek(-1)
+
+
+def test_an_unknown_layer_is_named():
+    history = history_of(random_masks(2, 1))
+    with pytest.raises(ValueError, match="no layer called 'v'"):
+        Cursor(history, "v")
+    with pytest.raises(ValueError, match="no layer called 'v'"):
+        history.mask(0, "v")

@@ -128,3 +128,14 @@ def test_crown_is_no_looser_than_crown_ibp_on_average_and_affine_networks_are_ex
     for method in ("crown_ibp", "crown"):
         lb, ub = bounds(affine, lower.double(), upper.double(), method)
         torch.testing.assert_close((ub - lb) / 2, reach)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_norm_scales_the_dimension_that_torch_scales(method):
+    """After a linear layer it is the second dimension, which of (B, C, L) is not the one that the layer wrote."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(36, 2), nn.BatchNorm1d(2), nn.ReLU(), nn.Flatten(), nn.Linear(4, CLASSES))
+    net[2].running_mean.normal_(), net[2].running_var.uniform_(0.2, 3)
+    x = torch.rand(BOXES, 2, 6, 6)
+    for end in bounds(net.eval(), x, x, method):
+        torch.testing.assert_close(end, net(x), rtol=1e-4, atol=1e-5)

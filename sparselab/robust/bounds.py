@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..errors import unknown
 from . import crown as backward_bounds
 from .boxes import input_box, margin_matrix
-from .graph import Statistics
 from .ibp import interval_pass
 from .lirpa import lirpa_bounds
+from .nodes import Statistics
 
 # %% ../../nbs/robust/05_bounds.ipynb #7dea4a66
 _all_ = ["input_box", "margin_matrix"]

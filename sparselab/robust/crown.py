@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .boxes import Interval, check_box
-from .graph import Statistics
 from .ibp import IntervalPass, Step, apply_rows, carry, check_rows, concretize
 from .layers import Add, Affine, Concat, Reshape, Scale
+from .nodes import Statistics
 from .relu import ReLU
 
 # %% ../../nbs/robust/02_crown.ipynb #1a1e2fa1

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from .boxes import Interval, check_box
-from .graph import Statistics, build_layer, evaluate, naming, trace
+from .graph import trace
 from .layers import Linear
+from .nodes import Statistics, build_layer, evaluate, naming
 from .relu import ReLU
 
 # %% ../../nbs/robust/01_ibp.ipynb #6fc3856f

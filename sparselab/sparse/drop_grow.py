@@ -20,15 +20,14 @@ from .sparsifier import Sparsifier, random_masks
 
 # %% ../../nbs/sparse/08_drop_grow.ipynb #e3c74f00
 @torch.no_grad()
-def drop_and_grow(mask: Tensor, drop_scores: Tensor, grow_scores: Tensor, fraction: float, count: int) -> Tensor:
-    """The next mask: `count` weights, of which int(fraction * count) are chosen by `grow_scores`.
+def drop_and_grow(mask: Tensor, drop_scores: Tensor, grow_scores: Tensor, keep: int, count: int) -> Tensor:
+    """The next mask: `count` weights; the `keep` active ones with the highest `drop_scores`, the others grown.
 
-    The others are the active weights with the highest `drop_scores`, given for the active weights only, in flat order.
-    `grow_scores` has the mask's shape; all weights that were not kept compete, just-dropped ones included. Source:
-    arXiv 1911.11134.
+    `drop_scores` are given for the active weights only, in flat order. `grow_scores` has the mask's shape; all weights that
+    were not kept compete, just-dropped ones included. Source: arXiv 1911.11134.
     """
     active = mask.view(-1).nonzero().view(-1)
-    kept = active[top(drop_scores, min(count - int(fraction * count), active.numel()))]
+    kept = active[top(drop_scores, min(keep, active.numel()))]
     new = torch.zeros_like(mask).view(-1)
     new[kept] = True
     new[top(grow_scores, count - kept.numel(), taken=new)] = True
@@ -79,32 +78,40 @@ class SET(Sparsifier):
                 self.gradients[name] = torch.zeros_like(weight)
             self.gradients[name] += weight.grad
 
-    def groups(self) -> list[tuple[list[str], int]]:
-        """(layers that are ranked together, the weights they hold after the update of this step)."""
+    def groups(self) -> list[tuple[list[str], int, int]]:
+        """(layers that are ranked together, weights they keep in the update of this step, weights they hold after it)."""
         counts = layer_budgets(self.shapes, self.sparsity_now, self.distribution, self.dense)
-        if not self.across:
-            return [([name], count) for name, count in counts.items()]
-        free = [name for name in counts if name not in self.dense]
-        return [(free, sum(counts[name] for name in free))]
+        groups = [([name], count) for name, count in counts.items()]
+        if self.across:
+            free = [name for name in counts if name not in self.dense]
+            groups = [(free, sum(counts[name] for name in free))]
+        return [(names, count - int(self.fraction(self.steps) * count), count) for names, count in groups]
 
     def update(self) -> bool:
         if not self.updates.due(self.steps):
             return False
-        for names, count in self.groups():
-            self._update_group(names, count)
+        for names, keep, count in self.groups():
+            self.update_group(names, keep, count)
         self.gradients = {}
         return True
 
-    def _update_group(self, names: list[str], count: int) -> None:
-        masks = [self.masks[name].view(-1) for name in names]
-        drop_scores, grow_scores = [], []
-        for name, mask in zip(names, masks, strict=True):
-            weight, rng = self.masks.weights[name], generator_for(self.seed, "grow", self.steps, name)
-            drop_scores.append(magnitude(weight.view(-1)[mask], None, rng))
-            grow_scores.append(self.grow(weight, self.gradients.get(name), rng).view(-1))
-        new = drop_and_grow(_joined(masks), _joined(drop_scores), _joined(grow_scores), self.fraction(self.steps), count)
+    def grow_scores(self, name: str) -> Tensor:
+        """What the weights of a layer are grown by at this step."""
+        rng = generator_for(self.seed, "grow", self.steps, name)
+        return self.grow(self.masks.weights[name], self.gradients.get(name), rng)
+
+    def update_group(self, names: list[str], keep: int, count: int) -> None:
+        """Give the layers `names`, ranked together, their next masks: `keep` weights stay, `count` are active after it."""
+        masks, weights = ([part[name].view(-1) for name in names] for part in (self.masks, self.masks.weights))
+        drop_scores = [magnitude(weight[mask], None, None) for weight, mask in zip(weights, masks, strict=True)]
+        grow_scores = [self.grow_scores(name).view(-1) for name in names]
+        new = self.next_mask(*map(_joined, (masks, drop_scores, grow_scores)), keep, count)
         for name, part in zip(names, new.split([mask.numel() for mask in masks]), strict=True):
             assign(self.masks, name, part.view(self.masks[name].shape))
+
+    def next_mask(self, mask: Tensor, drop_scores: Tensor, grow_scores: Tensor, keep: int, count: int) -> Tensor:
+        """The mask that follows `mask`; see `drop_and_grow`."""
+        return drop_and_grow(mask, drop_scores, grow_scores, keep, count)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"gradients": dict(self.gradients)}

@@ -13,15 +13,17 @@ from torch import nn
 
 from ..errors import unknown
 from .at_init import SNIP, GraSP, SynFlow
+from .ctre import CTRESeq, CTRESim
 from .drop_grow import SET, RigL
+from .momentum import SNFS
 from .pruning import GMP, Dense, Static, VLRProjection
 from .sparsevlr import SparseVLR
 from .sparsifier import Sparsifier
 
 # %% ../../nbs/sparse/10_sparsify.ipynb #5234114e
 METHODS: dict[str, type[Sparsifier]] = {
-    "dense": Dense, "static": Static, "snip": SNIP, "grasp": GraSP, "synflow": SynFlow, "set": SET, "rigl": RigL, "gmp": GMP,
-    "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
+    "dense": Dense, "static": Static, "snip": SNIP, "grasp": GraSP, "synflow": SynFlow, "set": SET, "rigl": RigL, "snfs": SNFS,
+    "ctre_seq": CTRESeq, "ctre_sim": CTRESim, "gmp": GMP, "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
 }
 HANDED = {"model", "optimizer", "sparsity", "total_steps", "seed"}  # what sparsify takes itself
 CHOSEN = {"grow"}  # what makes a method that method

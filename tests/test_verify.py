@@ -1,5 +1,8 @@
 """A proof is never wrong, methods see what is left, and the result adds up."""
+import importlib.util
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from sparselab.robust import verify as module
 from sparselab.robust.attacks import pgd, survivors
 from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
 from sparselab.robust.graph import UnsupportedLayer
-from sparselab.robust.lirpa import load
+from sparselab.robust.lirpa_mends import load
 from sparselab.robust.modes import worst_margin
 from sparselab.robust.verify import Verification, check_order, verify
 
@@ -244,6 +247,23 @@ def test_verification_of_given_tensors():
     bits = torch.tensor([True, True, False])
     empty = Verification(bits, torch.full((3,), -math.inf))
     assert empty.proved_by == [None] * 3 and empty.accuracy["verified"] == 0 and empty.verified_by == {}
+
+
+def test_a_machine_without_auto_lirpa_is_told_both_commands_in_order(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "auto_LiRPA"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"not installed.*pip install 'sparselab\[lirpa\]'.*"
+                                          r"pip install --no-deps auto_LiRPA==0\.3`.*engine=\"native\""):
+        bounds(network(), *input_box(torch.rand(1, 4), 0.1), engine="auto_lirpa")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("auto_LiRPA") is None, reason="auto_LiRPA is not installed")
+def test_what_auto_lirpa_imports_and_lacks_is_named():
+    code = "import sys; sys.modules['appdirs'] = None; from sparselab.robust.lirpa_mends import load; load()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: auto_LiRPA is installed, but not appdirs") and "'sparselab[lirpa]'" in last
 
 
 def test_both_engines_prove_the_same():

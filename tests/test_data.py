@@ -17,7 +17,8 @@ from sparselab.learn import find as find_module
 from sparselab.learn.augment import STANDARD, Augment, standard
 from sparselab.learn.data import Split, load, to_float
 from sparselab.learn.find import candidates, find, roots
-from sparselab.learn.images import decode, read_parquet_folder, read_picture_folder
+from sparselab.learn.folders import read_parquet_folder, read_picture_folder
+from sparselab.learn.images import decode
 from sparselab.learn.sources import KNOWN, digits, read_idx
 
 

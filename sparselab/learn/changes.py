@@ -9,7 +9,7 @@ __all__ = ['GROWTH', 'knobs', 'turn', 'standing', 'Changes']
 from pathlib import Path
 
 from ..errors import unknown
-from .config import read_float
+from .values import read_float
 from .files import append_row, read_rows
 from .learner import Callback, Learner
 from ..sparse.drop_grow import SET

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparselab.sparse.distributions import DISTRIBUTIONS, budget, layer_budgets
+from sparselab.sparse.distributions import DISTRIBUTIONS, budget, layer_budgets, share_out
 from sparselab.sparse.drop_grow import drop_and_grow
 from sparselab.sparse.history import MaskHistory, pack_sorted, unpack_sorted
 from sparselab.sparse.history_files import from_tensors, load, save, to_tensors
@@ -50,6 +50,14 @@ def test_infeasible_budgets_name_a_sparsity_that_is_feasible(shapes, data):
         layer_budgets(shapes, sparsity)
     feasible = float(str(error.value).rsplit(" ", 1)[1].rstrip("."))
     assert sum(layer_budgets(shapes, feasible).values()) == budget(feasible, total)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 50)), min_size=1, max_size=8), st.data())
+def test_what_is_shared_out_is_exact_and_fits(layers, data):
+    shares, room = ({str(i): layer[part] for i, layer in enumerate(layers)} for part in (0, 1))
+    total = data.draw(st.integers(0, sum(room.values())))
+    found = share_out(total, shares, room)
+    assert sum(found.values()) == total and all(0 <= found[name] <= room[name] for name in room)
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=200), st.data())

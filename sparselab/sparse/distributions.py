@@ -90,9 +90,11 @@ def share_out(total: int, shares: Mapping[str, float], room: Mapping[str, int]) 
 
     Equal parts when all shares are 0. Raises ValueError when there is not room enough.
     """
-    sizes, deserved = np.array([room[name] for name in shares]), np.array(list(shares.values()), dtype=float)
-    if total > sizes.sum():
-        raise ValueError(f"{total} weights do not fit into room for {sizes.sum()}.")
+    if total > sum(room.values()):
+        raise ValueError(f"{total} weights do not fit into room for {sum(room.values())}.")
+    open_names = [name for name in shares if room[name]]
+    sizes, deserved = (np.array([part[name] for name in open_names], dtype=float) for part in (room, shares))
     deserved = deserved / deserved.sum() + 1e-9 if deserved.sum() > 0 else np.ones(len(sizes))
-    real = _scaled(sizes, deserved / np.maximum(sizes, 1), total)
-    return dict(zip(shares, map(int, _largest_remainder(real, sizes, total, least=0)), strict=True))
+    real = _scaled(sizes, deserved / sizes, total)
+    counts = dict(zip(open_names, map(int, _largest_remainder(real, sizes, total, least=0)), strict=True))
+    return {name: counts.get(name, 0) for name in shares}

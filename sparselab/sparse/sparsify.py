@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from ..errors import unknown
+from .acdc import ACDC
 from .at_init import SNIP, GraSP, SynFlow
 from .ctre import CTRESeq, CTRESim
 from .drop_grow import SET, RigL
+from .gibbs import Gibbs
 from .momentum import SNFS
 from .pruning import GMP, Dense, Static, VLRProjection
 from .sparsevlr import SparseVLR
@@ -23,7 +25,8 @@ from .sparsifier import Sparsifier
 # %% ../../nbs/sparse/10_sparsify.ipynb #5234114e
 METHODS: dict[str, type[Sparsifier]] = {
     "dense": Dense, "static": Static, "snip": SNIP, "grasp": GraSP, "synflow": SynFlow, "set": SET, "rigl": RigL, "snfs": SNFS,
-    "ctre_seq": CTRESeq, "ctre_sim": CTRESim, "gmp": GMP, "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
+    "ctre_seq": CTRESeq, "ctre_sim": CTRESim, "gmp": GMP, "acdc": ACDC, "gibbs": Gibbs,
+    "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
 }
 HANDED = {"model", "optimizer", "sparsity", "total_steps", "seed"}  # what sparsify takes itself
 CHOSEN = {"grow"}  # what makes a method that method

@@ -9,8 +9,9 @@ __all__ = ['Look', 'StopWhenLost', 'Record', 'Progress']
 import math
 from pathlib import Path
 
+from .checkpoints import load_checkpoint, save_checkpoint
 from .evaluate import glance, reestimate_statistics
-from .files import append_row, keep_rows, load_checkpoint, save_checkpoint
+from .files import append_row, keep_rows
 from .learner import Callback, Learner, TrainingStopped
 from ..sparse.history_files import save as save_history
 

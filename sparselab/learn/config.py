@@ -48,6 +48,7 @@ class Config:
     grad_clip: float = 10.0
     augment: bool = False
     validation: float = 0.1
+    train_samples: int = 0
     test_samples: int = 0
 
     def __post_init__(self):
@@ -55,7 +56,7 @@ class Config:
             object.__setattr__(self, name, reader(name, getattr(self, name)))
         for name in ("epochs", "batch_size"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("eps", "lr", "weight_decay", "grad_clip", "test_samples"):
+        for name in ("eps", "lr", "weight_decay", "grad_clip", "train_samples", "test_samples"):
             _at_least(name, getattr(self, name), 0)
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:

@@ -13,6 +13,7 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .evaluate import glance, reestimate_statistics
 from .files import append_row, keep_rows
 from .learner import Callback, Learner, TrainingStopped
+from .recordings import NeuronSums, drop_later, value_arrays, write_arrays
 from ..sparse.history_files import save as save_history
 
 # %% ../../nbs/learn/14_callbacks.ipynb #36af964c
@@ -20,13 +21,14 @@ class Look(Callback):
     """Validation accuracies and stability after every epoch, at the evaluation radius `eps`; on train data if no split."""
 
     def __init__(self, eps: float, engine: str = "native"):
-        self.eps, self.engine, self.stability = eps, engine, {}
+        self.eps, self.engine, self.stability, self.neurons = eps, engine, {}, NeuronSums()
 
     def after_epoch(self, learner: Learner) -> None:
         if learner.sparsifier.history.updates:
             reestimate_statistics(learner.model, learner.data.train)
         split = learner.data.valid if len(learner.data.valid) else learner.data.train
-        accuracies, layers = glance(learner.model, split, self.eps, self.engine)
+        self.neurons = NeuronSums()
+        accuracies, layers = glance(learner.model, split, self.eps, self.engine, watch=self.neurons.add)
         learner.row |= accuracies
         self.stability = {"step": learner.step, "epoch": learner.epoch, "layers": layers}
 
@@ -49,7 +51,10 @@ class StopWhenLost(Callback):
 
 # %% ../../nbs/learn/14_callbacks.ipynb #dbd3daf8
 class Record(Callback):
-    """Writes the run folder: logs, masks and a checkpoint after every epoch; restores the newest one before training."""
+    """Writes the run folder after every epoch: logs, masks, neurons, weights and a checkpoint.
+
+    Restores the newest checkpoint before training, and takes back what was recorded after it.
+    """
 
     def __init__(self, folder: str | Path, look: Look):
         self.folder, self.look = Path(folder), look
@@ -60,11 +65,16 @@ class Record(Callback):
             learner.load_state_dict(state)
         for log in ("metrics.jsonl", "stability.jsonl"):
             keep_rows(self.folder / log, learner.step)
+        for recordings in ("stability", "weights"):
+            drop_later(self.folder / recordings, learner.step)
         save_history(learner.sparsifier.history, self.folder / "masks")
 
     def after_epoch(self, learner: Learner) -> None:
         append_row(self.folder / "metrics.jsonl", learner.row)
         append_row(self.folder / "stability.jsonl", self.look.stability)
+        masks, name = learner.sparsifier.masks, f"step-{learner.step:09d}.safetensors"
+        write_arrays(self.folder / "stability" / name, *self.look.neurons.arrays())
+        write_arrays(self.folder / "weights" / name, *value_arrays(masks.weights, masks))
         save_history(learner.sparsifier.history, self.folder / "masks")
         save_checkpoint(self.folder / "checkpoint", learner.step, learner.state_dict())
 

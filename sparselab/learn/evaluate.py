@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['glance', 'reestimate_statistics', 'Evaluation', 'evaluate']
 
-# %% ../../nbs/learn/13_evaluate.ipynb #59157d98
+# %% ../../nbs/learn/13_evaluate.ipynb #36b48f2d
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +25,11 @@ from ..robust.verify import verify
 # %% ../../nbs/learn/13_evaluate.ipynb #5244e008
 @torch.no_grad()
 def glance(model: nn.Module, split: Split, eps: float, engine: str = "native",
-           batch_size: int = 500) -> tuple[dict[str, float], dict]:
+           batch_size: int = 500, watch: Callable[[dict], None] | None = None) -> tuple[dict[str, float], dict]:
     """({"clean", "verified"}, stability row) of `split` at `eps`; accuracies are shares, verified by IBP.
 
-    Stability comes from the native engine's interval pass; with another engine the row is empty.
+    Stability comes from the native engine's interval pass; with another engine the row is empty. `watch` is called with
+    the bounds before every ReLU of every batch: layer -> (lb, ub).
     """
     right = proved = 0
     parts = []
@@ -38,6 +40,8 @@ def glance(model: nn.Module, split: Split, eps: float, engine: str = "native",
             if engine == "native":
                 passed = interval_pass(model, *input_box(x, eps))
                 parts.append({name: LayerStability.of(*box) for name, box in passed.preactivations.items()})
+                if watch:
+                    watch(passed.preactivations)
                 lb, _ = passed.output(C)
             else:
                 lb, _ = bounds(model, *input_box(x, eps), "ibp", C, engine)

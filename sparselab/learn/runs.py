@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .config import Config
 from .files import read_rows
+from .margins import Margins, load_margins
+from .recordings import Looks, NeuronLooks, Unavailable
 from ..sparse.history import MaskHistory
 from ..sparse.history_files import load as load_history
 
@@ -71,6 +73,24 @@ class Run:
         if not (self.path / "model.safetensors").exists():
             raise ValueError(f"{self.path} has no model.safetensors: the run has not finished its training.")
         return load_file(self.path / "model.safetensors")
+
+    @property
+    def neurons(self) -> NeuronLooks:
+        """State and mean bounds of every neuron, once per epoch so far. Raises Unavailable when there are none."""
+        return NeuronLooks(self.path / "stability")
+
+    @property
+    def values(self) -> Looks:
+        """Values of the active weights, once per epoch so far, in flat order. Raises Unavailable when there are none."""
+        return Looks(self.path / "weights", "weights")
+
+    @cached_property
+    def margins(self) -> Margins:
+        """Proved margins of some test samples over eps. Raises Unavailable when there are none."""
+        if not (self.path / "margins.safetensors").exists():
+            raise Unavailable(f"{self.path} has no margins.safetensors: margins are computed when training has ended, by "
+                              "runs of this version; learn.margins.margins_of computes them from any model.")
+        return load_margins(self.path / "margins.safetensors")
 
     def __repr__(self) -> str:
         state = "finished" if self.finished else f"{len(self.metrics)} epochs so far"

@@ -75,10 +75,11 @@ export default () => {
         }
       }
       function outline(context, width, height, rows, columns) {
-        const [row, column] = model.get("mark"), tall = height * zoom / rows, wide = width * zoom / columns;
+        const [row, column, down, across] = model.get("mark");
+        const tall = height * zoom / rows, wide = width * zoom / columns;
         context.strokeStyle = getComputedStyle(line).color; context.lineWidth = 2;
-        if (row >= 0) context.strokeRect(-left * width, row * tall - top * height, width * zoom, Math.max(tall, 2));
-        if (column >= 0) context.strokeRect(column * wide - left * width, -top * height, Math.max(wide, 2), height * zoom);
+        if (row >= 0) context.strokeRect(-left * width, row * tall - top * height, width * zoom, Math.max(down * tall, 3));
+        if (column >= 0) context.strokeRect(column * wide - left * width, -top * height, Math.max(across * wide, 3), height * zoom);
       }
       const redraw = () => {
         if (waiting) return;
@@ -171,15 +172,15 @@ class Canvas(anywidget.AnyWidget):
     """A raster of codes 0..255 (rows, columns), each a colour of `palette`: (red, green, blue, opacity), 0..255.
 
     Written by the browser: `clicked` [row, column, how often], `hover` [row, column] (-1 outside) and `key` [name, how
-    often]. Set `tip` in answer to `hover`; `mark` [row, column] outlines a row or column (-1: none); `label` is the line
-    below. `changed` says how many codes the last `show` sent.
+    often]. Set `tip` in answer to `hover`; `mark` [row, column, rows, columns] outlines some rows and columns
+    (-1: none); `label` is the line below. `changed` says how many codes the last `show` sent.
     """
 
     _esm, _css = DRAW, STYLE
     codes, patch = Bytes().tag(sync=True), Bytes().tag(sync=True)
     version, height, shape = Int(0).tag(sync=True), Int(320).tag(sync=True), List([0, 0]).tag(sync=True)
     palette, label, tip = List().tag(sync=True), Unicode().tag(sync=True), Unicode().tag(sync=True)
-    mark, hover = List([-1, -1]).tag(sync=True), List([-1, -1]).tag(sync=True)
+    mark, hover = List([-1, -1, 1, 1]).tag(sync=True), List([-1, -1]).tag(sync=True)
     clicked, key = List([-1, -1, 0]).tag(sync=True), List(["", "0"]).tag(sync=True)
 
     def __init__(self, raster: np.ndarray, palette: list, **traits):

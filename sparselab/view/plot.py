@@ -61,6 +61,10 @@ export default {
       const layout = { ...figure.layout, autosize: true, width: undefined, shapes: marked(figure.layout.shapes) };
       layout.font = { ...layout.font, color: colour };
       await Plotly.react(box, figure.data, layout, { responsive: false, displaylogo: false, displayModeBar: false });
+      if (box.dataset.drawn === "0") box.on("plotly_hover", event => {
+        const data = event.points[0].customdata ?? null;
+        if (data !== null) { model.set("hovered", data); model.save_changes(); }
+      });
       box.dataset.drawn = Number(box.dataset.drawn) + 1;
     }
     const mark = () => { if (box._fullLayout) Plotly.relayout(box, { shapes: marked(box.layout.shapes) }); };
@@ -100,13 +104,13 @@ class Plot(anywidget.AnyWidget):
     """A plotly figure, drawn in the browser; `at` is where the marker stands on the x axis (None: no marker).
 
     `clicked`, written by the browser: {x, y} in units of the first axes, `data`: customdata of the point under the mouse,
-    and `n`, how often.
+    and `n`, how often; `hovered`: customdata of the point under the mouse.
     """
 
     _esm = DRAW
     _css = ".sparselab-plot { width: 100%; min-height: 4em; color: var(--jp-ui-font-color1, CanvasText); }"
     figure, at = Unicode().tag(sync=True), Any(None, allow_none=True).tag(sync=True)
-    clicked, wants = Dict().tag(sync=True), Int(0).tag(sync=True)
+    clicked, hovered, wants = Dict().tag(sync=True), Any(None, allow_none=True).tag(sync=True), Int(0).tag(sync=True)
 
     def __init__(self, figure: go.Figure | None = None, **traits):
         super().__init__(**traits)

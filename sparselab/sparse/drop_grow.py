@@ -104,7 +104,7 @@ class SET(Sparsifier):
         """Give the layers `names`, ranked together, their next masks: `keep` weights stay, `count` are active after it."""
         masks, weights = ([part[name].view(-1) for name in names] for part in (self.masks, self.masks.weights))
         drop_scores = [magnitude(weight[mask], None, None) for weight, mask in zip(weights, masks, strict=True)]
-        grow_scores = [self.grow_scores(name).view(-1) for name in names]
+        grow_scores = [self.grow_scores(name).reshape(-1) for name in names]
         new = self.next_mask(*map(_joined, (masks, drop_scores, grow_scores)), keep, count)
         for name, part in zip(names, new.split([mask.numel() for mask in masks]), strict=True):
             assign(self.masks, name, part.view(self.masks[name].shape))

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .learner import Learner
-from .objectives import Objective
+from .losses import Objective
 from ..sparse.at_init import AtInit, GraSP
 from ..sparse.ctre import CTRE
 from ..sparse.drop_grow import SET

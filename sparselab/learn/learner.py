@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import unknown
 from .data import Data
-from .objectives import Objective
+from .losses import Objective
 from ..sparse.sparsifier import Sparsifier
 
 # %% ../../nbs/learn/11_learner.ipynb #d9798e83

@@ -1,0 +1,290 @@
+"""Panels and recordings: what they draw against masks, models and bounds; whatever is missing or damaged is a sentence."""
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("plotly", reason="figures need the extra lab")
+from sparselab.learn.data import load
+from sparselab.learn.margins import margins_of
+from sparselab.learn.models import build
+from sparselab.learn.recordings import STATES, NeuronLooks, NeuronSums, Unavailable
+from sparselab.learn.runs import Run
+from sparselab.robust.bounds import METHODS, input_box
+from sparselab.robust.ibp import interval_pass
+from sparselab.robust.verify import verify
+from sparselab.sparse.cursor import Cursor
+from sparselab.sparse.history import MaskHistory
+from sparselab.view.codes import LEGENDS, PALETTES, mask_codes, tiles
+from sparselab.view.compare import compare_masks, compare_strip
+from sparselab.view.flow_panel import erk_densities, flow_panel
+from sparselab.view.margins_panel import margins_panel
+from sparselab.view.mask_panel import mask_panel, weight_values
+from sparselab.view.neurons import neuron_panel, stability_raster
+from sparselab.view.strip import metrics_strip
+from sparselab.view.theme import COLORS
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "nbs" / "example"
+NAMES = ("sparsevlr", "rigl")
+
+
+@pytest.fixture(scope="module")
+def run():
+    return Run(EXAMPLE / "sparsevlr")
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    model = build(run.config.model, (1, 8, 8), 10, **run.config.model_options)
+    model.load_state_dict(run.weights)
+    return model.eval()
+
+
+def every_panel(run):
+    layer = next(iter(run.neurons.layers))
+    name = run.history.names[0]
+    return [metrics_strip(run), *(mask_panel(run, name, colour=colour) for colour in ("event", "age", "weight")),
+            flow_panel(run), stability_raster(run), stability_raster(run, sort="flips"), neuron_panel(run, layer, 0),
+            *(margins_panel(run, method) for method in run.margins.lb)]
+
+
+# --- the bundled runs ---------------------------------------------------------------------------------------------------
+
+def test_the_bundled_runs_are_small_whole_and_nobodys():
+    files = [path for path in EXAMPLE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert sum(path.stat().st_size for path in files) < 600_000
+    for name in NAMES:
+        run = Run(EXAMPLE / name)
+        assert run.finished and run.config.method == name and run.config.seed == 0
+        assert run.config.runs_dir == run.summary["config"]["runs_dir"] == ".new"
+        assert len(run.neurons.steps) == len(run.values.steps) == len(run.metrics) == run.config.epochs
+        assert not run.neurons.skipped and len(run.margins.labels) == 100
+
+
+def test_every_panel_draws_says_how_to_read_it_and_can_be_called_again(run):
+    for panel in every_panel(run):
+        assert panel.figure.data and panel.how_to_read.endswith(".") and len(panel.how_to_read) > 40
+        names = {}
+        exec(panel.call.rsplit("\n", 1)[0], names)
+        again = eval(panel.call.rsplit("\n", 1)[1], names)
+        assert again.figure.to_json() == panel.figure.to_json(), panel.title
+        assert panel.csv().startswith("trace,x,y,text\n")
+
+
+def test_two_runs_are_compared_on_one_timeline(run):
+    other = Run(EXAMPLE / "rigl")
+    name = run.history.names[-1]
+    a, b = compare_masks(run, other, name, step=200)
+    record = sum(step <= 200 for step in run.history.steps) - 1
+    assert a.figure.data[0].source == mask_panel(run, name, record).figure.data[0].source
+    assert b.figure.data[0].source != a.figure.data[0].source
+    lines = {trace.name: trace for trace in compare_strip(run, other, 200).figure.data}
+    assert list(lines["A verified"].y) == [row["verified"] for row in run.metrics]
+    assert list(lines["B verified"].y) == [row["verified"] for row in other.metrics]
+    with pytest.raises(ValueError, match="Did you mean"):
+        compare_masks(run, other, name[:-1])
+
+
+# --- recordings against the model -----------------------------------------------------------------------------------------
+
+def test_recorded_values_are_the_weights_of_the_model(run):
+    for name, values in run.values.read(run.values.steps[-1])[0].items():
+        weight, mask = run.weights[name], run.history.mask(-1, name)
+        assert np.array_equal(values, weight[mask].half().numpy()) and not weight[~mask].any()
+        assert np.array_equal(weight_values(run, Cursor(run.history, name).seek(-1)), values.astype(np.float32))
+
+
+def test_recorded_neurons_are_those_of_the_trained_model(run, model):
+    valid = load("digits", validation=run.config.validation, seed=run.config.seed).valid
+    (x, _), = valid.batches(len(valid), shuffle=False)
+    with torch.no_grad():
+        bounds = interval_pass(model, *input_box(x, run.config.eps)).preactivations
+    for layer, (lb, ub) in bounds.items():
+        lb, ub = lb.flatten(1), ub.flatten(1)
+        off, on = (ub <= 0), (lb >= 0) & (ub > 0)
+        for neuron, state in enumerate(run.neurons.over_time(layer)[-1]):
+            count = [int(on[:, neuron].sum()), int(off[:, neuron].sum())]
+            count.append(len(x) - sum(count))
+            assert STATES[state] == ("dead" if count[1] == len(x) else STATES[count.index(max(count))])
+        assert np.allclose(run.neurons.over_time(layer, "lb")[-1], lb.mean(0), rtol=2e-3, atol=1e-4)
+        assert np.allclose(run.neurons.over_time(layer, "ub")[-1], ub.mean(0), rtol=2e-3, atol=1e-4)
+
+
+def test_recorded_margins_prove_what_verify_proves(run, model):
+    test = load("digits").test
+    x, y = next(iter(test.take(slice(100)).batches(100, shuffle=False)))
+    margins = run.margins
+    assert np.array_equal(margins.labels, y) and np.array_equal(margins.predictions, model(x).argmax(1))
+    assert (margins.images == (x * 255).round().byte().numpy()).all()
+    assert np.abs(margins.attacks.astype(int) - margins.images).max() <= 255 * margins.eps + 1
+    for at in (0, 5, 10, 20):
+        for method in METHODS:
+            proved = verify(model, x, y, float(margins.grid[at]), methods=(method,)).verified.numpy()
+            lb = margins.method(method)[at]
+            assert ((lb > 0) & (margins.predictions == margins.labels) == proved)[np.abs(lb) > 1e-5].all()
+    assert (margins.attacked == margins.labels)[margins.at("crown", margins.eps) > 0].all()
+
+
+def test_margins_fall_with_eps():
+    torch.manual_seed(0)
+    model = build("mlp", (1, 4, 4), 3, widths=[12])
+    found = margins_of(model, torch.rand(7, 1, 4, 4), torch.arange(7) % 3, 0.1, radii=6)
+    for method in METHODS:
+        assert (np.diff(found.method(method), axis=0) < 1e-6).all()
+    with pytest.raises(ValueError, match="Did you mean 'crown'"):
+        found.method("crow")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10 ** 6), st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_batches_of_neurons_add_up(seed, sizes):
+    rng = torch.Generator().manual_seed(seed)
+    mid, rad = torch.randn(sum(sizes), 5, generator=rng), torch.rand(sum(sizes), 5, generator=rng)
+    parts, whole = NeuronSums(), NeuronSums()
+    whole.add({"r": (mid - rad, mid + rad)})
+    for m, r in zip(mid.split(sizes), rad.split(sizes), strict=True):
+        parts.add({"r": (m - r, m + r)})
+    for (name, a), b in zip(parts.arrays()[0].items(), whole.arrays()[0].values(), strict=True):
+        assert np.allclose(a.astype(float), b.astype(float), rtol=2e-3, atol=2e-3), name
+
+
+# --- flow, by brute force ---------------------------------------------------------------------------------------------------
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10 ** 6), st.integers(1, 12))
+def test_flow_against_sets(seed, updates):
+    rng = np.random.default_rng(seed)
+    masks = [{name: rng.random(shape) < 0.4 for name, shape in (("a", (3, 5)), ("b", (2, 2, 3, 3)))}]
+    for _ in range(updates):
+        masks.append({name: mask ^ (rng.random(mask.shape) < 0.2) for name, mask in masks[-1].items()})
+    history = MaskHistory({name: torch.from_numpy(mask) for name, mask in masks[0].items()})
+    for step, mask in enumerate(masks[1:], 1):
+        history.record(step, {name: torch.from_numpy(m) for name, m in mask.items()})
+    on = [{(name, i) for name, mask in m.items() for i in np.flatnonzero(mask)} for m in masks]
+    drawn = {trace.name: trace for trace in flow_panel(history).figure.data}
+    ever = set()
+    for at, now in enumerate(on):
+        before = on[max(at - 1, 0)]
+        if at:
+            assert drawn["grown"].y[at - 1] + drawn["regrown"].y[at - 1] == len(now - before)
+            assert drawn["regrown"].y[at - 1] == len((now - before) & ever) and -drawn["dropped"].y[at - 1] == len(before - now)
+        ever |= now
+        for name, other in (("first", on[0]), ("previous", before)):
+            together = len(now | other)
+            assert not together or drawn[f"overlap with the {name}"].y[at] == pytest.approx(len(now & other) / together)
+        assert drawn["ever active"].y[at] == pytest.approx(len(ever) / 51)
+    if erk := erk_densities(history, -1):
+        assert round(erk["a"] * 15) + round(erk["b"] * 36) == len(on[-1])
+
+
+# --- codes ------------------------------------------------------------------------------------------------------------------
+
+def test_large_layers_are_summarised_and_say_so():
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(1200, 900, generator=generator) < 0.01
+    history = MaskHistory({"fc": mask})
+    panel = mask_panel(history, "fc")
+    assert "summarised" in panel.title and "block of 2 x 1" in panel.figure.layout.title.text
+    raster = mask_codes(Cursor(history, "fc"))
+    assert raster.codes.size <= 1024 * 1024
+    assert ((raster.codes > 1) == mask.view(600, 2, 900).any(1).numpy()).all()
+    assert raster.position(900 * 5 + 7) == (2, 7) and raster.index(2, 7) == (4, 7)
+    assert tiles((1000, 1000)).block == (1, 1)
+
+
+def test_weights_and_scores_keep_sign_order_and_unknowns():
+    history = MaskHistory({"fc": torch.tensor([[True, True, True, False, True]])})
+    codes = mask_codes(Cursor(history, "fc"), "weight", np.array([-2.0, 0.1, 1.0, np.nan])).codes[0]
+    assert codes[0] == 2 and 34 <= codes[1] < codes[2] < 66 and codes[3] == 1 and codes[4] == LEGENDS["weight"]["value not recorded"]
+    score = mask_codes(Cursor(history, "fc"), "score", np.array([0.0, 0.5, 1.0, 0.25, np.nan])).codes[0]
+    assert score[0] == 1 and score[4] == 1 and score[3] < score[1] < score[2] == LEGENDS["score"]["high"]
+    with pytest.raises(ValueError, match="needs 4 values, not 3"):
+        mask_codes(Cursor(history, "fc"), "weight", np.zeros(3))
+
+
+def luminance(rgb):
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(rgb) / 255]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def contrast(a, b):
+    light, dark = sorted((luminance(a), luminance(b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def colour_blind(rgb, kind):
+    """Full protanopia or deuteranopia (Vienot, Brettel, Mollon 1999), on linear RGB."""
+    linear = np.array([c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(rgb) / 255])
+    blind = {"protan": [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
+             "deutan": [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]}[kind]
+    return np.clip(np.array(blind) @ linear, 0, 1) ** (1 / 2.4)
+
+
+def test_colours_stand_out_on_white_and_dark_and_are_told_apart_by_the_colour_blind():
+    pairs = [("event", "kept", "grown now"), ("event", "grown now", "dropped now"), ("event", "kept", "dropped now"),
+             ("age", "new", "old"), ("weight", "negative", "positive")]
+    for page in ((255, 255, 255), (17, 17, 17)):
+        for colour, legend in LEGENDS.items():
+            for word, code in legend.items():
+                r, g, b, opacity = PALETTES[colour][code]
+                if opacity == 255:
+                    assert contrast((r, g, b), page) >= 3, (colour, word, page)
+    for colour, first, second in pairs:
+        a, b = (PALETTES[colour][LEGENDS[colour][word]][:3] for word in (first, second))
+        for kind in ("protan", "deutan"):
+            assert np.abs(colour_blind(a, kind) - colour_blind(b, kind)).max() > 0.15, (first, second, kind)
+    states = [tuple(int(COLORS[s][i:i + 2], 16) for i in (1, 3, 5)) for s in STATES]
+    for i, a in enumerate(states):
+        for b in states[:i]:
+            for kind in ("protan", "deutan"):
+                assert np.abs(colour_blind(a, kind) - colour_blind(b, kind)).max() > 0.1
+
+
+# --- what is missing is said -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def broken(tmp_path):
+    shutil.copytree(EXAMPLE / "sparsevlr", tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def test_what_is_missing_is_a_sentence(broken):
+    for part in ("stability", "weights", "masks"):
+        shutil.rmtree(broken.path / part)
+    for part in ("margins.safetensors", "metrics.jsonl"):
+        (broken.path / part).unlink()
+    asks = [lambda: stability_raster(broken), lambda: neuron_panel(broken, "relu1", 0), lambda: margins_panel(broken),
+            lambda: metrics_strip(broken), lambda: flow_panel(broken), lambda: mask_panel(broken, "conv1.weight"),
+            lambda: broken.values]
+    for ask in asks:
+        with pytest.raises(ValueError, match=r"(?s)^.*(no recorded|has no|does not hold).*\.$"):
+            ask()
+
+
+@pytest.mark.parametrize("left", [0, 7, 300])
+def test_files_that_were_cut_short_are_skipped_or_said(broken, left):
+    newest = broken.path / "stability" / f"step-{broken.neurons.steps[-1]:09d}.safetensors"
+    newest.write_bytes(newest.read_bytes()[:left])
+    assert len(broken.neurons.skipped) == 1 and "1 looks cannot be read" in stability_raster(broken).figure.layout.title.text
+    margins = broken.path / "margins.safetensors"
+    margins.write_bytes(margins.read_bytes()[:left])
+    with pytest.raises(Unavailable, match="cannot be read .* cut short"):
+        margins_panel(broken)
+    for path in (broken.path / "stability").iterdir():
+        path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(Unavailable, match="cannot be read .* cut short"):
+        NeuronLooks(broken.path / "stability")
+
+
+def test_wrong_names_are_answered_with_the_nearest(run):
+    for ask, near in [(lambda: mask_panel(run, "conv1.weigth"), "conv1.weight"), (lambda: stability_raster(run, "relu11"), "relu1"),
+                      (lambda: stability_raster(run, sort="flip"), "flips"), (lambda: margins_panel(run, "crwn"), "crown"),
+                      (lambda: mask_panel(run, "conv1.weight", colour="ages"), "age")]:
+        with pytest.raises(ValueError, match=f"Did you mean '{near}'"):
+            ask()
+    with pytest.raises(ValueError, match="there is no 9999"):
+        neuron_panel(run, "relu1", 9999)

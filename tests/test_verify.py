@@ -16,7 +16,8 @@ from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
 from sparselab.robust.graph import UnsupportedLayer
 from sparselab.robust.lirpa_mends import load
 from sparselab.robust.modes import worst_margin
-from sparselab.robust.verify import Verification, check_order, verify
+from sparselab.robust.verification import Verification, check_order
+from sparselab.robust.verify import verify
 
 
 def network(seed=0, inputs=4, width=12, classes=3, sparsity=0.0):

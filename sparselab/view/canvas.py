@@ -89,7 +89,7 @@ export default () => {
           const [down, across] = paint();
           const summary = down * across > 1 ? ` · zoomed out: a pixel stands for ${down} x ${across}` : "";
           line.textContent = model.get("label") + summary;
-          data.version = model.get("version"); data.drawn = ++drawn;
+          data.version = model.get("version"); data.mark = model.get("mark"); data.drawn = ++drawn;
           if (pressed && model.get("version") !== pressed.version) {
             data.latency = (performance.now() - pressed.at).toFixed(1); pressed = null;
           }

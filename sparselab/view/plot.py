@@ -49,10 +49,13 @@ export default {
     box.textContent = "The figure appears when a kernel is connected.";
     el.append(box);
     let Plotly = null, down = null, gone = false, width = 0;
-    const line = x => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", name: "now",
-                         line: { color: getComputedStyle(box).color, width: 2, dash: "dot" } });
-    const marked = shapes => [...(shapes || []).filter(shape => shape.name !== "now"),
-                              ...(model.get("at") === null ? [] : [line(model.get("at"))])];
+    const marked = (shapes = []) => {  // the figure's own markers, moved, or one through all of it
+      const x = model.get("at"), rest = shapes.filter(shape => shape.name !== "now");
+      if (x === null) return rest;
+      const own = shapes.filter(shape => shape.name === "now");
+      const line = { type: "line", y0: 0, y1: 1, yref: "paper", name: "now", line: { color: getComputedStyle(box).color, dash: "dot" } };
+      return [...rest, ...(own.length ? own : [line]).map(shape => ({ ...shape, x0: x, x1: x }))];
+    };
     async function draw() {
       Plotly = await plotly(model);
       if (gone || !model.get("figure")) return;

@@ -1,0 +1,213 @@
+"""The workbench in a real browser: each control is used as a person uses it, and what is then drawn is checked on its data."""
+import json
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+pytest.importorskip("playwright", reason="playwright is not installed: pip install 'sparselab[dev]'")
+
+from lab import Notebook, browser, server, until
+
+from sparselab.learn.config import Config
+from sparselab.learn.runs import Run
+from sparselab.learn.train import train
+from sparselab.view.panels import record_at
+
+pytestmark = pytest.mark.browser
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = dict(model="mlp", model_options={"widths": [24, 20]}, method="rigl", sparsity=0.8, eps=0.02, test_samples=40,
+             method_options={"update_every": 4, "drop_fraction": 0.3}, device="cpu")
+DROP = ".sparselab-live .widget-hslider .noUi-handle"
+
+
+def notebook(path: Path, *cells: str) -> None:
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=kernel), path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Run]:
+    folder = str(tmp_path_factory.mktemp("runs"))
+    return [train(Config(**SMALL, epochs=3, seed=seed, runs_dir=folder), callbacks=[]) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root, scratch = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("lab")
+    with server(root, scratch) as url, browser() as chrome:
+        yield root, lambda path: Notebook(chrome, url, path, scratch)
+
+
+@pytest.fixture(scope="module")
+def opened(lab, runs):
+    """A notebook with an explorer of one run and one of two."""
+    root, open_notebook = lab
+    notebook(root / "runs.ipynb", "from sparselab.view.explorer import Explorer",
+             f"one = Explorer({str(runs[0].path)!r})\none", f"two = Explorer({tuple(str(run.path) for run in runs)!r})\ntwo")
+    book = open_notebook("runs.ipynb")
+    book.run_all()
+    book.page.wait_for_function("() => document.querySelectorAll('.sparselab-plot .main-svg').length >= 9", timeout=60_000)
+    yield book
+    assert book.errors == [] and book.tracebacks() == []
+
+
+def codes(book: Notebook, canvas: int) -> list[int]:
+    return book.page.evaluate("i => Array.from(document.querySelectorAll('.sparselab-canvas canvas')[i].codes())", canvas)
+
+
+def expected(run: Run, name: str, step: int) -> list[int]:
+    """The picture's codes from whole masks: 1 off, 5 kept, 9 grown, 13 dropped."""
+    record = record_at(run.history, step)
+    now, before = (np.asarray(run.history.mask(max(0, at), name)) for at in (record, record - 1))
+    return np.where(now, np.where(before, 5, 9), np.where(before, 13, 1)).ravel().tolist()
+
+
+def press(book: Notebook, selector: str, *keys: str, nth: int = 0) -> None:
+    book.page.locator(selector).nth(nth).focus()
+    for key in keys:
+        book.page.keyboard.press(key)
+
+
+def marker(book: Notebook, plot: int) -> float | None:
+    """Where the timeline's marker stands in a figure, as the browser has drawn it."""
+    return book.page.evaluate("i => document.querySelectorAll('.sparselab-plot')[i].layout?.shapes"
+                              "?.filter(shape => shape.name === 'now')[0]?.x0 ?? null", plot)
+
+
+SLIDER = ".sparselab-explorer .widget-hslider .noUi-handle"
+
+
+def test_the_slider_moves_every_panel(opened, runs):
+    press(opened, SLIDER, "Home", "ArrowRight", "ArrowRight")
+    step = until(lambda: opened.value("one.timeline.value") == 2 and opened.value("one.step"))
+    name = opened.value("one.sides[0].mask.layer.value")
+    until(lambda: codes(opened, 0) == expected(runs[0], name, step))
+    assert 9 in codes(opened, 0) and 13 in codes(opened, 0)
+    until(lambda: marker(opened, 0) == step)
+    neurons = runs[0].neurons
+    column = neurons.steps.index(neurons.nearest(step))
+    mark = "() => document.querySelectorAll('.sparselab-canvas')[1].dataset.mark.split(',')[1]"
+    until(lambda: opened.page.evaluate(mark) == str(column))
+
+
+def test_a_key_on_the_mask_steps_and_play_plays(opened, runs):
+    press(opened, ".sparselab-canvas canvas", "Home", "ArrowRight")
+    until(lambda: opened.value("one.timeline.value") == 1)
+    name = opened.value("one.sides[0].mask.layer.value")
+    until(lambda: codes(opened, 0) == expected(runs[0], name, opened.value("one.step")))
+    opened.page.locator(".sparselab-explorer .widget-play button").first.click()
+    end = opened.value("one.timeline.max")
+    until(lambda: opened.value("one.timeline.value") == end)
+    until(lambda: codes(opened, 0) == expected(runs[0], name, opened.value("one.step")))
+
+
+def test_the_layer_selector_shows_another_layer(opened, runs):
+    for name in reversed(runs[0].history.names):
+        at = runs[0].history.names.index(name)
+        opened.page.locator(".sparselab-explorer .widget-dropdown select").first.select_option(index=at)
+        until(lambda name=name: codes(opened, 0) == expected(runs[0], name, opened.value("one.step")))
+
+
+def test_a_click_on_a_neuron_selects_its_weights_and_shows_its_bounds(opened, runs):
+    raster = opened.page.locator(".sparselab-canvas canvas").nth(1)
+    raster.scroll_into_view_if_needed()
+    box, count = raster.bounding_box(), opened.value("len(one.sides[0].neurons.order)")
+    neuron = 7
+    raster.click(position={"x": 20, "y": (neuron + 0.5) / count * box["height"]})
+    until(lambda: opened.value("one.sides[0].neurons.neuron") == neuron)
+    linked = opened.value("one.sides[0].links()[one.sides[0].neurons.layer.value]")
+    assert opened.value("one.sides[0].mask.layer.value") == linked
+    first = "i => document.querySelectorAll('.sparselab-canvas')[i].dataset.mark.split(',')[0]"
+    until(lambda: opened.page.evaluate(first, 0) == str(neuron) and opened.page.evaluate(first, 1) == str(neuron))
+    neurons = runs[0].neurons
+    bounds = neurons.over_time(opened.value("one.sides[0].neurons.layer.value"), "ub")[:, neuron].astype(float).tolist()
+    drawn = "() => [...document.querySelectorAll('.sparselab-plot')].flatMap(plot => (plot.data || []).map(trace => " \
+            "Array.from(trace.y?._inputArray || trace.y || [])))"
+    until(lambda: any(np.allclose(y, bounds, atol=1e-3) for y in opened.page.evaluate(drawn) if len(y) == len(bounds)
+                      and all(isinstance(value, (int, float)) for value in y)))
+
+
+def test_the_eps_slider_draws_the_proofs_of_that_radius(opened, runs):
+    from sparselab.view.margins_panel import margins_panel
+
+    margins = "one.sides[0].margins"
+    opened.page.evaluate("() => { window.before = document.querySelectorAll('.sparselab-plot').length; }")
+    old = opened.value(f"{margins}.content.figure")
+    handles = opened.page.locator(".sparselab-explorer").first.locator(".widget-hslider .noUi-handle")
+    handles.last.focus()
+    opened.page.keyboard.press("ArrowRight")
+    until(lambda: opened.value(f"{margins}.content.figure") != old)
+    eps, method = opened.value(f"{margins}.eps.value"), opened.value(f"{margins}.method.value")
+    assert abs(eps - (runs[0].margins.eps + runs[0].margins.grid[1])) < 1e-9
+    pure = margins_panel(runs[0], method=method, eps=eps).figure
+    assert json.loads(opened.value(f"{margins}.content.figure"))["data"] == json.loads(pure.to_json())["data"]
+    titles = "() => [...document.querySelectorAll('.sparselab-plot')].map(plot => plot.layout?.title?.text)"
+    until(lambda: pure.layout.title.text in opened.page.evaluate(titles))
+
+
+def test_two_runs_move_on_one_timeline(opened, runs):
+    canvases = opened.page.locator(".sparselab-canvas canvas")
+    assert canvases.count() == 6
+    handle = opened.page.locator(".sparselab-explorer").nth(1).locator(".widget-hslider .noUi-handle").first
+    handle.focus()
+    for key in ("Home", "ArrowRight", "ArrowRight", "ArrowRight"):
+        opened.page.keyboard.press(key)
+    step = until(lambda: opened.value("two.timeline.value") == 3 and opened.value("two.step"))
+    name = opened.value("two.sides[0].mask.layer.value")
+    for canvas, run in ((2, runs[0]), (4, runs[1])):
+        until(lambda canvas=canvas, run=run: codes(opened, canvas) == expected(run, name, step))
+    assert codes(opened, 2) != codes(opened, 4)
+
+
+def test_live_pauses_at_once_writes_changes_and_survives_a_restart(lab):
+    root, open_notebook = lab
+    config = Config(**SMALL, epochs=400, runs_dir=str(root / "live"))
+    notebook(root / "live.ipynb", "from sparselab.learn.config import Config\nfrom sparselab.view.live import Live\n"
+             f"from sparselab.view.explorer import Explorer\nlive = Live(Config.read({config.__dict__!r}))",
+             "explorer = Explorer(live.start())\nexplorer")
+    book = open_notebook("live.ipynb")
+    book.run_all()
+    until(lambda: book.value("live.snapshot.step") > 12, 60)
+    watch = ("import threading, time\nsince = {}\n"
+             "def look():\n    while live.gate.wish != 'pause': time.sleep(.002)\n    since['asked'] = time.time()\n"
+             "    while live.snapshot.status != 'paused': time.sleep(.002)\n    since['paused'] = time.time()\n"
+             "threading.Thread(target=look, daemon=True).start()")
+    book.do(watch)
+    clicked = book.page.evaluate("() => { const at = Date.now(); [...document.querySelectorAll('.sparselab-live button')]"
+                                 ".find(button => button.textContent.includes('pause')).click(); return at / 1000; }")
+    until(lambda: book.value("live.snapshot.status") == "paused")
+    print("click to pause", book.value("since['paused']") - clicked, "of which", book.value("since['paused'] - since['asked']"))
+    assert book.value("since['paused']") - clicked < 0.5
+    paused = book.value("live.snapshot.step")
+    press(book, DROP, "ArrowRight")
+    events = root / "live" / config.run_id / "events.jsonl"
+    row = json.loads(until(lambda: events.exists() and events.read_text()))
+    assert (row["step"], row["name"], row["old"]) == (paused, "drop_fraction", 0.3) and row["new"] == pytest.approx(0.31)
+    assert book.value("live.snapshot.step") == paused
+    book.page.get_by_role("button", name="one update").click()
+    until(lambda: book.value("live.snapshot.step") > paused and book.value("live.snapshot.status") == "paused")
+    later = book.value("live.snapshot.step")
+    assert later % 4 == 0 and book.errors == [] and book.tracebacks() == []
+    book.restart()
+    book.run_all()
+    until(lambda: book.value("live.snapshot.step") >= later, 60)
+    assert book.value("live.snapshot.knobs['drop_fraction']") == pytest.approx(0.31)
+    book.do("live.stop()")
+    assert book.errors == []
+
+
+def test_run_all_of_the_workbench(lab):
+    root, open_notebook = lab
+    (root / "explore.ipynb").write_text((ROOT / "nbs" / "explore.ipynb").read_text())
+    book = open_notebook("explore.ipynb")
+    started = time.monotonic()
+    book.run_all()
+    book.page.wait_for_function("() => document.querySelectorAll('.sparselab-plot .main-svg').length >= 6", timeout=60_000)
+    until(lambda: book.value("live.snapshot.step") > 5, 60)
+    assert time.monotonic() - started < 60
+    assert book.value("[block.problem.value for block in explorer.sides[0].blocks]") == [""] * 5
+    book.do("live.stop()")
+    assert book.errors == [] and book.tracebacks() == []

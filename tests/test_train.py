@@ -16,6 +16,7 @@ from sparselab.learn.config import Config
 from sparselab.learn.learner import TrainingStopped
 from sparselab.learn.runs import Run
 from sparselab.learn.train import train
+from sparselab.sparse.sparsify import METHODS, method_options
 
 SMALL = dict(model="mlp", model_options={"widths": [24, 24]}, epochs=4, eps=0.02, test_samples=60, device="cpu",
              method_options={"update_every": 3})
@@ -42,7 +43,9 @@ def left_by(run: Run) -> dict:
     summary = {k: v for k, v in run.summary.items() if k not in ("seconds", "config")}
     masks = [(run.path / "masks" / name).read_bytes() for name in ("start.bin", "updates.bin", "updates.jsonl")]
     return {"model": (run.path / "model.safetensors").read_bytes(), "summary": summary, "masks": masks,
-            "metrics": run.metrics, "stability": run.stability}
+            "metrics": run.metrics, "stability": run.stability,
+            "recordings": {str(path.relative_to(run.path)): path.read_bytes() for folder in ("stability", "weights", ".")
+                           for path in sorted((run.path / folder).glob("*.safetensors"))}}
 
 
 def killed_and_resumed(tmp_path: Path, moments: int, **options) -> None:
@@ -200,6 +203,18 @@ def test_two_processes_do_not_write_one_run(config):
 def test_every_objective_trains_a_batchnorm_network_sparse(config, objective):
     run = train(replace(config, objective=objective, model="cnn5_bn", model_options={"width": 4}, epochs=2, sparsity=0.8))
     assert run.summary["nnz"] == round(0.2 * run.summary["total"]) and len(run.metrics) == 2
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_trains_a_convolutional_network_under_a_verified_loss(config, method):
+    options = {"update_every": 3} if "update_every" in method_options(method) else {}
+    run = train(replace(config, method=method, method_options=options, objective="crown_ibp", model="cnn5_bn",
+                        model_options={"width": 2}, epochs=1, sparsity=0.8, test_samples=5, train_samples=200, batch_size=40))
+    flops, total = run.summary["flops"], run.summary["total"]
+    assert run.summary["nnz"] == (total if method == "dense" else round(0.2 * total))
+    assert flops["inference"] <= flops["inference_dense"] and 0 < flops["training"]
+    assert flops["loss_multiples"][-1] > 2 and set(flops["layers"]) == set(run.summary["layers"])
+    assert (run.path / "dense.safetensors").exists() == ("dense_accuracy" in run.summary) == (method == "acdc")
 
 
 def test_the_second_engine_trains_the_same_network(config):

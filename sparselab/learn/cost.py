@@ -9,6 +9,7 @@ __all__ = ['silent_copy', 'layer_flops', 'sparse_flops', 'overhead', 'FlopCount'
 # %% ../../nbs/learn/12b_cost.ipynb #42dbc8b7
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from functools import singledispatch
 
 import torch
@@ -114,8 +115,11 @@ def counted(loss: Callable[[], Tensor]) -> int:
 
 
 def loss_multiple(objective: Objective, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> float:
-    """How many times the FLOPs of a natural loss `objective` takes at `progress`, per image, forward and backward."""
-    model = silent_copy(model).train()
+    """How many times the FLOPs of a natural loss `objective` takes at `progress`, per image, forward and backward.
+
+    Bounds are counted as the native engine computes them, whichever engine the run uses.
+    """
+    model, objective = silent_copy(model).train(), replace(objective, engine="native")
     return counted(lambda: objective(model, x, y, progress)) / counted(lambda: cross_entropy(model(x), y))
 
 # %% ../../nbs/learn/12b_cost.ipynb #ba39b264

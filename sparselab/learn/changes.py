@@ -9,9 +9,9 @@ __all__ = ['GROWTH', 'knobs', 'turn', 'standing', 'Changes']
 from pathlib import Path
 
 from ..errors import unknown
-from .values import read_float
 from .files import append_row, read_rows
 from .learner import Callback, Learner
+from .values import read_float
 from ..sparse.drop_grow import SET
 from ..sparse.pruning import check_share
 from ..sparse.schedules import CosineDrop

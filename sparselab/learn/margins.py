@@ -18,7 +18,6 @@ from .recordings import Unavailable, read_arrays, write_arrays
 from ..robust.attacks import pgd
 from ..robust.bounds import METHODS, bounds
 from ..robust.boxes import input_box, margin_matrix
-from ..robust.ibp import interval_pass
 from ..robust.modes import eval_mode
 
 # %% ../../nbs/learn/11c_margins.ipynb #73cc3aff
@@ -69,26 +68,41 @@ def margins_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, methods: tupl
         with torch.no_grad():
             logits, attacked = model(x), model(attacks).argmax(1)
             C = margin_matrix(y, logits.shape[1], logits.dtype)
+            neurons = sum(z.numel() for z in _activations(model, x[:1]))
             for method in methods:
-                if method == "crown" and (reason := _too_long(model, x[:1], engine)):
+                if method == "crown" and (reason := _too_long(neurons, engine)):
                     left_out[method] = f"Margins by CROWN were not recorded, as {reason}; robust.verify computes them."
                     continue
-                lb[method] = np.stack([_worst(model, x, r, method, C, engine) for r in grid])
+                lb[method] = _worst(model, x, grid, method, C, engine, rows=500 if neurons < 1000 else 25)
     return Margins(eps, grid, lb, _bytes(x), _bytes(attacks), *(v.cpu().numpy() for v in (y, logits.argmax(1), attacked)),
                    left_out)
 
 
-def _too_long(model: nn.Module, x: Tensor, engine: str) -> str:
+def _activations(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """What the ReLUs of `model` put out for `x`."""
+    found, relus = [], [module for module in model.modules() if isinstance(module, (nn.ReLU, nn.LeakyReLU))]
+    hooks = [module.register_forward_hook(lambda m, args, z: found.append(z)) for module in relus]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _too_long(neurons: int, engine: str) -> str:
     if engine != "native":
         return "the engine auto_LiRPA takes too long at 21 radii"
-    neurons = sum(lb.numel() for lb, _ in interval_pass(model, x, x).preactivations.values())
     return f"{neurons:,} neurons are more than {CROWN_NEURONS:,}" if neurons > CROWN_NEURONS else ""
 
 
-def _worst(model: nn.Module, x: Tensor, radius: float, method: str, C: Tensor, engine: str) -> np.ndarray:
-    parts = [bounds(model, *input_box(part, float(radius)), method, c, engine)[0].amin(1)
-             for part, c in zip(x.split(25), C.split(25), strict=True)]
-    return torch.cat(parts).nan_to_num(-torch.inf).cpu().numpy().astype(np.float32)
+def _worst(model: nn.Module, x: Tensor, grid: np.ndarray, method: str, C: Tensor, engine: str, rows: int) -> np.ndarray:
+    """Worst margins (radii, N); boxes of several radii share a batch of `rows`, which small networks need to be fast."""
+    boxes = [input_box(x, float(radius)) for radius in grid]
+    lower, upper = (torch.cat(ends).split(rows) for ends in zip(*boxes, strict=True))
+    parts = [bounds(model, lb, ub, method, c, engine)[0].amin(1)
+             for lb, ub, c in zip(lower, upper, C.repeat(len(grid), 1, 1).split(rows), strict=True)]
+    return torch.cat(parts).nan_to_num(-torch.inf).view(len(grid), -1).cpu().numpy().astype(np.float32)
 
 
 def _bytes(x: Tensor) -> np.ndarray:

@@ -8,7 +8,6 @@ __all__ = ['Verification', 'check_order']
 # %% ../../nbs/robust/08a_verification.ipynb #7cf8ec13
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 # %% ../../nbs/robust/08a_verification.ipynb #c95d0041

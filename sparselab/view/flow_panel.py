@@ -92,5 +92,6 @@ def _densities(fig: go.Figure, history: MaskHistory, record: int) -> None:
                     marker={"size": 10, "color": COLORS["nnz"]}, row=1, col=2)
     fig.add_scatter(x=list(erk.values()), y=[short(name) for name in erk], mode="markers", name="ERK", row=1, col=2,
                     marker={"symbol": "diamond-open", "size": 12, "color": TEXT, "line": {"width": 2}})
-    fig.update_xaxes(type="log", tickformat=".3~%", row=1, col=2)
+    places = [digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)]
+    fig.update_xaxes(type="log", tickformat=".3~%", tickvals=places, row=1, col=2)
     fig.update_yaxes(autorange="reversed", row=1, col=2)

@@ -511,3 +511,10 @@ def test_the_slider_of_a_saved_notebook_works_as_html_without_network(tmp_path, 
 def test_figures_are_plain_figures():
     history, _ = random_history()
     assert type(mask_evolution(history, "fc1.weight")) is go.Figure  # a FigureWidget would save 5 MB of JavaScript
+
+
+def test_explorer_and_live_are_names_of_view_and_imported_only_when_used():
+    code = ("import sys, sparselab.view; assert 'ipywidgets' not in sys.modules; "
+            "from sparselab.view import Explorer, Live; print(Explorer.__module__, Live.__module__)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["sparselab.view.explorer", "sparselab.view.live"]

@@ -6,7 +6,7 @@
 __all__ = ['CROWN_NEURONS', 'PLAIN', 'Margins', 'margins_of', 'save_margins', 'load_margins']
 
 # %% ../../nbs/learn/11c_margins.ipynb #aad3c0bb
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np

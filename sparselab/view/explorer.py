@@ -77,8 +77,8 @@ class Side:
         """Outline the incoming weights of `unit` if its layer is on display."""
         self.mask.mark(unit if weight == self.mask.layer.value else -1)
 
-# %% ../../nbs/view/28_explorer.ipynb #369cbe41
-CALM, RARELY = 0.4, 2.0  # seconds after which a resting timeline, and a live training, draw what takes longer
+# %% ../../nbs/view/28_explorer.ipynb #cdf77a20
+CALM, RARELY = 0.8, 2.0  # seconds after which a resting timeline, and a live training, draw what takes longer
 
 
 class Explorer(widgets.VBox):

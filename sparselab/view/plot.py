@@ -48,7 +48,7 @@ export default {
     box.className = "sparselab-plot"; box.dataset.drawn = 0;
     box.textContent = "The figure appears when a kernel is connected.";
     el.append(box);
-    let Plotly = null, down = null, gone = false, width = 0;
+    let Plotly = null, down = null, gone = false, width = 0, soon = 0;
     const marked = (shapes = []) => {  // the figure's own markers, moved, or one through all of it
       const x = model.get("at"), rest = shapes.filter(shape => shape.name !== "now");
       if (x === null) return rest;
@@ -70,7 +70,8 @@ export default {
       });
       box.dataset.drawn = Number(box.dataset.drawn) + 1;
     }
-    const mark = () => { if (box._fullLayout) Plotly.relayout(box, { shapes: marked(box.layout.shapes) }); };
+    const move = () => { if (box._fullLayout) Plotly.relayout(box, { shapes: marked(box.layout.shapes) }); };
+    const mark = () => { clearTimeout(soon); soon = setTimeout(move, 80); };  // masks are drawn first
     const point = event => {
       const found = box._hoverdata?.[0], x = box._fullLayout.xaxis, y = box._fullLayout.yaxis, frame = box.getBoundingClientRect();
       return { x: x.p2d(event.clientX - frame.left - x._offset), y: y.p2d(event.clientY - frame.top - y._offset),
@@ -94,7 +95,7 @@ export default {
     resized.observe(box);
     draw();
     return () => {
-      gone = true; resized.disconnect(); window.removeEventListener("pointerup", released, true);
+      gone = true; clearTimeout(soon); resized.disconnect(); window.removeEventListener("pointerup", released, true);
       model.off("change:figure", draw); model.off("change:at", mark); model.off("msg:custom", save);
       if (Plotly) Plotly.purge(box);
     };

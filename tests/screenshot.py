@@ -1,0 +1,35 @@
+"""Makes images/explorer.png: the workbench as a browser shows it, over the run in nbs/example.
+
+`python tests/screenshot.py [target.png]`; needs chromium and playwright.
+"""
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from lab import Notebook, browser, server
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(target: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        place, scratch = Path(folder) / "notebooks", Path(folder) / "lab"
+        shutil.copytree(ROOT / "nbs" / "example", place / "example")
+        shutil.copy(ROOT / "nbs" / "explore.ipynb", place)
+        with server(place, scratch) as url, browser() as chrome:
+            book = Notebook(chrome, url, "explore.ipynb", scratch, size=(1500, 2120))
+            book.run_all()
+            book.do("live.stop()")
+            page = book.page
+            page.wait_for_function("() => document.querySelectorAll('.sparselab-plot .main-svg').length >= 6", timeout=60_000)
+            book.do("explorer.go(explorer.moments[len(explorer.moments) // 4])\n"
+                    "side = explorer.sides[0]\nside.neurons.layer.value = list(side.links())[-1]\nside.neurons.sort.value = 'flips'\n"
+                    "side.neuron_clicked(side.neurons.layer.value, int(side.neurons.order[2]))")
+            page.wait_for_timeout(3000)
+            page.locator(".sparselab-explorer").first.screenshot(path=str(target))
+    print(f"{target}, {target.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "images" / "explorer.png")

@@ -6,6 +6,8 @@
 __all__ = ['Comparison', 'Claim', 'spread', 'train_rows', 'accuracies', 'claims_table']
 
 # %% ../../nbs/learn/16_claims.ipynb #fa86ab2d
+import contextlib
+import io
 import json
 import math
 import platform
@@ -95,7 +97,8 @@ def spread(values: Sequence[float]) -> str:
 # %% ../../nbs/learn/16_claims.ipynb #50a081d9
 def train_rows(base: Config, rows: Mapping[str, Mapping], seeds: Sequence[int]) -> dict[str, list[Run]]:
     """Row -> its runs, one per seed: `base` with the row's changes; those that have finished before are only read."""
-    return {name: [train(replace(base, seed=seed, **changes), []) for seed in seeds] for name, changes in rows.items()}
+    with contextlib.redirect_stdout(io.StringIO()):
+        return {name: [train(replace(base, seed=seed, **changes), []) for seed in seeds] for name, changes in rows.items()}
 
 
 def accuracies(runs: Mapping[str, Sequence[Run]], kind: str = "clean") -> dict[str, list[float]]:

@@ -1,11 +1,14 @@
 """The workbench in a real browser: each control is used as a person uses it, and what is then drawn is checked on its data."""
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import papermill
 import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed: pip install 'sparselab[dev]'")
@@ -36,9 +39,15 @@ def runs(tmp_path_factory) -> list[Run]:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def chrome():
+    with browser() as chrome:
+        yield chrome
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, chrome):
     root, scratch = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("lab")
-    with server(root, scratch) as url, browser() as chrome:
+    with server(root, scratch) as url:
         yield root, lambda path: Notebook(chrome, url, path, scratch)
 
 
@@ -211,3 +220,26 @@ def test_run_all_of_the_workbench(lab):
     assert book.value("[block.problem.value for block in explorer.sides[0].blocks]") == [""] * 5
     book.do("live.stop()")
     assert book.errors == [] and book.tracebacks() == []
+
+
+def test_an_executed_experiment_keeps_its_mask_slider_as_html_without_network(tmp_path, chrome):
+    out = tmp_path / "train.ipynb"
+    parameters = dict(SMALL, epochs=3, runs_dir=str(tmp_path / "runs"), with_dense=False)
+    papermill.execute_notebook(ROOT / "nbs" / "train.ipynb", out, parameters=parameters, progress_bar=False, cwd=tmp_path)
+    book = nbformat.read(out, 4)
+    assert "widgets" not in book.metadata and out.stat().st_size < 1_000_000
+    pictures = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs
+                if "application/vnd.plotly.v1+json" in output.get("data", {})]
+    assert pictures and all("image/png" in output.data for output in pictures), "a figure has no picture to fall back on"
+    subprocess.run([sys.executable, "-m", "nbconvert", "--to", "html", out], check=True, capture_output=True)
+    page = chrome.new_page()
+    page.context.set_offline(True)
+    page.goto(out.with_suffix(".html").as_uri())
+    slider = page.locator("input[type=range]").first
+    shown = "() => { const box = document.querySelector('input[type=range]').parentNode; " \
+            "return [box.querySelector('img').src, box.querySelector('output').textContent]; }"
+    last = page.evaluate(shown)
+    slider.focus()
+    page.keyboard.press("Home")
+    first = page.evaluate(shown)
+    assert first[0] != last[0] and first[1] != last[1] and first[1].startswith("step 0")

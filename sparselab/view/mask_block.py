@@ -7,6 +7,7 @@ __all__ = ['legend', 'MaskBlock']
 
 # %% ../../nbs/view/25_mask_block.ipynb #5fe2fa72
 import html
+import threading
 from collections.abc import Callable
 
 import ipywidgets as widgets
@@ -36,6 +37,7 @@ class MaskBlock(Block):
 
     def __init__(self, reading: Reading, selected: Callable[[str, int], None], pressed: Callable[[str], None]):
         self.reading, self.step, self.cursors = reading, 0, {}
+        self._lock = threading.RLock()  # a cursor is for one thread; controls and a live training call from several
         self.raster: Raster | None = None
         self.values: np.ndarray | None = None
         self.layer = widgets.Dropdown(description="layer", layout={"width": "22em"})
@@ -51,6 +53,10 @@ class MaskBlock(Block):
 
     def show(self, step: float) -> None:
         """Draw the mask that was in force at `step`."""
+        with self._lock:
+            self._show(step)
+
+    def _show(self, step: float) -> None:
         self.step = step
         history, problem = attempt(lambda: self.reading.history)
         if problem or not history.names:
@@ -85,6 +91,10 @@ class MaskBlock(Block):
 
     def describe(self, row: int, column: int) -> str:
         """Index, event, age and value of the weight at a pixel; "" where there is none."""
+        with self._lock:
+            return self._describe(row, column)
+
+    def _describe(self, row: int, column: int) -> str:
         if self.raster is None or row < 0 or (index := self.raster.index(row, column)) is None:
             return ""
         cursor, flat = self.cursor, self.raster.weight(row, column)

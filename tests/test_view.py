@@ -518,3 +518,27 @@ def test_explorer_and_live_are_names_of_view_and_imported_only_when_used():
             "from sparselab.view import Explorer, Live; print(Explorer.__module__, Live.__module__)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["sparselab.view.explorer", "sparselab.view.live"]
+
+
+def test_every_panel_of_the_explorer_saves_a_page_and_a_table(monkeypatch):
+    pytest.importorskip("ipywidgets", reason="the explorer needs the extra lab")
+    from pathlib import Path
+
+    from sparselab.view import Explorer
+    from sparselab.view.blocks import Block
+    from sparselab.view.plot import Plot
+
+    saved = {}
+    monkeypatch.setattr(Plot, "save", lambda self, name, data, media: saved.update({name: (data.decode(), media)}))
+    explorer = Explorer(Path(__file__).parents[1] / "nbs" / "example" / "sparsevlr")
+    explorer.go(130)
+    explorer._settle()
+    panels = [block for block in vars(explorer.sides[0]).values() if isinstance(block, Block)]
+    assert len(panels) == 5
+    for block in panels:
+        for button in block.children[4 if block.title != "Neurons" else 5].children:
+            if button.description in ("HTML", "CSV"):
+                button.value = True
+    assert sorted(saved) == sorted(f"{block.name}.{kind}" for block in panels for kind in ("html", "csv"))
+    assert all("Plotly.newPlot" in text and media == "text/html" for name, (text, media) in saved.items() if name.endswith("html"))
+    assert all(text.count("\n") > 5 and media == "text/csv" for name, (text, media) in saved.items() if name.endswith("csv"))

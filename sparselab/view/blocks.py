@@ -49,8 +49,8 @@ class Block(widgets.VBox):
         self.saver.layout.display = None if self.saver is content else "none"
         buttons = widgets.HBox([
             press("copy as code", self._show_code, "the call that makes this figure in a cell"),
-            press("HTML", lambda: self._save(f"{self.name}.html", self.panel.html(), "text/html")),
-            press("PNG", self.save_png), press("CSV", lambda: self._save(f"{self.name}.csv", self.csv(), "text/csv"))])
+            press("HTML", lambda: self._save("html", lambda: self.whole().html())), press("PNG", self.save_png),
+            press("CSV", lambda: self._save("csv", self.csv))])
         super().__init__([self.heading, widgets.HBox(list(controls), layout={"flex_flow": "row wrap"}), self.problem, content,
                           buttons, self.code, self.saver], layout={"min_width": "0"})
         if self.saver is content:
@@ -77,6 +77,10 @@ class Block(widgets.VBox):
         self.problem.value = f"<i>{html.escape(problem)}</i>" if problem else ""
         self.content.layout.display = "none" if problem else None
 
+    def whole(self) -> Panel:
+        """The panel as a figure of its own, which needs no kernel."""
+        return self.panel
+
     def csv(self) -> str:
         """The numbers that the panel draws."""
         return self.panel.csv()
@@ -85,9 +89,9 @@ class Block(widgets.VBox):
         """Download the figure as it is drawn."""
         self.content.save_png(self.name)
 
-    def _save(self, name: str, text: str, media: str) -> None:
-        if self.panel is not None:
-            self.saver.save(name, text.encode(), media)
+    def _save(self, kind: str, make: Callable[[], str]) -> None:
+        if not self.problem.value and self.code.value:  # something is on display
+            self.saver.save(f"{self.name}.{kind}", make().encode(), f"text/{kind}")
 
     def _show_code(self) -> None:
         self.code.layout.display = None if self.code.layout.display == "none" else "none"

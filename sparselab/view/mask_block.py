@@ -18,7 +18,7 @@ from .blocks import Block, heading
 from .canvas import Canvas
 from .codes import PALETTES, Raster, mask_codes
 from .mask_panel import HOW_TO_READ, mask_panel
-from .panels import call_of, record_at
+from .panels import Panel, call_of, record_at
 from .png import indexed_png
 from .sources import Reading, attempt, scores_at, values_at
 from .theme import short
@@ -118,6 +118,11 @@ class MaskBlock(Block):
         if self.raster is not None and (index := self.raster.index(row, column)) is not None:
             selected(self.layer.value, index[0])
 
+    def whole(self) -> Panel:
+        """The mask as a plotly figure."""
+        with self._lock:
+            return mask_panel(self.reading, self.layer.value, self.cursor.record, self.colour.value)
+
     def csv(self) -> str:
         """One row per active weight: flat index, record it is on since, value."""
         values = self.values if self.values is not None else np.full(len(self.cursor.active), np.nan)
@@ -128,6 +133,3 @@ class MaskBlock(Block):
         """Download the picture, one pixel per weight."""
         if self.raster is not None:
             self.saver.save(f"{self.name}.png", indexed_png(self.raster.codes, self.raster.palette), "image/png")
-
-    def _save(self, name: str, text: str, media: str) -> None:
-        self.saver.save(name, text.encode(), media)

@@ -101,6 +101,10 @@ class NeuronBlock(Block):
         return (f"{self.looks.by(self.layer.value)} {neuron} at step {self.looks.steps[column]:,}: "
                 f"{STATES[self.states[column, neuron]]}; {flips(self.states)[neuron]} flips")
 
+    def whole(self) -> Panel:
+        """The raster as a plotly figure."""
+        return stability_raster(self.reading, self.layer.value, sort=self.sort.value)
+
     def csv(self) -> str:
         """One row per neuron: its state at every look."""
         lines = [",".join([str(neuron), *(STATES[state] for state in self.states[:, neuron])]) for neuron in self.order]

@@ -12,9 +12,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..sparse.cursor import Cursor
 from ..sparse.history import MaskHistory
-from .masks import masks_between, shape_of
-from .raster import events
+from .masks import shape_of
 from .theme import COLORS, OKABE_ITO, TEXT, short, titled
 
 # %% ../../nbs/view/05_updates.ipynb #d9fd61e1
@@ -24,17 +24,17 @@ def changes(history: MaskHistory, name: str) -> dict[str, np.ndarray]:
     active; grown and dropped by the update; regrown (of those grown, dropped before); first (still active from the
     start); ever (active in any mask so far). Raises ValueError for an unknown layer.
     """
-    rows, tried = [], np.zeros(int(np.prod(shape_of(history, name))), bool)
-    for _, now, before in masks_between(history, name):
-        kept, grown, dropped = events(now, before).values()
-        if not rows:
-            start, first, ever = now.ravel(), len(kept), len(kept)
-            tried[kept] = True
+    size = int(np.prod(shape_of(history, name)))
+    cursor, rows, start, tried = Cursor(history, name), [], np.zeros(size, bool), np.zeros(size, bool)
+    first = ever = len(cursor.active)
+    start[cursor.active] = tried[cursor.active] = True
+    for record in range(len(cursor)):
+        grown, dropped = cursor.seek(record).grown, cursor.dropped
         regrown = int(tried[grown].sum())
         first += int(start[grown].sum()) - int(start[dropped].sum())
         ever += len(grown) - regrown
         tried[grown] = True
-        rows.append({"active": len(kept) + len(grown), "grown": len(grown), "dropped": len(dropped),
+        rows.append({"active": len(cursor.active), "grown": len(grown), "dropped": len(dropped),
                      "regrown": regrown, "first": first, "ever": ever})
     return {key: np.array([row[key] for row in rows], np.int64) for key in rows[0]}
 

@@ -159,12 +159,15 @@ def test_drop_and_grow_keeps_the_strongest_and_counts_exactly(n, data):
 
 def _network(kind: str) -> tuple[nn.Module, torch.Tensor]:
     if kind == "mlp":
-        return nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 4)), torch.rand(16, 12)
-    net = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2),
-                        nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4))
+        return nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 4)), torch.rand(16, 12)
+    net = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(),
+                        nn.Conv2d(4, 6, 1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4))
     return net, torch.rand(16, 2, 6, 6)
 
 
+# of the layer that slimming can thin out: its channels, the weights that go with each, and those of the whole network
+CHANNELS = {"mlp": {"count": 20, "per": 12 + 4, "total": 320},
+            "cnn": {"count": 6, "per": 2 * 9 + 4 * 9, "total": 6 * 18 + 4 * 54 + 6 * 2 + 4 * 96}}
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05), "momentum": lambda p: torch.optim.SGD(p, 0.05, 0.9, weight_decay=1e-2),
     "nesterov": lambda p: torch.optim.SGD(p, 0.05, 0.9, nesterov=True), "adam": lambda p: torch.optim.Adam(p, 1e-2),
@@ -182,6 +185,8 @@ def test_every_method_keeps_its_promise_with_every_optimizer(method, optimizer, 
     y = torch.arange(16) % 4
     opt = OPTIMIZERS[optimizer](net.parameters())
     options = {name: value for name, value in {"update_every": 3, "rounds": 2}.items() if name in method_options(method)}
+    channels = CHANNELS[kind] if method == "slimming" else None
+    assume(channels is None or budget(sparsity, channels["total"]) >= channels["total"] - channels["per"] * (channels["count"] - 1))
     sparsifier = sparsify(net, opt, method, sparsity, steps, seed, **options)
     for _ in range(steps):
         opt.zero_grad()
@@ -196,9 +201,55 @@ def test_every_method_keeps_its_promise_with_every_optimizer(method, optimizer, 
             moments = [t for t in opt.state[weight].values() if torch.is_tensor(t) and t.shape == weight.shape]
             assert all(bool((t[off] == 0).all()) for t in (weight.detach(), *moments)), name
     total = sparsifier.masks.total
-    assert sparsifier.masks.nnz == (total if method == "dense" else budget(sparsity, total))
+    if channels:
+        assert total == channels["total"] and abs(sparsifier.masks.nnz - budget(sparsity, total)) <= channels["per"] / 2
+    else:
+        assert sparsifier.masks.nnz == (total if method == "dense" else budget(sparsity, total))
     for name, mask in sparsifier.masks.items():
         assert torch.equal(sparsifier.history.mask(-1, name), mask)
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_jackpots_leaves_every_parameter_bit_by_bit_as_it_was(optimizer):
+    torch.manual_seed(0)
+    net, x = _network("cnn")
+    trained = {name: p.detach().clone() for name, p in net.named_parameters()}
+    opt = OPTIMIZERS[optimizer](net.parameters())
+    sparsifier = sparsify(net, opt, "jackpots", 0.7, 12)
+    masks = [{name: mask.clone() for name, mask in sparsifier.masks.items()}]
+    for _ in range(12):
+        opt.zero_grad()
+        nn.functional.cross_entropy(net(x), torch.arange(16) % 4).backward()
+        opt.step()
+        sparsifier.step()
+        for name, parameter in net.named_parameters():
+            mask = sparsifier.masks.get(name, torch.ones_like(parameter, dtype=torch.bool))
+            assert torch.equal(parameter[mask], trained[name][mask]), name
+    masks.append(sparsifier.masks)
+    assert any(not torch.equal(masks[0][name], masks[1][name]) for name in masks[0]), "the mask has not moved"
+    assert all(int(masks[0][name].sum()) == int(masks[1][name].sum()) for name in masks[0])
+
+
+def test_static_takes_a_mask_that_was_found_elsewhere_and_refuses_one_that_breaks_the_promise():
+    net, x = _network("mlp")
+    found = {name: torch.rand(w.shape) < 0.4 for name, w in prunable(net).items()}
+    nnz, total = (sum(map(int, (m.sum() if i else m.numel() for m in found.values()))) for i in (1, 0))
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    sparsifier = sparsify(net, opt, "static", 1 - nnz / total, 5, begin=found)
+    assert all(torch.equal(sparsifier.masks[name], mask) for name, mask in found.items())
+    with pytest.raises(ValueError, match=f"begin holds {nnz:,} weights, but sparsity 0.0 promises {total:,}"):
+        sparsify(net, opt, "static", 0.0, 5, begin=found)
+    with pytest.raises(ValueError, match="begin has masks of 0.weight, but the model has 0.weight, 3.weight"):
+        sparsify(net, opt, "static", 0.5, 5, begin={"0.weight": found["0.weight"]})
+
+
+def test_slimming_says_which_models_and_sparsities_it_can_do():
+    bare = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="this model has no BatchNorm between two layers; choose one that has"):
+        sparsify(bare, torch.optim.SGD(bare.parameters(), 0.1), "slimming", 0.5, 10)
+    net, _ = _network("mlp")
+    with pytest.raises(ValueError, match="keeps 3 weights, but one channel in each layer .* 16; the largest feasible .* 0.95"):
+        sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "slimming", 0.99, 10)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -208,7 +259,7 @@ def test_saved_in_the_middle_a_method_continues_to_the_same_bits(method):
         net, x = _network("cnn")
         opt = torch.optim.Adam(net.parameters(), 1e-2)
         options = {k: v for k, v in {"update_every": 4, "accumulate": 3}.items() if k in method_options(method)}
-        return net, x, opt, sparsify(net, opt, method, 0.8, 24, **options)
+        return net, x, opt, sparsify(net, opt, method, 0.3 if method == "slimming" else 0.8, 24, **options)
 
     def run(net, x, opt, sparsifier, steps):
         for _ in range(steps):

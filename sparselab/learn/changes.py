@@ -6,6 +6,7 @@
 __all__ = ['GROWTH', 'knobs', 'turn', 'standing', 'Changes']
 
 # %% ../../nbs/learn/14b_changes.ipynb #7319a2f4
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import unknown
@@ -14,7 +15,6 @@ from .learner import Callback, Learner
 from .values import read_float
 from ..sparse.drop_grow import SET
 from ..sparse.pruning import check_share
-from ..sparse.schedules import CosineDrop
 from ..sparse.scores import Score, gradient, random
 
 # %% ../../nbs/learn/14b_changes.ipynb #bec308c4
@@ -47,7 +47,7 @@ def turn(learner: Learner, name: str, value: object) -> float | str:
         learner.peak_lr = [number] * len(learner.peak_lr)
     else:
         check_share("drop_fraction", number)
-        learner.sparsifier.fraction = CosineDrop(number, learner.sparsifier.fraction.end)
+        learner.sparsifier.fraction = replace(learner.sparsifier.fraction, fraction=number)
     return number
 
 # %% ../../nbs/learn/14b_changes.ipynb #fe0a47dc

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .drop_grow import SET, drop_and_grow
 from .masks import PRUNABLE_LAYERS
 from .pruning import check_share
+from .schedules import ConstantDrop
 from .scores import Score, generator_for, gradient, random
 
 # %% ../../nbs/sparse/08c_ctre.ipynb #3e8699d0
@@ -82,7 +83,7 @@ class CTRE(SET):
         self.listener = Listener(self.model, self.masks.weights)
         self.sums: dict[str, list[Tensor]] = {}
         super().start()
-        self.fraction = lambda step: self.drop_fraction
+        self.fraction = ConstantDrop(self.drop_fraction)
 
     def see_gradients(self) -> None:
         heard, self.listener.heard = self.listener.heard, []

@@ -78,6 +78,11 @@ class SET(Sparsifier):
                 self.gradients[name] = torch.zeros_like(weight)
             self.gradients[name] += weight.grad
 
+    @property
+    def replaced(self) -> float:
+        """The share of the weights that the update of this step replaces."""
+        return self.fraction(self.steps)
+
     def groups(self) -> list[tuple[list[str], int, int]]:
         """(layers that are ranked together, weights they keep in the update of this step, weights they hold after it)."""
         counts = layer_budgets(self.shapes, self.sparsity_now, self.distribution, self.dense)
@@ -85,7 +90,7 @@ class SET(Sparsifier):
         if self.across:
             free = [name for name in counts if name not in self.dense]
             groups = [(free, sum(counts[name] for name in free))]
-        return [(names, count - int(self.fraction(self.steps) * count), count) for names, count in groups]
+        return [(names, count - int(self.replaced * count), count) for names, count in groups]
 
     def update(self) -> bool:
         if not self.updates.due(self.steps):

@@ -6,9 +6,11 @@
 __all__ = ['Dense', 'Static', 'check_share', 'GMP', 'VLRProjection']
 
 # %% ../../nbs/sparse/07_pruning.ipynb #9a3ae8b7
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .distributions import budget
 from .masks import assign
@@ -24,11 +26,22 @@ class Dense(Sparsifier):
         return self.masks.total
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Static(Sparsifier):
-    """A random mask that never changes; the control."""
+    """A mask that never changes: a random one, the control; or `begin`, weight name -> bool mask, found before (a ticket)."""
+
+    begin: Mapping[str, Tensor] | None = None
 
     def start(self) -> None:
-        random_masks(self, self.sparsity)
+        if self.begin is None:
+            random_masks(self, self.sparsity)
+            return
+        if set(self.begin) != set(self.masks):
+            raise ValueError(f"begin has masks of {', '.join(self.begin)}, but the model has {', '.join(self.masks)}.")
+        for name, mask in self.begin.items():
+            assign(self.masks, name, mask.to(self.masks[name].device))
+        if self.masks.nnz != self.budget:
+            raise ValueError(f"begin holds {self.masks.nnz:,} weights, but sparsity {self.sparsity!r} promises {self.budget:,}.")
 
 # %% ../../nbs/sparse/07_pruning.ipynb #9901b2db
 def check_share(name: str, value: float, least: float = 0.0) -> None:

@@ -70,6 +70,10 @@ class Sparsifier:
         """Change the masks if it is time to, after step number `steps`; returns whether they may have changed."""
         return False
 
+    def lr_share(self, progress: float) -> float | None:
+        """The share of the peak learning rate that the method asks for at `progress`; None leaves it to the loop."""
+        return None
+
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights; runs by itself before the optimizer steps, once per step."""
         if not self._seen:

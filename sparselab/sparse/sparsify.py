@@ -16,17 +16,20 @@ from .acdc import ACDC
 from .at_init import SNIP, GraSP, SynFlow
 from .ctre import CTRESeq, CTRESim
 from .drop_grow import SET, RigL
+from .edst import EDST
 from .gibbs import Gibbs
+from .jackpots import Jackpots
 from .momentum import SNFS
 from .pruning import GMP, Dense, Static, VLRProjection
+from .slimming import Slimming
 from .sparsevlr import SparseVLR
 from .sparsifier import Sparsifier
 
 # %% ../../nbs/sparse/10_sparsify.ipynb #5234114e
 METHODS: dict[str, type[Sparsifier]] = {
     "dense": Dense, "static": Static, "snip": SNIP, "grasp": GraSP, "synflow": SynFlow, "set": SET, "rigl": RigL, "snfs": SNFS,
-    "ctre_seq": CTRESeq, "ctre_sim": CTRESim, "gmp": GMP, "acdc": ACDC, "gibbs": Gibbs,
-    "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
+    "ctre_seq": CTRESeq, "ctre_sim": CTRESim, "edst": EDST, "gmp": GMP, "acdc": ACDC, "gibbs": Gibbs, "slimming": Slimming,
+    "jackpots": Jackpots, "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
 }
 HANDED = {"model", "optimizer", "sparsity", "total_steps", "seed"}  # what sparsify takes itself
 CHOSEN = {"grow"}  # what makes a method that method

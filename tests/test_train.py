@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparselab.learn.build import load_data, new_model
 from sparselab.learn.config import Config
+from sparselab.learn.data import to_float
 from sparselab.learn.learner import TrainingStopped
 from sparselab.learn.runs import Run
-from sparselab.learn.train import train
+from sparselab.learn.train import ALL_METHODS, PROCEDURES, train
+from sparselab.sparse.channels import compact
+from sparselab.sparse.masks import prunable
 from sparselab.sparse.sparsify import METHODS, method_options
 
 SMALL = dict(model="mlp", model_options={"widths": [24, 24]}, epochs=4, eps=0.02, test_samples=60, device="cpu",
@@ -45,7 +49,8 @@ def left_by(run: Run) -> dict:
     return {"model": (run.path / "model.safetensors").read_bytes(), "summary": summary, "masks": masks,
             "metrics": run.metrics, "stability": run.stability,
             "recordings": {str(path.relative_to(run.path)): path.read_bytes() for folder in ("stability", "weights", ".")
-                           for path in sorted((run.path / folder).glob("*.safetensors"))}}
+                           for path in sorted((run.path / folder).glob("*.safetensors"))},
+            "rounds": {nested.path.name: left_by(nested) for nested in run.rounds}}
 
 
 def killed_and_resumed(tmp_path: Path, moments: int, **options) -> None:
@@ -64,6 +69,30 @@ def killed_and_resumed(tmp_path: Path, moments: int, **options) -> None:
 
 def test_killed_at_random_moments_a_run_resumes_to_the_same_bits(tmp_path):
     killed_and_resumed(tmp_path, 5)
+
+
+# what makes each method do all that it does within a few steps, on a network that it can prune
+TINY = {"slimming": {"model": "cnn5_bn", "model_options": {"width": 2}}, "imp": {"method_options": {"rate": 0.5, "rewind_epochs": 1}},
+        "colt": {"sparsity": 0.7, "method_options": {"rate": 0.4}}, "scratch_b": {"method_options": {"most": 2}},
+        "dst_ensemble": {"method_options": {"members": 2, "update_every": 3}}}
+
+
+def tiny(method: str) -> dict:
+    """Options of a configuration in which `method` shows all of itself."""
+    update = {"update_every": 3} if "update_every" in method_options(method if method in METHODS else "static") else {}
+    return {"method": method, "sparsity": 0.8, "epochs": 2, "method_options": update, "train_samples": 300} | TINY.get(method, {})
+
+
+@pytest.mark.parametrize("method", sorted(PROCEDURES))
+def test_killed_between_and_within_rounds_a_procedure_resumes_to_the_same_bits(tmp_path, method):
+    killed_and_resumed(tmp_path, 3, **tiny(method), objective="natural")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["natural", "crown_ibp"])
+@pytest.mark.parametrize("method", sorted(ALL_METHODS))
+def test_killed_at_random_moments_every_method_resumes_to_the_same_bits(tmp_path, method, objective):
+    killed_and_resumed(tmp_path, 3, **tiny(method), objective=objective)
 
 
 @pytest.mark.slow
@@ -205,16 +234,46 @@ def test_every_objective_trains_a_batchnorm_network_sparse(config, objective):
     assert run.summary["nnz"] == round(0.2 * run.summary["total"]) and len(run.metrics) == 2
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_trains_a_convolutional_network_under_a_verified_loss(config, method):
-    options = {"update_every": 3} if "update_every" in method_options(method) else {}
-    run = train(replace(config, method=method, method_options=options, objective="crown_ibp", model="cnn5_bn",
-                        model_options={"width": 2}, epochs=1, sparsity=0.8, test_samples=5, train_samples=200, batch_size=40))
-    flops, total = run.summary["flops"], run.summary["total"]
-    assert run.summary["nnz"] == (total if method == "dense" else round(0.2 * total))
+@pytest.mark.parametrize("objective", ["natural", "crown_ibp"])
+@pytest.mark.parametrize("method", sorted(ALL_METHODS))
+def test_every_method_trains_a_convolutional_network_under_any_loss(config, method, objective):
+    small = dict(model="cnn5_bn", model_options={"width": 2}, objective=objective, test_samples=5, batch_size=40, train_samples=200, epochs=1)
+    options = tiny(method) | ({"method_options": {}} if method in ("imp", "colt") else {}) | {"sparsity": 0.6 if method == "colt" else 0.8}
+    run = train(replace(config, **options | small), callbacks=[])
+    flops, total, kept = run.summary["flops"], run.summary["total"], round((1 - options["sparsity"]) * run.summary["total"])
+    if method == "slimming":
+        assert abs(run.summary["nnz"] - kept) < 0.05 * total and run.summary["nnz"] == compact_weights(run)
+    else:
+        assert run.summary["nnz"] == (total if method == "dense" else kept)
     assert flops["inference"] <= flops["inference_dense"] and 0 < flops["training"]
-    assert flops["loss_multiples"][-1] > 2 and set(flops["layers"]) == set(run.summary["layers"])
+    assert flops["loss_multiples"][-1] > 2 or objective == "natural"
+    assert set(flops["layers"]) == set(run.summary["layers"])
     assert (run.path / "dense.safetensors").exists() == ("dense_accuracy" in run.summary) == (method == "acdc")
+    assert ("ensemble" in run.summary) == (method in ("edst", "dst_ensemble"))
+
+
+def compact_weights(run: Run) -> int:
+    """How many weights the physically smaller network has; it must be the same function."""
+    config = run.config
+    data = load_data(config)
+    model = new_model(config, data, 0).eval()
+    model.load_state_dict(run.weights)
+    small = compact(model, {name: run.history.mask(-1, name) for name in run.history.names})
+    x = to_float(data.test.images[:20])
+    assert torch.allclose(small(x), model(x), atol=1e-5)
+    return sum(weight.numel() for weight in prunable(small).values())
+
+
+@pytest.mark.parametrize(("method", "options", "sentence"), [
+    ("imp", {"rate": 0}, "rate above 0"), ("imp", {"rewind_epochs": 4}, "rewind_epochs is from 0 to below epochs = 4; got 4"),
+    ("colt", {"parts": 1}, "parts is from 2 to the 10 classes"), ("jackpots", {"pretrain_epochs": -1}, "at least 0; got -1"),
+    ("scratch_e", {"source": "magnitude"}, "method to prune with called 'magnitude'"), ("scratch_b", {"most": 0.5}, "at least 1; got 0.5"),
+    ("dst_ensemble", {"members": 0}, "members is at least 1; got 0"), ("dst_ensemble", {"membrs": 2}, "Did you mean 'members'"),
+    ("edst", {"members": 0}, "members is from 1 to"), ("slimming", {}, "no BatchNorm between two layers")])
+def test_what_a_procedure_cannot_do_is_a_sentence_and_writes_nothing(config, method, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train(replace(config, method=method, sparsity=0.8, method_options=options))
+    assert not Path(config.runs_dir).exists()
 
 
 def test_the_second_engine_trains_the_same_network(config):

@@ -46,8 +46,10 @@ class Config:
     optimizer: str = "adam"
     weight_decay: float = 0.0
     grad_clip: float = 10.0
+    schedule: str = "cosine"
     augment: bool = False
     validation: float = 0.1
+    label_noise: float = 0.0
     train_samples: int = 0
     test_samples: int = 0
 
@@ -61,7 +63,7 @@ class Config:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
-        for name in ("sparsity", "validation"):
+        for name in ("sparsity", "validation", "label_noise"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a share from 0 up to but not including 1; got {getattr(self, name)!r}.")
 

@@ -23,6 +23,7 @@ from .losses import Objective
 from ..sparse.at_init import AtInit, GraSP
 from ..sparse.ctre import CTRE
 from ..sparse.drop_grow import SET
+from ..sparse.jackpots import Jackpots
 from ..sparse.masks import PRUNABLE_LAYERS, prunable
 from ..sparse.momentum import SNFS
 from ..sparse.scores import random
@@ -76,6 +77,11 @@ def _(sparsifier: SET, step: int, sparse: float, dense: float) -> float:
 
 @overhead.register
 def _(sparsifier: SNFS, step: int, sparse: float, dense: float) -> float:
+    return dense - sparse
+
+
+@overhead.register
+def _(sparsifier: Jackpots, step: int, sparse: float, dense: float) -> float:
     return dense - sparse
 
 

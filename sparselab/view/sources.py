@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..learn.runs import Run
-from ..learn.train import make_learner
+from ..learn.build import make_learner
 from ..sparse.cursor import Cursor
 from ..sparse.history import MaskHistory
 from .live import Live

@@ -92,11 +92,18 @@ class Run:
                               "runs of this version; learn.margins.margins_of computes them from any model.")
         return load_margins(self.path / "margins.safetensors")
 
+    @property
+    def rounds(self) -> list["Run"]:
+        """The runs of the rounds that this one is made of, in the order of their names; [] for a single training."""
+        return runs_in(self.path / "rounds")
+
     def __repr__(self) -> str:
         state = "finished" if self.finished else f"{len(self.metrics)} epochs so far"
         return f"Run({self.path}, {state})"
 
 
 def runs_in(folder: str | Path) -> list[Run]:
-    """Every run below `folder`, in the order of their names."""
-    return [Run(path.parent) for path in sorted(Path(folder).glob("**/config.json"))]
+    """Every run below `folder`, in the order of their names; what lies in the `rounds/` of another run is that run's."""
+    found = [path.parent for path in sorted(Path(folder).glob("**/config.json"))]
+    inner = {run / "rounds" for run in found}
+    return [Run(run) for run in found if inner.isdisjoint(run.parents)]

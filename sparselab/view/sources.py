@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..learn.runs import Run
 from ..learn.build import make_learner
+from ..learn.runs import Run
 from ..sparse.cursor import Cursor
 from ..sparse.history import MaskHistory
 from .live import Live

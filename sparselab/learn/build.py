@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .augment import standard
 from .config import Config
 from .data import Data, load
-from .init import ibp_init_
+from .init import ibp_init_, kaiming_init_
 from .learner import Callback, Learner, make_optimizer
 from .models import build
 from .objectives import objective
@@ -53,8 +53,8 @@ def new_model(config: Config, data: Data, seed: int) -> nn.Module:
     scale = {"mean": data.mean, "std": data.std} if data.shape[0] == 3 else {}
     torch.manual_seed(seed)
     model = build(config.model, data.shape, data.classes, **scale, **config.model_options)
-    if config.init == "ibp":
-        ibp_init_(model)
+    if config.init != "default":
+        {"ibp": ibp_init_, "kaiming": kaiming_init_}[config.init](model)
     return model.to(data.train.images.device)
 
 # %% ../../nbs/learn/14c_build.ipynb #22dd7e0b

@@ -16,7 +16,7 @@ from ..errors import unknown
 from .values import READERS
 
 # %% ../../nbs/learn/00b_config.ipynb #7db0778e
-CHOICES = {"engine": ("native", "auto_lirpa"), "init": ("default", "ibp")}
+CHOICES = {"engine": ("native", "auto_lirpa"), "init": ("default", "ibp", "kaiming")}
 
 
 @dataclass(frozen=True)

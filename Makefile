@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test slow lab bench
+.PHONY: help setup train test slow lab bench claims
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -73,7 +73,17 @@ slow: $(STAMP) ## the tests that take minutes each (marked slow; `make test` lea
 lab: $(STAMP) ## JupyterLab on the workbench
 	@$(BIN)/python -m jupyterlab $(firstword $(wildcard nbs/explore.ipynb) nbs) $(ARGS)
 
+# $(call run-all,bench,ARGS): every notebook of nbs/bench/ through papermill into runs/bench/
+define run-all
+	@mkdir -p runs/$(1)
+	@set -e -o pipefail; for notebook in $(wildcard nbs/$(1)/*.ipynb); do echo "papermill $$notebook"; \
+		$(PAPERMILL) "$$notebook" "runs/$(1)/$$(basename "$$notebook")" $(2) 2>&1 | cat; done
+endef
+
 bench: $(STAMP) ## run nbs/bench/*.ipynb; the executed notebooks go to runs/bench/
-	@mkdir -p runs/bench
-	@set -e -o pipefail; for notebook in $(wildcard nbs/bench/*.ipynb); do echo "papermill $$notebook"; \
-		$(PAPERMILL) "$$notebook" "runs/bench/$$(basename "$$notebook")" $(ARGS) 2>&1 | cat; done
+	$(call run-all,bench,$(ARGS))
+
+claims: export OMP_NUM_THREADS := 1
+claims: $(STAMP) ## run nbs/papers/*.ipynb at small scale, into runs/papers/, and write their records and README's table
+	$(call run-all,papers,-p scale small $(ARGS))
+	@$(BIN)/python nbs/papers/table.py

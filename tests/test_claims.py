@@ -1,0 +1,88 @@
+"""The notebooks about papers, their records, and the README's table of them say the same."""
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from sparselab.learn.claims import Claim
+from sparselab.learn.papers import claims_table, with_claims
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPERS = sorted((ROOT / "nbs" / "papers").glob("*.ipynb"))
+RECORDS = sorted((ROOT / "nbs" / "papers" / "records").glob("*.json"))
+SECTIONS = ["The idea", "The formula", "By hand", "The claim", "The result", "The verdict", "Deviations", "Limits"]
+PARAMETERS = {"scale": "small", "device": "auto", "data_dir": "", "runs_dir": "runs/papers", "records": ""}
+
+every_paper = pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+every_record = pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+
+
+def text(path: Path, kind: str) -> str:
+    return "\n\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == kind)
+
+
+def test_the_readme_shows_the_records():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_claims(readme, claims_table(ROOT / "nbs/papers/records")) == readme, "python nbs/papers/table.py writes it"
+
+
+@every_record
+def test_a_record_says_what_its_values_say(path):
+    record, claim = json.loads(path.read_text()), Claim.load(path)
+    assert path.stem == claim.name and (record["verdict"], record["verdicts"]) == (claim.verdict, claim.verdicts)
+    for comparison in claim.comparisons:
+        assert len(claim.values[comparison.better]) == len(claim.values[comparison.worse]) == len(claim.seeds)
+    assert claim.scale in ("small", "full") and claim.seconds >= 0 and record["versions"]["torch"]
+
+
+@every_record
+def test_a_record_belongs_to_a_notebook_that_cites_its_paper(path):
+    claim = Claim.load(path)
+    notebook = ROOT / "nbs" / "papers" / f"{claim.paper}.ipynb"
+    assert notebook in PAPERS and claim.arxiv in text(notebook, "markdown")
+
+
+@every_paper
+def test_a_notebook_has_its_record(path):
+    assert path.stem in {Claim.load(record).paper for record in RECORDS}
+
+
+@every_paper
+def test_a_notebook_has_the_sections_in_order(path):
+    assert re.findall(r"^## (.+)$", text(path, "markdown"), re.M) == SECTIONS
+    assert re.search(r"^\| \| paper \| its code \| here \|$", text(path, "markdown"), re.M), "the table of deviations"
+    assert "show(" in text(path, "code"), "a picture"
+
+
+@every_paper
+def test_a_notebook_takes_the_parameters_of_all(path):
+    found = papermill.inspect_notebook(str(path))
+    defaults = {name: eval(parameter["default"]) for name, parameter in found.items()}
+    assert PARAMETERS.items() <= defaults.items() and len(set(defaults["seeds"])) == len(defaults["seeds"]) >= 3
+    assert all(len(parameter["help"]) > 10 for parameter in found.values())
+
+
+def execute(path: Path, folder: Path, **parameters) -> None:
+    papermill.execute_notebook(str(path), str(folder / path.name), progress_bar=False, cwd=folder, parameters=
+                               {"runs_dir": str(folder / "runs"), "records": str(folder / "records"), "device": "cpu", **parameters})
+
+
+def check_one_seed(folder: Path, paper: str) -> None:
+    found = [Claim.load(record) for record in (folder / "records").glob("*.json")]
+    assert found and all(claim.paper == paper and claim.verdict == "undecided" for claim in found), "one seed decides nothing"
+
+
+def test_a_notebook_writes_its_record(tmp_path):
+    gibbs = next(path for path in PAPERS if path.stem == "gibbs")
+    execute(gibbs, tmp_path, seeds=[0])
+    check_one_seed(tmp_path, "gibbs")
+
+
+@pytest.mark.slow
+@every_paper
+def test_a_notebook_runs_at_small_scale(path, tmp_path):
+    execute(path, tmp_path, seeds=[0])
+    check_one_seed(tmp_path, path.stem)

@@ -93,7 +93,8 @@ def complete(folder: Path, learner: Learner, config: Config, also: Callable[[Lea
         learner.fit()
         for name, state in {"model": learner.model.state_dict(), **learner.sparsifier.snapshots}.items():
             write_model(folder / f"{name}.safetensors", state)
-        save_margins(folder / "margins.safetensors", sample_margins(learner, config))
+        if config.eps:  # at radius 0 there is nothing to prove
+            save_margins(folder / "margins.safetensors", sample_margins(learner, config))
         summary = summarise(learner, config)
         write_json(folder / "summary.json", also(learner, summary) if also else summary)
     return Run(folder)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 pytest.importorskip("plotly", reason="figures need the extra lab")
 import plotly.graph_objects as go
 
+from sparselab.sparse.exploration import changes
 from sparselab.sparse.history import MaskHistory
 from sparselab.view import theme
 from sparselab.view.masks import layer_sparsity, layers_of, mask_evolution, mask_image
@@ -29,7 +30,7 @@ from sparselab.view.raster import GAP, OFF, PALETTE, events, layout, pixels
 from sparselab.view.results import COLUMNS, accuracy_bars, results_table
 from sparselab.view.stability import STATES, stability_by_layer
 from sparselab.view.training import training_curves
-from sparselab.view.updates import changes, flow, overlap
+from sparselab.view.updates import flow, overlap
 
 SHAPES = {"conv1.weight": (6, 1, 3, 3), "point.weight": (5, 6, 1, 1), "fc1.weight": (9, 37), "fc2.weight": (3, 9)}
 

@@ -399,7 +399,9 @@ def test_the_table_holds_the_numbers_and_escapes_names():
     one = summary(0.911, 0.85, 0.84, verified_by={"ibp": 0.83, "crown": 0.01}, nnz=1662, total=166248, sparsity=0.99,
                   seconds=61.4, config={"method": "sparsevlr"})
     assert results_table(one).rows == [["sparsevlr", "91.10%", "85.00%", "84.00%", "ibp 83.00%, crown 1.00%", "1,662",
-                                        "166,248", "99.00%", "61"]]
+                                        "166,248", "99.00%", "-", "-", "61"]]
+    counted = one | {"flops": {"training": 30, "training_dense": 400, "inference": 1, "inference_dense": 8}}
+    assert results_table(counted).rows[0][8:10] == ["7.50%", "12.50%"]
     other = one | summary(0.891, 0.85, 0.8, verified_by={"ibp": 0.81, "crown": 0.03})
     table = results_table({"<b>|both": [one, other], "one": one})
     assert table.rows[0][:4] == ["<b>|both", "90.10% ± 1.41%", "85.00%", "82.00% ± 2.83%"]

@@ -36,7 +36,7 @@ def label_of(rows: Sequence[RunRow]) -> dict[RunRow, str]:
             + [column for column in _SETTINGS if several(column, group)] for method, group in methods.items()}
     return {row: " · ".join([method := row.values["method"], *(_text(c, row.values[c]) for c in told[method])]) for row in rows}
 
-# %% ../../nbs/view/17_run_groups.ipynb #d32fd2ad
+# %% ../../nbs/view/17_run_groups.ipynb #4457e878
 class Group(NamedTuple):
     """The seeds of one experiment at one sparsity."""
     label: str
@@ -47,7 +47,7 @@ class Group(NamedTuple):
     @property
     def name(self) -> str:
         """The label with the sparsity."""
-        return self.label if self.method == "dense" else f"{self.label} {100 * self.sparsity:.4g} %"
+        return self.label if self.method == "dense" else f"{self.label} {100 * self.sparsity:.6g} %"
 
     def spread(self, column: str) -> tuple[float, float] | None:
         """(mean, sample standard deviation) of a column; the latter is 0 for one run. None without values."""

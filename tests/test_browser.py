@@ -222,6 +222,27 @@ def test_run_all_of_the_workbench(lab):
     assert book.errors == [] and book.tracebacks() == []
 
 
+def test_runs_are_chosen_sorted_and_drawn_by_hand(lab):
+    root, open_notebook = lab
+    shutil.copy(ROOT / "nbs" / "compare.ipynb", root)
+    shutil.copytree(ROOT / "nbs" / "example", root / "example", dirs_exist_ok=True)
+    book = open_notebook("compare.ipynb")
+    book.run_all()
+    chosen, drawn = "[row.values['run'] for row in browser.chosen]", "() => document.querySelector('.sparselab-plot')?.data?.length"
+    until(lambda: book.page.evaluate(drawn) == len(json.loads(book.value("browser.block.panel.figure.to_json()"))["data"]))
+    box = book.page.locator(".jp-OutputArea .widget-select select[multiple]").first
+    dropdowns = book.page.locator(".jp-OutputArea .widget-dropdown select")
+    dropdowns.nth(0).select_option("verified")
+    book.page.locator(".jp-OutputArea .widget-checkbox input").first.check()
+    until(lambda: book.value(chosen) == ["sparsevlr", "rigl"])
+    box.select_option("rigl")
+    until(lambda: book.value(chosen) == ["rigl"])
+    until(lambda: book.page.locator(".widget-html table tr").count() == 2)
+    dropdowns.nth(1).select_option("stability by layer")
+    until(lambda: book.page.evaluate(drawn) == 12)
+    assert book.errors == [] and book.tracebacks() == []
+
+
 def test_an_executed_experiment_keeps_its_mask_slider_as_html_without_network(tmp_path, chrome):
     out = tmp_path / "train.ipynb"
     parameters = dict(SMALL, epochs=3, runs_dir=str(tmp_path / "runs"), with_dense=False)

@@ -103,7 +103,8 @@ def _verified_by(group: list[dict]) -> str:
 def flops_share(summary: dict, what: str) -> float | None:
     """FLOPs of `what`, "training" or "inference", as a share of those of the dense network; None where not counted."""
     counted = summary.get("flops") or {}
-    return counted[what] / counted[f"{what}_dense"] if what in counted else None
+    part, whole = counted.get(what), counted.get(f"{what}_dense")
+    return part / whole if part is not None and whole else None
 
 
 def _row(label: str, group: list[dict]) -> list[str]:

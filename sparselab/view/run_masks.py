@@ -86,7 +86,7 @@ def _with_chance(fig: go.Figure, shown: Sequence[Pair], lines: int) -> go.Figure
     note += f"; {len(names)} of {lines} pairs of methods shown" * (len(names) < lines)
     return titled(fig, "Overlap of masks", note, height=180 + 30 * len(names))
 
-# %% ../../nbs/view/19b_run_masks.ipynb #42ad9d6f
+# %% ../../nbs/view/19b_run_masks.ipynb #b56b9b7d
 def _density(group: Group, known: dict[RunRow, dict]) -> tuple[float, float] | None:
     """(mean, standard deviation) of the share of all weights that lie on a path."""
     found = [known[row] for row in group.rows if row in known]
@@ -114,10 +114,11 @@ def effective_sparsity(rows: Iterable[RunRow]) -> go.Figure:
     fig = make_subplots(1, 2, horizontal_spacing=0.1, subplot_titles=["sparsity of weights on a path", "kept weights on no path"])
     for col, measure in enumerate((_density, _idle), 1):
         curves(fig, groups, lambda group: (1 - group.sparsity, 0.0), lambda group, measure=measure: measure(group, known), col)
-    return _effective_look(fig, groups, reasons)
+    lacking = f"; without {len(reasons)} of {len(reasons) + len(known)} runs, the first {reasons[0]}" if reasons else ""
+    return _effective_look(fig, groups, seeds_note(groups) + lacking)
 
 
-def _effective_look(fig: go.Figure, groups: Sequence[Group], reasons: Sequence[str]) -> go.Figure:
+def _effective_look(fig: go.Figure, groups: Sequence[Group], note: str) -> go.Figure:
     ends = [1 - group.sparsity for group in groups]
     fig.add_scatter(x=[min(ends), max(ends)], y=[min(ends), max(ends)], mode="lines", hoverinfo="skip", name="nothing lost", row=1, col=1,
                     line={"color": look("dense")["color"], "dash": "dot", "width": 1})
@@ -125,5 +126,4 @@ def _effective_look(fig: go.Figure, groups: Sequence[Group], reasons: Sequence[s
     fig.update_yaxes(**SPARSITY_AXIS, row=1, col=1)
     fig.update_yaxes(tickformat=".3~%", rangemode="tozero", row=1, col=2)
     fig.update_annotations(font={"size": 13, "color": TEXT})
-    note = seeds_note(groups) + (f"; without {len(reasons)} runs, the first {reasons[0]}" if reasons else "")
     return legend_room(titled(fig, "Effective against nominal sparsity", note))

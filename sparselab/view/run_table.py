@@ -115,7 +115,7 @@ def ordered(rows: Sequence[RunRow], sort: str) -> list[RunRow]:
         lambda row: row.values[column])
     return sorted(known, key=key, reverse=sort.startswith("-")) + [row for row in rows if row.values[column] is None]
 
-# %% ../../nbs/view/16_run_table.ipynb #6b738add
+# %% ../../nbs/view/16_run_table.ipynb #25c404e2
 _SHOWN = {"run": "", "state": "", "method": "", "sparsity": ".2%", "seed": "d", "dataset": "", "model": "", "objective": "",
           "eps": ".4g", **dict.fromkeys(MEASURES, ".2%"), "nnz": ",d", "training_share": ".2%", "inference_share": ".2%",
           "seconds": ",.0f"}
@@ -145,4 +145,6 @@ def left_out(rows: Sequence[RunRow]) -> str:
     out = [f"{row.values['run']} ({row.values['state'].rstrip('.')})" for row in rows if not row.finished]
     if not rows:
         return "There is no run here. A run is a folder with a config.json; nbs/train.ipynb makes them."
-    return f"{len(out)} of {len(rows)} runs are in no figure: {'; '.join(out)}." if out else f"All {len(rows)} runs have finished."
+    if not out:
+        return f"Every run has finished ({len(rows)})."
+    return f"{len(out)} of {len(rows)} runs {'is' if len(out) == 1 else 'are'} in no figure: {'; '.join(out)}."

@@ -1,0 +1,371 @@
+"""Many runs side by side: grouping and sums by hand, paths and overlaps by brute force, and nbs/compare.ipynb as a user runs it."""
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+pytest.importorskip("plotly", reason="figures need the extra lab")
+from sparselab.learn.config import Config
+from sparselab.learn.models import build
+from sparselab.learn.runs import Run, runs_in
+from sparselab.learn.train import train
+from sparselab.sparse.effective import effective
+from sparselab.sparse.history import MaskHistory
+from sparselab.sparse.history_files import save as save_history
+from sparselab.sparse.masks import prunable
+from sparselab.sparse.overlap import chance_overlap, mask_overlap
+from sparselab.view.run_browser import FIGURES, RunBrowser
+from sparselab.view.run_groups import groups_of, look
+from sparselab.view.run_masks import effective_sparsity, pairs_of
+from sparselab.view.run_table import COLUMNS, RunRow, left_out, ordered, run_csv, run_rows, run_table, selected
+from sparselab.view.trade_offs import accuracy_by_flops, accuracy_by_sparsity, trade_off
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPARE, EXAMPLE = ROOT / "nbs" / "compare.ipynb", ROOT / "nbs" / "example"
+SMALL = dict(model="mlp", model_options={"widths": [24, 16]}, objective="natural", epochs=2, batch_size=32, eps=0.02, test_samples=60,
+             device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three methods and two seeds, one run on another network, one that was killed and one that is damaged."""
+    folder = tmp_path_factory.mktemp("runs")
+    chosen = [("dense", 0.0, 0), ("static", 0.9, 0), ("static", 0.9, 1), ("rigl", 0.8, 0), ("rigl", 0.9, 0), ("rigl", 0.9, 1)]
+    for method, sparsity, seed in chosen:
+        train(Config(method=method, sparsity=sparsity, seed=seed, runs_dir=str(folder), **SMALL), callbacks=[])
+    train(Config(method="static", sparsity=0.9, runs_dir=str(folder), **SMALL | {"model": "cnn4", "model_options": {"width": 2}}),
+          callbacks=[])
+    for name, source in (("killed", "rigl"), ("damaged", "sparsevlr")):
+        shutil.copytree(EXAMPLE / source, folder / name)
+    (folder / "killed" / "summary.json").unlink()
+    (folder / "damaged" / "summary.json").write_text('{"accuracy": {"clean"')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(folder) -> list[RunRow]:
+    return run_rows(folder)
+
+
+# --- the table ----------------------------------------------------------------------------------------------------------
+
+def test_every_run_is_a_row_whatever_its_state(rows):
+    states = {row.values["run"]: row.values["state"] for row in rows}
+    assert len(rows) == 9 and states.pop("killed") == "epoch 30 of 30" and "is damaged" in states.pop("damaged")
+    assert set(states.values()) == {"finished"} and sum(row.finished for row in rows) == 7
+    assert "2 of 9 runs are in no figure: " in left_out(rows) and "killed (epoch 30 of 30)" in left_out(rows)
+    assert len(run_table(rows).rows) == 9 and run_table([]).rows == [] and "no run here" in left_out([])
+
+
+def test_the_csv_holds_every_number_of_the_summaries(folder, rows):
+    lines = {line["run"]: line for line in csv.DictReader(io.StringIO(run_csv(rows)))}
+    for row in (row for row in rows if row.finished):
+        line, summary = lines[row.values["run"]], json.loads((folder / row.values["run"] / "summary.json").read_text())
+        for measure, value in summary["accuracy"].items():
+            assert float(line[measure]) == value
+        assert (int(line["nnz"]), int(line["total"])) == (summary["nnz"], summary["total"])
+        assert float(line["training_share"]) == summary["flops"]["training"] / summary["flops"]["training_dense"]
+        assert Config.read({name: line[name] for name in line if name in Config.readers()}) == Config.read(
+            summary["config"] | {"runs_dir": "runs", "device": "auto"})
+
+
+def test_filters_take_values_lists_and_texts_and_refuse_other_columns(rows):
+    assert {row.values["run"] for row in selected(rows, {"method": ["static", "dense"], "seed": 0})} == {
+        row.values["run"] for row in rows if row.values["method"] in ("static", "dense") and row.values["seed"] == 0}
+    assert selected(rows, '{"sparsity": "9/10", "method": "rigl"}') == selected(rows, {"sparsity": 0.9, "method": ["rigl"]}) != []
+    assert selected(rows, {"model": "resnet18"}) == [] and selected(rows, {}) == rows
+    with pytest.raises(ValueError, match="'datset'. Did you mean 'dataset'"):
+        selected(rows, {"datset": "mnist"})
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_every_column_sorts_both_ways_with_what_is_missing_last(rows, column):
+    up, down = ordered(rows, column), ordered(rows, f"-{column}")
+    known = [row.values[column] for row in up if row.values[column] is not None]
+    for found in (up, down):
+        assert set(map(id, found)) == set(map(id, rows))
+        assert all(row.values[column] is None for row in found[len(known):])
+    if known and not isinstance(known[0], dict):
+        assert known == sorted(known) and [row.values[column] for row in down[:len(known)]] == sorted(known, reverse=True)
+
+
+def test_rounds_of_a_run_are_not_runs_of_the_folder(tmp_path):
+    for place in ("b", "a", "b/rounds/2", "b/rounds/1", "b/rounds/1/rounds/x", "rounds/c", "deep/er/d"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / place / "config.json").write_text("{}")
+    assert [run.path.relative_to(tmp_path).as_posix() for run in runs_in(tmp_path)] == ["a", "b", "deep/er/d", "rounds/c"]
+    rounds = Run(tmp_path / "b").rounds
+    assert [run.path.name for run in rounds] == ["1", "2"] and [run.path.name for run in rounds[0].rounds] == ["x"]
+    assert Run(tmp_path / "a").rounds == [] and len(run_rows(tmp_path)) == 4
+    with pytest.raises(ValueError, match="no folder"):
+        run_rows(tmp_path / "nowhere")
+
+
+# --- groups and their curves --------------------------------------------------------------------------------------------
+
+def made(**values) -> RunRow:
+    """A finished row without a run."""
+    return RunRow(None, {"state": "finished", "dataset": "digits", "model": "mlp", "objective": "ibp", "eps": 0.1, "sparsity": 0.9,
+                         "method_options": {}} | values)
+
+
+def test_only_runs_that_differ_in_the_seed_are_averaged():
+    rows = [made(method="rigl", seed=seed, clean=clean) for seed, clean in enumerate((0.5, 0.7, 0.9))]
+    assert [(group.label, group.spread("clean")) for group in groups_of(rows)] == [("rigl", (mean((0.5, 0.7, 0.9)), stdev((0.5, 0.7, 0.9))))]
+    for change, label in (({"dataset": "mnist"}, "rigl · mnist"), ({"eps": 0.2}, "rigl · eps 0.2"), ({"batch_size": 64}, "rigl · batch_size 64"),
+                          ({"method_options": {"update_every": 5}}, "rigl · update_every 5"), ({"epochs": 9}, "rigl · epochs 9")):
+        groups = {group.label: group for group in groups_of([*rows, made(method="rigl", seed=0, clean=0.1, **change)])}
+        assert len(groups) == 2 and groups[label].spread("clean") == (0.1, 0.0), label
+    other = groups_of([*rows, made(method="set", seed=0, clean=0.1, method_options={"update_every": 5})])
+    assert [group.name for group in other] == ["rigl 90 %", "set 90 %"]
+    assert [group.name for group in groups_of([made(method="dense", clean=1, sparsity=0.0), rows[0]])] == ["dense", "rigl 90 %"]
+    with pytest.raises(ValueError, match="none of these runs has finished"):
+        groups_of([made(method="rigl", clean=None), made(method="set", clean=0.5, state="epoch 1 of 2")])
+
+
+def test_curves_are_means_and_deviations_in_the_order_of_sparsity():
+    rows = [made(method="set", seed=seed, sparsity=sparsity, clean=sparsity / 2 + seed / 10, verified=sparsity / 3, training_flops=100 + seed)
+            for sparsity in (0.99, 0.9, 0.95) for seed in (0, 1)]
+    clean, verified = accuracy_by_sparsity(rows).data
+    assert np.allclose(clean.x, [0.1, 0.05, 0.01]) and np.allclose(clean.y, [0.5, 0.525, 0.545])
+    assert np.allclose(clean.error_y.array, stdev((0, 0.1))) and not verified.error_y.visible
+    curve = trade_off(rows).data[0]
+    assert np.allclose(curve.x, clean.y) and np.allclose(curve.y, verified.y) and np.allclose(curve.error_x.array, clean.error_y.array)
+    assert np.allclose(accuracy_by_flops(rows).data[0].x, 100.5)
+    with pytest.raises(ValueError, match="no summary of these runs has FLOPs"):
+        accuracy_by_flops([made(method="set", clean=0.5)])
+
+
+def test_a_method_looks_the_same_in_every_figure(rows):
+    for draw in (accuracy_by_sparsity, trade_off, accuracy_by_flops, effective_sparsity):
+        for trace in draw(rows).data:
+            if trace.name.split(" ")[0] in ("dense", "static", "rigl"):
+                assert trace.line.color == look(trace.name.split(" ")[0])["color"]
+
+
+# --- overlap ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("layers", [[(3, 3, 10)], [(5, 90, 100), (40, 1, 60)], [(20, 30, 50), (6, 4, 900), (50, 50, 2000)]])
+def test_overlap_by_chance_is_that_of_drawn_masks(layers):
+    drawn = np.random.default_rng(0)
+
+    def masks(side: int) -> dict[str, torch.Tensor]:
+        return {str(i): torch.from_numpy(np.isin(np.arange(layer[2]), drawn.choice(layer[2], layer[side], replace=False)))
+                for i, layer in enumerate(layers)}
+
+    found = [mask_overlap(masks(0), masks(1)) for _ in range(3000)]
+    indices = np.array([overlap.jaccard for overlap in found])
+    expected, spread = chance_overlap(layers)
+    assert {(overlap.chance, overlap.spread) for overlap in found} == {(expected, spread)}
+    assert abs(indices.mean() - expected) < 4 * indices.std() / len(indices) ** 0.5 + 0.02 * expected
+    assert abs(spread / indices.std() - 1) < 0.15
+
+
+def test_overlap_at_its_ends_and_of_other_networks():
+    whole, none = {"a": torch.ones(2, 3, dtype=torch.bool)}, {"a": torch.zeros(2, 3, dtype=torch.bool)}
+    assert mask_overlap(whole, whole) == (1.0, 1.0, 0.0) and mask_overlap(none, none) == (1.0, 1.0, 0.0)
+    assert mask_overlap(whole, none) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"a has the shape \(2, 3\) in one and \(6,\)"):
+        mask_overlap(whole, {"a": torch.ones(6, dtype=torch.bool)})
+
+
+def test_pairs_are_of_one_network_and_never_dense(rows):
+    pairs = pairs_of(rows)
+    assert len(pairs) == 10 and {row.values["model"] for pair in pairs for row in (pair.first, pair.second)} == {"mlp"}
+    for pair in pairs:
+        both = [np.concatenate([row.run.history.mask(-1, name).numpy().ravel() for name in row.masks]) for row in (pair.first, pair.second)]
+        assert pair.overlap.jaccard == pytest.approx((both[0] & both[1]).sum() / (both[0] | both[1]).sum())
+        assert pair.same_seed == (pair.first.run.config.seed == pair.second.run.config.seed)
+
+
+# --- effective sparsity -------------------------------------------------------------------------------------------------
+
+def edges_of(layer: nn.Module, image: tuple[int, ...]) -> tuple[list[tuple], tuple[int, ...]]:
+    """Every edge (from unit, to unit, weight index or None) that a layer has, unit by unit, and the shape that comes out."""
+    if isinstance(layer, nn.Linear):
+        return [((i,), (o,), (o, i)) for o in range(layer.out_features) for i in range(layer.in_features)], (layer.out_features,)
+    if isinstance(layer, nn.Flatten):
+        return [(unit, (at,), None) for at, unit in enumerate(np.ndindex(image))], (int(np.prod(image)),)
+    if isinstance(layer, nn.ReLU):
+        return [(unit, unit, None) for unit in np.ndindex(image)], image
+    conv = isinstance(layer, nn.Conv2d)
+    kernel, stride, padding = ((layer.kernel_size[0], layer.stride[0], layer.padding[0]) if conv
+                               else (layer.kernel_size, layer.stride, layer.padding))
+    shape = (layer.out_channels if conv else image[0], *((size + 2 * padding - kernel) // stride + 1 for size in image[1:]))
+    found = []
+    for o, y, x in np.ndindex(shape):
+        for i in range(image[0]) if conv else (o,):
+            for ky, kx in np.ndindex(kernel, kernel):
+                at = (i, y * stride - padding + ky, x * stride - padding + kx)
+                if 0 <= at[1] < image[1] and 0 <= at[2] < image[2]:
+                    found.append((at, (o, y, x), (o, i, ky, kx) if conv else None))
+    return found, shape
+
+
+def path_counts(net: nn.Sequential, masks: dict, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Weight name -> how many paths from an input to an output lead over each weight: exact whole numbers."""
+    stages = []
+    for name, layer in net.named_children():
+        edges, after = edges_of(layer, shape)
+        stages.append((name, [edge for edge in edges if edge[2] is None or masks[f"{name}.weight"][edge[2]]], after))
+        shape = after
+    into = [dict.fromkeys({start for start, *_ in stages[0][1]}, 1)]
+    for _, edges, _ in stages:
+        into.append({})
+        for start, end, _ in edges:
+            into[-1][end] = into[-1].get(end, 0) + into[-2].get(start, 0)
+    out, counts = dict.fromkeys(np.ndindex(shape), 1), {name: np.zeros(mask.shape, object) for name, mask in masks.items()}
+    for at, (name, edges, _) in reversed(list(enumerate(stages))):
+        before: dict = {}
+        for start, end, weight in edges:
+            before[start] = before.get(start, 0) + out.get(end, 0)
+            if weight is not None:
+                counts[f"{name}.weight"][weight] += into[at].get(start, 0) * out.get(end, 0)
+        out = before
+    return counts
+
+
+@settings(max_examples=40, deadline=None)
+@given(density=st.floats(0.02, 0.7), seed=st.integers(0, 10**6), kernel=st.integers(1, 3), stride=st.integers(1, 2),
+       padding=st.integers(0, 1), pool=st.booleans(), widths=st.lists(st.integers(1, 4), min_size=3, max_size=3))
+def test_a_weight_is_effective_if_and_only_if_a_path_leads_over_it(density, seed, kernel, stride, padding, pool, widths):
+    generator = torch.Generator().manual_seed(seed)
+    layers = [nn.Conv2d(2, widths[0], kernel, stride, padding), nn.ReLU()] + pool * [nn.MaxPool2d(2, 1)]
+    layers += [nn.Conv2d(widths[0], widths[1], 2, 1, padding), nn.ReLU(), nn.Flatten()] if stride == 1 else [nn.Flatten()]
+    features = nn.Sequential(*layers)(torch.zeros(1, 2, 5, 5)).shape[1]
+    net = nn.Sequential(*layers, nn.Linear(features, widths[2]), nn.ReLU(), nn.Linear(widths[2], 2))
+    masks = {name: torch.rand(weight.shape, generator=generator) < density for name, weight in prunable(net).items()}
+    found, counts = effective(net, masks, (2, 5, 5)), path_counts(net, masks, (2, 5, 5))
+    for name in masks:
+        assert np.array_equal(found[name].numpy(), counts[name] > 0), name
+
+
+def test_paths_that_outnumber_every_float_are_still_found():
+    """300 layers of 64 units, all connected: 64^299 paths lead over each weight."""
+    net = nn.Sequential(*[layer for _ in range(300) for layer in (nn.Linear(64, 64), nn.ReLU())])
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable(net).items()}
+    assert all(mask.all() for mask in effective(net, masks, (64,)).values())
+
+
+@pytest.mark.parametrize("name, options", [("resnet5_bn", {"width": 2}), ("cnn5_bn", {"width": 2, "hidden": [8]}), ("mlp", {"widths": [9]})])
+def test_outputs_depend_on_the_effective_weights_and_on_no_other(name, options):
+    """All effects are positive here, so none cancels; half of the weights are tried, one by one."""
+    generator = torch.Generator().manual_seed(0)
+    net = build(name, (1, 8, 8), 3, **options).double().eval()
+    masks = {key: torch.rand(weight.shape, generator=generator) < 0.12 for key, weight in prunable(net).items()}
+    alive, x = effective(net, masks, (1, 8, 8)), 0.5 + torch.rand(2, 1, 8, 8, generator=generator).double()
+    kinds = set()
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            parameter.copy_(masks[key] * (0.5 + torch.rand(parameter.shape, generator=generator)) if key in masks
+                            else torch.full_like(parameter, float("bias" not in key)))
+        before = net(x)
+        for key, weight in prunable(net).items():
+            for at in masks[key].flatten().nonzero().flatten()[::2]:
+                weight.view(-1)[at] *= 2
+                assert bool((net(x) != before).any()) == bool(alive[key].view(-1)[at]), (key, at)
+                weight.view(-1)[at] /= 2
+                kinds.add(bool(alive[key].view(-1)[at]))
+    assert kinds == {True, False}
+
+
+def test_wrong_masks_and_unknown_layers_are_refused_in_words():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1))
+    masks = {"0.weight": torch.ones(3, 4, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=r"layer 1 \(Softmax\) are not known"):
+        effective(net, masks, (4,))
+    with pytest.raises(ValueError, match=r"0.weight needs a mask of shape \(3, 4\); got none"):
+        effective(net, {}, (4,))
+    with pytest.raises(ValueError, match=r"got one of shape \(4, 3\)"):
+        effective(net, {"0.weight": masks["0.weight"].T}, (4,))
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    assert effective(nn.Sequential(net[0]), masks, (4,))["0.weight"].all() and effective(net[0], {"weight": masks["0.weight"]}, (4,))["weight"].all()
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in before.items())
+
+
+def test_a_run_whose_paths_cannot_be_followed_is_left_out_and_named(tmp_path, folder):
+    known = next(row for row in run_rows(folder) if row.values["method"] == "rigl" and row.finished)
+    for name in ("known", "strange"):
+        shutil.copytree(known.run.path, tmp_path / name)
+    shutil.rmtree(tmp_path / "strange" / "masks")
+    save_history(MaskHistory({"fc1.weight": torch.ones(3, 64, dtype=torch.bool)}), tmp_path / "strange" / "masks")
+    fig = effective_sparsity(run_rows(tmp_path))
+    assert "without 1 of 2 runs, the first strange: fc1.weight needs a mask" in fig.layout.meta["note"]
+    with pytest.raises(ValueError, match="paths of no run"):
+        effective_sparsity([row for row in run_rows(tmp_path) if row.values["run"] == "strange"])
+
+
+# --- the browser and the notebook ---------------------------------------------------------------------------------------
+
+def test_the_browser_filters_sorts_and_hands_out_the_same_call(folder):
+    browser = RunBrowser(folder)
+    assert set(browser.filters) == {"method", "sparsity", "model", "objective", "eps", "seed"}
+    browser.filters["method"].value, browser.filters["model"].value = ("rigl", "static"), ("mlp",)
+    browser.sort.value, browser.falling.value = "verified", True
+    values = [row.values["verified"] for row in browser.chosen]
+    assert len(values) == 5 and values == sorted(values, reverse=True)
+    for name in FIGURES:
+        browser.figure.value = name
+        call, names = browser.block.panel.call.rsplit("\n", 1), {}
+        exec(call[0], names)
+        assert not browser.block.problem.value and len(eval(call[1], names).data) == len(browser.block.panel.figure.data), name
+    browser.filters["method"].value, browser.figure.value = ("dense",), "density by layer"
+    assert "none of the finished runs is sparse" in browser.block.problem.value
+
+
+def test_a_browser_of_an_empty_folder_says_so(tmp_path):
+    browser = RunBrowser(tmp_path)
+    assert browser.chosen == [] and "no run here" in browser.said.value and "nothing to draw" in browser.block.problem.value
+
+
+def executed(cwd: Path, *parameters: str) -> tuple[str, list[dict]]:
+    """(all text, all figures) of compare.ipynb run by papermill in `cwd`."""
+    command = [sys.executable, "-m", "papermill", str(COMPARE), "out.ipynb", "--no-progress-bar", *parameters]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    outputs = [output for cell in nbformat.read(cwd / "out.ipynb", 4).cells for output in cell.get("outputs", [])]
+    text = "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
+    figures = [output["data"]["application/vnd.plotly.v1+json"] for output in outputs
+               if "application/vnd.plotly.v1+json" in output.get("data", {})]
+    return text, figures
+
+
+def test_the_notebook_shows_the_example_runs_by_itself(tmp_path):
+    (tmp_path / "nbs").symlink_to(ROOT / "nbs")
+    text, figures = executed(tmp_path)
+    assert len(figures) == 7 and "Every run has finished (2)." in text and "sparsevlr" in text
+
+
+def test_the_notebook_compares_a_folder_of_runs_and_writes_it(tmp_path, folder):
+    text, figures = executed(tmp_path, "-p", "runs_dir", str(folder), "-p", "sort", "-verified", "-p", "csv", "table/runs.csv",
+                             "-y", "{where: {model: [mlp, cnn4], method: [rigl, static, dense]}}")
+    assert len(figures) == 7 and "1 of 8 runs is in no figure: killed" in text and "8 rows are in table/runs.csv." in text
+    lines = list(csv.DictReader((tmp_path / "table" / "runs.csv").read_text().splitlines()))
+    verified = [float(line["verified"]) for line in lines if line["verified"]]
+    assert len(lines) == 8 and len(verified) == 7 and verified == sorted(verified, reverse=True)
+    assert (tmp_path / "out.ipynb").stat().st_size < 1e6
+
+
+def test_the_notebook_says_that_a_folder_is_empty(tmp_path):
+    (tmp_path / "runs").mkdir()
+    text, figures = executed(tmp_path, "-p", "runs_dir", "runs")
+    assert figures == [] and "There is no run here." in text and "nothing to draw" in text
+
+
+def test_every_parameter_of_the_notebook_is_described():
+    parameters = papermill.inspect_notebook(str(COMPARE))
+    assert set(parameters) == {"runs_dir", "where", "sort", "csv"}
+    assert all(len(parameter["help"]) > 20 for parameter in parameters.values())

@@ -21,7 +21,7 @@ from .run_masks import effective_sparsity, overlap_by_method
 from .run_table import COLUMNS, RunRow, left_out, ordered, run_csv, run_rows, run_table, selected
 from .trade_offs import accuracy_by_flops, accuracy_by_sparsity, trade_off
 
-# %% ../../nbs/view/29_run_browser.ipynb #83ceadd1
+# %% ../../nbs/view/29_run_browser.ipynb #b007fb70
 FIGURES: dict[str, Callable[[list[RunRow]], go.Figure]] = {
     "accuracy against sparsity": accuracy_by_sparsity, "verified against clean": trade_off,
     "accuracy against FLOPs": accuracy_by_flops, "density by layer": layer_densities, "overlap of masks": overlap_by_method,
@@ -41,7 +41,7 @@ class RunBrowser(widgets.VBox):
         self.sort = widgets.Dropdown(options=COLUMNS, value="method", description="sort by")
         self.falling = widgets.Checkbox(description="largest first", indent=False)
         self.figure = widgets.Dropdown(options=list(FIGURES), description="figure")
-        self.table, self.said = widgets.HTML(), widgets.HTML()
+        self.table, self.said = widgets.HTML(layout={"max_height": "24em", "overflow": "auto"}), widgets.HTML()
         self.block = Block("Runs", Plot(), (self.figure, press("table as CSV", self.save_table)))
         for control in (*self.filters.values(), self.sort, self.falling, self.figure):
             control.observe(lambda _: self.redraw(), "value")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_RUNS', 'MAX_LINES', 'Pair', 'pairs_of', 'overlap_by_method', 'effective_sparsity']
 
-# %% ../../nbs/view/19b_run_masks.ipynb #5bd6dd25
+# %% ../../nbs/view/19b_run_masks.ipynb #29ab0cb8
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..sparse.overlap import Overlap, mask_overlap
+from ..sparse.overlap import Overlap, mask_overlap, shapes_of
 from .run_groups import Group, groups_of, look, spread
 from .run_table import RunRow
 from .sources import attempt
 from .theme import OKABE_ITO, TEXT, titled
 from .trade_offs import SPARSITY_AXIS, curves, legend_room, seeds_note
 
-# %% ../../nbs/view/19b_run_masks.ipynb #73a9402b
+# %% ../../nbs/view/19b_run_masks.ipynb #d7af912b
 MAX_RUNS, MAX_LINES = 40, 24
 
 
@@ -37,17 +37,12 @@ class Pair(NamedTuple):
         return self.first.values["seed"] == self.second.values["seed"]
 
 
-def _shapes(row: RunRow) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(mask.shape) for name, mask in row.masks.items()}
-
-
 def pairs_of(rows: Iterable[RunRow]) -> list[Pair]:
     """Every pair of the first MAX_RUNS sparse finished runs that have masks of the same layers."""
-    known = [(group, row) for group in groups_of(rows) if group.method != "dense" for row in group.rows
-             if attempt(lambda row=row: row.masks)[0]][:MAX_RUNS]
-    return [Pair(f"{a.name}, between seeds" if a is b else f"{a.name} and {b.name}", first, second,
-                 mask_overlap(first.masks, second.masks))
-            for (a, first), (b, second) in combinations(known, 2) if _shapes(first) == _shapes(second)]
+    known = [(group, row, masks) for group in groups_of(rows) if group.method != "dense" for row in group.rows
+             if (masks := attempt(lambda row=row: row.masks)[0])][:MAX_RUNS]
+    return [Pair(f"{a.name}, between seeds" if a is b else f"{a.name} and {b.name}", first, second, mask_overlap(one, other))
+            for (a, first, one), (b, second, other) in combinations(known, 2) if shapes_of(one) == shapes_of(other)]
 
 
 def overlap_by_method(rows: Iterable[RunRow]) -> go.Figure:
@@ -86,17 +81,15 @@ def _with_chance(fig: go.Figure, shown: Sequence[Pair], lines: int) -> go.Figure
     note += f"; {len(names)} of {lines} pairs of methods shown" * (len(names) < lines)
     return titled(fig, "Overlap of masks", note, height=180 + 30 * len(names))
 
-# %% ../../nbs/view/19b_run_masks.ipynb #b56b9b7d
-def _density(group: Group, known: dict[RunRow, dict]) -> tuple[float, float] | None:
+# %% ../../nbs/view/19b_run_masks.ipynb #0af6be80
+def _density(group: Group) -> tuple[float, float] | None:
     """(mean, standard deviation) of the share of all weights that lie on a path."""
-    found = [known[row] for row in group.rows if row in known]
-    return spread([sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values()) for masks in found])
+    return spread([row.effective_nnz / row.values["total"] for row in group.rows])
 
 
-def _idle(group: Group, known: dict[RunRow, dict]) -> tuple[float, float] | None:
+def _idle(group: Group) -> tuple[float, float] | None:
     """(mean, standard deviation) of the share of the kept weights that lie on no path."""
-    return spread([1 - sum(int(m.sum()) for m in known[row].values()) / sum(int(m.sum()) for m in row.masks.values())
-                   for row in group.rows if row in known])
+    return spread([1 - row.effective_nnz / row.values["nnz"] for row in group.rows])
 
 
 def effective_sparsity(rows: Iterable[RunRow]) -> go.Figure:
@@ -104,18 +97,17 @@ def effective_sparsity(rows: Iterable[RunRow]) -> go.Figure:
 
     Runs whose paths cannot be followed are left out, and the figure says why. Raises ValueError when none can.
     """
-    groups, known, reasons = groups_of(rows), {}, []
-    for row in (row for group in groups for row in group.rows):
-        masks, problem = attempt(lambda row=row: row.effective)
-        known |= {row: masks} if masks else {}
-        reasons += [f"{row.values['run']}: {problem or 'it has no masks'}"] if not masks else []
-    if not known:
-        raise ValueError(f"There is nothing to draw: the paths of no run can be followed. {reasons[0]}")
+    finished = [row for group in groups_of(rows) for row in group.rows]
+    reasons = {row: reason for row in finished if (reason := attempt(lambda row=row: row.effective_nnz)[1])}
+    lacking = [f"{row.values['run']}: {reason}" for row, reason in reasons.items()]
+    if len(lacking) == len(finished):
+        raise ValueError(f"There is nothing to draw: the paths of no run can be followed. {lacking[0]}")
+    groups = [Group(*group[:3], [row for row in group.rows if row not in reasons]) for group in groups_of(finished)]
     fig = make_subplots(1, 2, horizontal_spacing=0.1, subplot_titles=["sparsity of weights on a path", "kept weights on no path"])
     for col, measure in enumerate((_density, _idle), 1):
-        curves(fig, groups, lambda group: (1 - group.sparsity, 0.0), lambda group, measure=measure: measure(group, known), col)
-    lacking = f"; without {len(reasons)} of {len(reasons) + len(known)} runs, the first {reasons[0]}" if reasons else ""
-    return _effective_look(fig, groups, seeds_note(groups) + lacking)
+        curves(fig, groups, lambda group: (1 - group.sparsity, 0.0), measure, col)
+    note = f"; without {len(lacking)} of {len(finished)} runs, the first {lacking[0]}" if lacking else ""
+    return _effective_look(fig, groups, seeds_note(groups) + note)
 
 
 def _effective_look(fig: go.Figure, groups: Sequence[Group], note: str) -> go.Figure:

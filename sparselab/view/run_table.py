@@ -26,7 +26,7 @@ from ..sparse.effective import effective
 from .results import MEASURES, ResultsTable, flops_share
 from .sources import attempt
 
-# %% ../../nbs/view/16_run_table.ipynb #8e9e3cae
+# %% ../../nbs/view/16_run_table.ipynb #80ed5ed5
 _FIRST = ("method", "sparsity", "seed", "dataset", "model", "objective", "eps", "epochs")
 _FOUND = (*MEASURES, "nnz", "total", "training_flops", "training_share", "inference_flops", "inference_share", "seconds")
 _PLACES = ("runs_dir", "data_dir", "resume", "device")
@@ -56,17 +56,20 @@ class RunRow:
         """Whether there are results: the figures draw these runs."""
         return self.values["state"] == "finished" and self.values["clean"] is not None
 
-    @cached_property
+    @property
     def masks(self) -> dict[str, Tensor]:
         """The last masks. Raises ValueError when there are none."""
         return {name: self.run.history.mask(-1, name) for name in self.run.history.names}
 
     @cached_property
-    def effective(self) -> dict[str, Tensor]:
-        """The masks without the weights that are on no path. Raises ValueError where paths cannot be followed."""
-        config, classes = self.run.config, list(self.masks.values())[-1].shape[0]
+    def effective_nnz(self) -> int:
+        """How many of the weights lie on a path. Raises ValueError where paths cannot be followed."""
+        config, masks = self.run.config, self.masks
+        if not masks:
+            raise ValueError("it has no masks.")
         shape = KNOWN[config.dataset].shape if config.dataset in KNOWN else self.run.margins.images.shape[1:]
-        return effective(build(config.model, shape, classes, **config.model_options), self.masks, shape)
+        model = build(config.model, shape, list(masks.values())[-1].shape[0], **config.model_options)
+        return sum(int(mask.sum()) for mask in effective(model, masks, shape).values())
 
 
 def run_row(run: Run, name: str) -> RunRow:

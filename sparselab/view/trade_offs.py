@@ -47,7 +47,7 @@ def legend_room(fig: go.Figure, width: int = 800) -> go.Figure:
     more = 19 * ((len(names) - 1) // in_a_line)
     return fig.update_layout(margin_t=fig.layout.margin.t + more, height=fig.layout.height + more)
 
-# %% ../../nbs/view/18_trade_offs.ipynb #844c2e78
+# %% ../../nbs/view/18_trade_offs.ipynb #c06a244b
 _KEPT = [digit * 10.0**power for power in range(-5, 0) for digit in (1, 2, 5)] + [1.0]
 SPARSITY_AXIS = {"type": "log", "autorange": "reversed", "tickvals": _KEPT,  # of densities, which are told as sparsities
                  "ticktext": [f"{100 * (1 - kept):.5g} %" for kept in _KEPT]}
@@ -64,7 +64,7 @@ def _two_panels(groups: Sequence[Group], x: Place) -> go.Figure:
 
 
 def accuracy_by_sparsity(rows: Iterable[RunRow]) -> go.Figure:
-    """Clean and verified accuracy of the finished runs against their sparsity, a line per method; dense as a level.
+    """Clean and verified accuracy of the finished runs against their sparsity, a line per method; dense as a dotted level.
 
     The axis is logarithmic in the weights that are kept. Raises ValueError when no run has finished.
     """
@@ -74,7 +74,7 @@ def accuracy_by_sparsity(rows: Iterable[RunRow]) -> go.Figure:
         for col, measure in enumerate(MEASURED, 1):
             fig.add_hline(y=dense.spread(measure)[0], line={"color": look("dense")["color"], "dash": "dot"}, row=1, col=col)
     fig.update_xaxes(**SPARSITY_AXIS, title_text="sparsity")
-    return legend_room(titled(fig, "Accuracy against sparsity", seeds_note(groups) + "; dotted: dense"))
+    return legend_room(titled(fig, "Accuracy against sparsity", seeds_note(groups)))
 
 
 def trade_off(rows: Iterable[RunRow]) -> go.Figure:

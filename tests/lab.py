@@ -82,7 +82,7 @@ class Notebook:
     """A notebook open in JupyterLab: `page` is playwright's, `errors` is what the browser's console complained about."""
 
     def __init__(self, chrome, url: str, path: str, scratch: Path, size: tuple[int, int] = (1400, 1000)):
-        self.url, self.scratch, self.errors = url, scratch, []
+        self.url, self.scratch, self.errors, self.heard = url, scratch, [], []
         self.page = chrome.new_page(viewport={"width": size[0], "height": size[1]})
         self.page.on("console", lambda message: self._heard(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self._heard(str(error)))
@@ -112,37 +112,47 @@ class Notebook:
 
     def run_all(self, seconds: float = 120) -> None:
         """Run All, and wait until every cell has ended."""
-        self.page.evaluate("() => { window.ran = false; "
-                           "jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = true; }); }")
-        until(lambda: self.page.evaluate("() => window.ran"), seconds)
+        self.page.evaluate("() => { window.ran = ''; jupyterapp.commands.execute('notebook:run-all-cells')"
+                           ".then(() => { window.ran = 'to the end'; }, error => { window.ran = String(error); }); }")
+        assert until(lambda: self.page.evaluate("() => window.ran"), seconds) == "to the end"
 
     def value(self, expression: str, seconds: float = 30):
         """The value of a Python expression in the notebook's kernel, by way of JSON."""
         wrapped = {"value": f"__import__('json').dumps({expression})"}
-        reply = self.kernel.execute_interactive("", silent=True, user_expressions=wrapped, timeout=seconds,
-                                                allow_stdin=False, output_hook=lambda message: None)
-        found = reply["content"]["user_expressions"]["value"]
+        found = self._asked(seconds, code="", silent=True, user_expressions=wrapped)["user_expressions"]["value"]
         assert found["status"] == "ok", f"{expression}: {found}"
         return json.loads(eval(found["data"]["text/plain"]))
 
     def do(self, code: str, seconds: float = 60) -> None:
         """Run Python in the notebook's kernel."""
-        reply = self.kernel.execute_interactive(code, timeout=seconds, allow_stdin=False, output_hook=lambda message: None)
-        assert reply["content"]["status"] == "ok", reply["content"]
+        content = self._asked(seconds, code=code)
+        assert content["status"] == "ok", content
+
+    def _asked(self, seconds: float, **request) -> dict:
+        """What the kernel answers to a request; what others have made it say meanwhile is kept for `tracebacks`."""
+        sent, end = self.kernel.execute(**request, allow_stdin=False), time.monotonic() + seconds
+        while True:
+            reply = self.kernel.get_shell_msg(timeout=max(0, end - time.monotonic()))
+            self._listen()
+            if reply["parent_header"].get("msg_id") == sent:
+                return reply["content"]
+
+    def _listen(self) -> None:
+        while self.kernel.iopub_channel.msg_ready():
+            message = self.kernel.get_iopub_msg(timeout=1)
+            if message["msg_type"] == "error" or message["content"].get("name") == "stderr":
+                self.heard.append(json.dumps(message["content"]))
 
     def restart(self) -> None:
-        """Restart the kernel, as the button does."""
+        """Restart the kernel, as the button does, and wait until the page has noticed."""
         self.kernel.stop_channels()
-        request = urllib.request.Request(f"{self.url}/api/kernels/{self.kernel_id}/restart", data=b"{}", method="POST")
-        assert urllib.request.urlopen(request, timeout=60).status == 200
+        self.page.evaluate("async () => { const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;"
+                           " await kernel.restart(); await kernel.requestKernelInfo(); }")
         self.connect()
 
     def tracebacks(self) -> list[str]:
         """What cells and callbacks have written to stderr, or raised."""
         shown = '.jp-OutputArea [data-mime-type$="stderr"], .jp-OutputArea [data-mime-type$="error"]'
-        found = self.page.locator(shown).all_text_contents()
-        while self.kernel.iopub_channel.msg_ready():
-            message = self.kernel.get_iopub_msg(timeout=1)
-            if message["msg_type"] == "error" or message["content"].get("name") == "stderr":
-                found.append(json.dumps(message["content"]))
+        self._listen()
+        found = self.page.locator(shown).all_text_contents() + self.heard
         return [text for text in found if "TCP without encryption" not in text]

@@ -7,6 +7,7 @@ __all__ = ['press', 'heading', 'Block']
 
 # %% ../../nbs/view/24_blocks.ipynb #eb54fc66
 import html
+import threading
 from collections.abc import Callable
 
 import anywidget
@@ -39,10 +40,11 @@ class Block(widgets.VBox):
     """The frame of one panel; `content` is a Plot or another widget, `controls` stand above it.
 
     `draw` takes a function that makes a Panel and shows it, or the sentence with which it failed. `code` holds the call.
+    Controls, a timer and a live training draw from several threads: who holds `lock` draws, from what is chosen by then.
     """
 
     def __init__(self, title: str, content: anywidget.AnyWidget, controls: tuple = ()):
-        self.title, self.content, self.panel = title, content, None
+        self.title, self.content, self.panel, self.lock = title, content, None, threading.RLock()
         self.heading = widgets.HTML(heading(title))
         self.problem, self.code = widgets.HTML(), widgets.Textarea(layout={"width": "100%", "height": "4em", "display": "none"})
         self.saver = content if isinstance(content, Plot) else Plot()
@@ -63,14 +65,15 @@ class Block(widgets.VBox):
 
     def draw(self, make: Callable[[], Panel]) -> Panel | None:
         """Show the panel that `make` returns; None, and a sentence instead, when it raises."""
-        panel, problem = attempt(make)
-        self.say(problem)
-        if panel is not None:
-            self.panel, self.code.value = panel, panel.call
-            self.heading.value = heading(self.title, panel.how_to_read)
-            if isinstance(self.content, Plot):
-                self.content.show(panel.figure)
-        return panel
+        with self.lock:
+            panel, problem = attempt(make)
+            self.say(problem)
+            if panel is not None:
+                self.panel, self.code.value = panel, panel.call
+                self.heading.value = heading(self.title, panel.how_to_read)
+                if isinstance(self.content, Plot):
+                    self.content.show(panel.figure)
+            return panel
 
     def say(self, problem: str) -> None:
         """Show a sentence in place of the content; "" shows the content."""

@@ -6,6 +6,9 @@
 __all__ = ['DRAW', 'STYLE', 'Canvas']
 
 # %% ../../nbs/view/20_canvas.ipynb #c7e0a7ac
+import threading
+from collections.abc import Callable
+
 import anywidget
 import numpy as np
 from traitlets import Bytes, Int, List, Unicode
@@ -15,20 +18,24 @@ DRAW = r"""
 const bytes = view => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
 
 export default () => {
-  let codes = new Uint8Array(), views = new Set();
-  const take = (model, whole) => {
-    const patch = bytes(model.get("patch"));
-    if (whole || !patch.length) codes = bytes(model.get("codes")).slice();
-    else {
+  let codes = new Uint8Array(), held = 0, views = new Set();
+  const whole = model => { codes = bytes(model.get("codes")).slice(); held = model.get("version"); };
+  const take = model => {
+    const patch = bytes(model.get("patch")), version = model.get("version");
+    if (model.get("whole") === version) whole(model);
+    else if (held === version - 1) {
       const n = patch.length / 5, places = new Uint32Array(patch.slice(0, 4 * n).buffer);
       for (let i = 0; i < n; i++) codes[places[i]] = patch[4 * n + i];
+      held = version;
+    } else {  // a patch of a raster that never arrived
+      model.set("missed", version); model.save_changes();
     }
     for (const redraw of views) redraw();
   };
   return {
     initialize({ model }) {
-      take(model, true);
-      model.on("change:version", () => take(model, false));
+      whole(model);
+      model.on("change:version", () => take(model));
     },
     render({ model, el }) {
       const box = document.createElement("div"), canvas = document.createElement("canvas");
@@ -138,7 +145,8 @@ export default () => {
         if (!["ArrowLeft", "ArrowRight", "Home", "End", " "].includes(event.key)) return;
         event.preventDefault(); event.stopPropagation();
         pressed = { at: performance.now(), version: model.get("version") };
-        tell("key", [event.key, String(Number(model.get("key")[1]) + 1)]);
+        const [count, ...names] = model.get("presses");
+        tell("presses", [count + 1, ...names.slice(-31), event.key]);  // what is pressed while the kernel is busy arrives as one
       };
       const hint = () => { tip.textContent = model.get("tip"); };
       const listened = { "change:tip": hint, "change:mark": redraw, "change:label": redraw, "change:palette": redraw };
@@ -171,39 +179,56 @@ STYLE = """
 class Canvas(anywidget.AnyWidget):
     """A raster of codes 0..255 (rows, columns), each a colour of `palette`: (red, green, blue, opacity), 0..255.
 
-    Written by the browser: `clicked` [row, column, how often], `hover` [row, column] (-1 outside) and `key` [name, how
-    often]. Set `tip` in answer to `hover`; `mark` [row, column, rows, columns] outlines some rows and columns
-    (-1: none); `label` is the line below. `changed` says how many codes the last `show` sent.
+    Written by the browser: `clicked` [row, column, how often], `hover` [row, column] (-1 outside) and `presses` [how many
+    keys so far, names of the last ones], of which `on_presses` tells. Set `tip` in answer to `hover`; `mark` [row, column,
+    rows, columns] outlines some rows and columns (-1: none); `label` is the line below. `changed` says how many codes the
+    last `show` sent. Any thread may call `show`: what was shown last is what stays. `version` counts the rasters, `whole`
+    is the last that was sent in one piece.
     """
 
     _esm, _css = DRAW, STYLE
     codes, patch = Bytes().tag(sync=True), Bytes().tag(sync=True)
-    version, height, shape = Int(0).tag(sync=True), Int(320).tag(sync=True), List([0, 0]).tag(sync=True)
+    version, whole, missed = Int(0).tag(sync=True), Int(0).tag(sync=True), Int(0).tag(sync=True)
+    height, shape = Int(320).tag(sync=True), List([0, 0]).tag(sync=True)
     palette, label, tip = List().tag(sync=True), Unicode().tag(sync=True), Unicode().tag(sync=True)
     mark, hover = List([-1, -1, 1, 1]).tag(sync=True), List([-1, -1]).tag(sync=True)
-    clicked, key = List([-1, -1, 0]).tag(sync=True), List(["", "0"]).tag(sync=True)
+    clicked, presses = List([-1, -1, 0]).tag(sync=True), List([0]).tag(sync=True)
 
     def __init__(self, raster: np.ndarray, palette: list, **traits):
-        self._raster = np.ascontiguousarray(raster, np.uint8)
+        self._raster, self._lock = np.ascontiguousarray(raster, np.uint8), threading.RLock()
         self.changed = self._raster.size
         super().__init__(palette=[list(colour) for colour in palette], shape=list(raster.shape), **traits)
+        self.observe(lambda _: self._advance(None), "missed")
 
     def get_state(self, key=None, drop_defaults=False):
         """The traits as the browser gets them; `codes` is always the raster of this moment."""
-        state = super().get_state(key, drop_defaults)
-        return state | {"codes": self._raster.tobytes()} if "codes" in state else state
+        with self._lock:
+            state = super().get_state(key, drop_defaults)
+            return state | {"codes": self._raster.tobytes()} if "codes" in state else state
+
+    def on_presses(self, act: Callable[[list[str]], None]) -> None:
+        """Call `act` with the names of the keys that were pressed since it was called last."""
+        self.observe(lambda change: act(change["new"][1:][-(change["new"][0] - change["old"][0]):]), "presses")
 
     def show(self, raster: np.ndarray, label: str | None = None) -> None:
         """Draw `raster`, sending only the codes that differ from those on display when that is shorter."""
         raster = np.ascontiguousarray(raster, np.uint8)
-        same_shape = raster.shape == self._raster.shape
-        places = np.flatnonzero(raster.ravel() != self._raster.ravel()) if same_shape else np.empty(0)
-        whole = not same_shape or 5 * len(places) > raster.size
-        self.changed, self._raster = raster.size if whole else len(places), raster
-        with self.hold_sync():
-            self.shape, self.version = list(raster.shape), self.version + 1
+        with self._lock:
+            places = None
+            if raster.shape == self._raster.shape:
+                places = np.flatnonzero(raster.ravel() != self._raster.ravel())
+                places = places if 5 * len(places) <= raster.size else None
+            self._raster = raster
+            self._advance(places, label)
+
+    def _advance(self, places: np.ndarray | None, label: str | None = None) -> None:
+        """The codes at `places`, or all of them, as the next version."""
+        with self._lock, self.hold_sync():
+            self.shape, self.version = list(self._raster.shape), self.version + 1
             self.label = self.label if label is None else label
-            codes = b"" if whole else raster.ravel()[places].tobytes()
-            self.patch = b"" if whole else places.astype("<u4").tobytes() + codes
-            if whole:
+            if places is None:
+                self.changed, self.patch, self.whole = self._raster.size, b"", self.version
                 self.send_state("codes")  # at once, so that it is there when the version changes
+            else:
+                self.changed = len(places)
+                self.patch = places.astype("<u4").tobytes() + self._raster.ravel()[places].tobytes()

@@ -24,7 +24,7 @@ from .sources import Reading
 
 # %% ../../nbs/view/28_explorer.ipynb #6fcf9a50
 class Side:
-    """All panels of one run, and what links them. `go` is called with a step, `pressed` with a key."""
+    """All panels of one run, and what links them. `go` is called with a step, `pressed` with keys."""
 
     def __init__(self, source: Run | Live | str | Path, go, pressed):
         self.reading = Reading(source)
@@ -117,13 +117,15 @@ class Explorer(widgets.VBox):
         """Move to the moment at or before `step`."""
         self.timeline.value = min(max(0, bisect_left(self.moments, step + 0.5) - 1), self.timeline.max)
 
-    def pressed(self, key: str) -> None:
-        """What a key pressed on a mask does."""
-        if key == " ":
-            self.play.playing = not self.play.playing
-            return
-        moves = {"ArrowLeft": self.timeline.value - 1, "ArrowRight": self.timeline.value + 1, "Home": 0}
-        self.timeline.value = min(max(0, moves.get(key, self.timeline.max)), self.timeline.max)
+    def pressed(self, keys: list[str]) -> None:
+        """What keys pressed on a mask do, one after another."""
+        at, last = self.timeline.value, self.timeline.max
+        for key in keys:
+            if key == " ":
+                self.play.playing = not self.play.playing
+            else:
+                at = {"ArrowLeft": max(0, at - 1), "ArrowRight": min(at + 1, last), "Home": 0, "End": last}[key]
+        self.timeline.value = at
 
     def show(self) -> None:
         """Draw every panel at the moment of the timeline."""

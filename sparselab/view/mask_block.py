@@ -7,7 +7,6 @@ __all__ = ['legend', 'MaskBlock']
 
 # %% ../../nbs/view/25_mask_block.ipynb #5fe2fa72
 import html
-import threading
 from collections.abc import Callable
 
 import ipywidgets as widgets
@@ -33,11 +32,10 @@ def legend(raster: Raster) -> str:
 
 
 class MaskBlock(Block):
-    """The masks of `reading`; `selected(layer, unit)` is called when a row was clicked, `pressed(key)` for a key."""
+    """The masks of `reading`; `selected(layer, unit)` is called when a row was clicked, `pressed(keys)` for keys."""
 
-    def __init__(self, reading: Reading, selected: Callable[[str, int], None], pressed: Callable[[str], None]):
+    def __init__(self, reading: Reading, selected: Callable[[str, int], None], pressed: Callable[[list[str]], None]):
         self.reading, self.step, self.cursors = reading, 0, {}
-        self._lock = threading.RLock()  # a cursor is for one thread; controls and a live training call from several
         self.raster: Raster | None = None
         self.values: np.ndarray | None = None
         self.layer = widgets.Dropdown(description="layer", layout={"width": "22em"})
@@ -46,29 +44,30 @@ class MaskBlock(Block):
         canvas = Canvas(np.zeros((0, 0), np.uint8), [])
         super().__init__("Mask", canvas, (self.layer, self.colour, self.legend))
         for control in (self.layer, self.colour):
-            control.observe(lambda _: self.show(self.step), "value")
-        canvas.observe(lambda change: setattr(canvas, "tip", self.describe(*change["new"])), "hover")
+            control.observe(lambda _: self.redraw(), "value")
+        canvas.observe(lambda _: self._hovered(), "hover")
         canvas.observe(lambda change: self._clicked(selected, *change["new"][:2]), "clicked")
-        canvas.observe(lambda change: pressed(change["new"][0]), "key")
+        canvas.on_presses(pressed)
 
     def show(self, step: float) -> None:
         """Draw the mask that was in force at `step`."""
-        with self._lock:
-            self._show(step)
+        with self.lock:
+            self.step = step
+            self.redraw()
 
-    def _show(self, step: float) -> None:
-        self.step = step
-        history, problem = attempt(lambda: self.reading.history)
-        if problem or not history.names:
-            self.say(problem or "This run has no masks: nothing was pruned.")
-            return
-        names = [(f"{short(name)}  {' x '.join(map(str, history.shapes[name]))}", name) for name in history.names]
-        if self.layer.options != tuple(names):
-            with self.hold_trait_notifications():
-                self.layer.options = names
-                self.layer.value = max(history.names, key=lambda name: np.prod(history.shapes[name]))
-        problem = attempt(lambda: self._draw(history, record_at(history, step)))[1]
-        self.say(problem)
+    def redraw(self) -> None:
+        """Draw the layer and colours that are chosen."""
+        with self.lock:
+            history, problem = attempt(lambda: self.reading.history)
+            if problem or not history.names:
+                self.say(problem or "This run has no masks: nothing was pruned.")
+                return
+            names = [(f"{short(name)}  {' x '.join(map(str, history.shapes[name]))}", name) for name in history.names]
+            if self.layer.options != tuple(names):
+                with self.hold_trait_notifications():
+                    self.layer.options = names
+                    self.layer.value = max(history.names, key=lambda name: np.prod(history.shapes[name]))
+            self.say(attempt(lambda: self._draw(history, record_at(history, self.step)))[1])
 
     def _draw(self, history, record: int) -> None:
         name, colour = self.layer.value, self.colour.value
@@ -91,7 +90,7 @@ class MaskBlock(Block):
 
     def describe(self, row: int, column: int) -> str:
         """Index, event, age and value of the weight at a pixel; "" where there is none."""
-        with self._lock:
+        with self.lock:
             return self._describe(row, column)
 
     def _describe(self, row: int, column: int) -> str:
@@ -105,6 +104,10 @@ class MaskBlock(Block):
         event = "grown now" if flat in cursor.grown else f"on since record {cursor.since[at]}, for {cursor.age[at]} updates"
         known = self.values is not None and np.isfinite(self.values[at])
         return f"{where}: {event}, value " + (f"{self.values[at]:.4g}" if known else "not recorded here")
+
+    def _hovered(self) -> None:
+        with self.lock:
+            self.content.tip = self.describe(*self.content.hover)
 
     def mark(self, unit: int) -> None:
         """Outline the incoming weights of an output unit; -1 outlines none."""
@@ -120,7 +123,7 @@ class MaskBlock(Block):
 
     def whole(self) -> Panel:
         """The mask as a plotly figure."""
-        with self._lock:
+        with self.lock:
             return mask_panel(self.reading, self.layer.value, self.cursor.record, self.colour.value)
 
     def csv(self) -> str:

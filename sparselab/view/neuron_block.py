@@ -40,7 +40,7 @@ class NeuronBlock(Block):
         self.children = (*self.children[:4], self.detail, *self.children[4:])
         for control in (self.layer, self.sort):
             control.observe(lambda _: self.redraw(), "value")
-        canvas.observe(lambda change: setattr(canvas, "tip", self.describe(*change["new"])), "hover")
+        canvas.observe(lambda _: self._hovered(), "hover")
         canvas.observe(lambda change: selected(self.layer.value, int(self.order[change["new"][0]])), "clicked")
 
     def read(self) -> None:
@@ -58,40 +58,48 @@ class NeuronBlock(Block):
 
     def redraw(self) -> None:
         """Draw the layer and sorting that are chosen."""
-        if self.looks is None or self.layer.value is None:
-            return
-        self.states = self.looks.over_time(self.layer.value)
-        self.order = neuron_order(self.states, self.sort.value)
-        note = f"{self.looks.by(self.layer.value)}s from top to bottom, {len(self.looks.steps)} epochs from left to right"
-        self.content.show(self.states.T[self.order] + 1, note)
-        self.heading.value = heading(self.title, "A row is a neuron, a column an epoch; click a row for its bounds.")
-        self.code.value = call_of(stability_raster, self.reading, self.layer.value, sort=self.sort.value)
-        self.say("")
-        self.show(self.step)
+        with self.lock:
+            if self.looks is None or self.layer.value is None:
+                return
+            self.states = self.looks.over_time(self.layer.value)
+            self.order = neuron_order(self.states, self.sort.value)
+            note = f"{self.looks.by(self.layer.value)}s from top to bottom, {len(self.looks.steps)} epochs from left to right"
+            self.content.show(self.states.T[self.order] + 1, note)
+            self.heading.value = heading(self.title, "A row is a neuron, a column an epoch; click a row for its bounds.")
+            self.code.value = call_of(stability_raster, self.reading, self.layer.value, sort=self.sort.value)
+            self.say("")
+            self.show(self.step)
 
     def show(self, step: float) -> None:
         """Mark the look at or after `step`, and the selected neuron."""
-        self.step = step
-        if self.looks is not None and self.layer.value is not None:
-            row = int(np.flatnonzero(self.order == self.neuron)[0]) if 0 <= self.neuron < len(self.order) else -1
-            self.content.mark = [row, self.looks.steps.index(self.looks.nearest(step)), 1, 1]
-            self.detail.at = step
+        with self.lock:
+            self.step = step
+            if self.looks is not None and self.layer.value is not None:
+                row = int(np.flatnonzero(self.order == self.neuron)[0]) if 0 <= self.neuron < len(self.order) else -1
+                self.content.mark = [row, self.looks.steps.index(self.looks.nearest(step)), 1, 1]
+                self.detail.at = step
 
     def select(self, neuron: int) -> None:
         """Show the bounds of one neuron over time, and its incoming weights; -1 shows none."""
-        self.neuron = neuron
-        self.settle(self.step)
-        self.show(self.step)
+        with self.lock:
+            self.neuron = neuron
+            self.settle(self.step)
+            self.show(self.step)
 
     def settle(self, step: float) -> None:
         """Draw the selected neuron again for `step`."""
         def make() -> Panel:
             return neuron_panel(self.reading, self.layer.value, self.neuron, step)
-        panel = attempt(make)[0] if self.neuron >= 0 and self.looks is not None else None
-        self.detail.layout.display = None if panel else "none"
-        if panel:
-            self.panel, self.code.value = panel, panel.call
-            self.detail.show(panel.figure)
+        with self.lock:
+            panel = attempt(make)[0] if self.neuron >= 0 and self.looks is not None else None
+            self.detail.layout.display = None if panel else "none"
+            if panel:
+                self.panel, self.code.value = panel, panel.call
+                self.detail.show(panel.figure)
+
+    def _hovered(self) -> None:
+        with self.lock:
+            self.content.tip = self.describe(*self.content.hover)
 
     def describe(self, row: int, column: int) -> str:
         """The neuron and its state at a pixel."""

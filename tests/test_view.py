@@ -21,11 +21,10 @@ from hypothesis import strategies as st
 pytest.importorskip("plotly", reason="figures need the extra lab")
 import plotly.graph_objects as go
 
-from sparselab.sparse.exploration import changes
+from sparselab.png import data_uri, fewer_colours, indexed_png
 from sparselab.sparse.history import MaskHistory
 from sparselab.view import theme
 from sparselab.view.masks import layer_sparsity, layers_of, mask_evolution, mask_image
-from sparselab.view.png import data_uri, fewer_colours, indexed_png
 from sparselab.view.raster import GAP, OFF, PALETTE, events, layout, pixels
 from sparselab.view.results import COLUMNS, accuracy_bars, results_table
 from sparselab.view.stability import STATES, stability_by_layer

@@ -7,14 +7,17 @@ __all__ = ['Run', 'runs_in']
 
 # %% ../../nbs/learn/12_runs.ipynb #bd2b2d81
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..cards import OKABE_ITO, Html, bar, card, escaped, sparkline, table, thinned
+from ..errors import attempt
 from .config import Config
-from .files import read_rows
+from .files import being_written, read_rows
 from .margins import Margins, load_margins
 from .recordings import Looks, NeuronLooks, Unavailable
 from ..sparse.history import MaskHistory
@@ -46,6 +49,15 @@ class Run:
     def finished(self) -> bool:
         """Whether the run has its summary."""
         return (self.path / "summary.json").exists()
+
+    @property
+    def state(self) -> str:
+        """In words, how far the run is: finished, being written at this moment, or stopped."""
+        if self.finished:
+            return "finished"
+        epochs = f"not finished, {len(self.metrics)} of {self.config.epochs} epochs so far"
+        return epochs + ("; it is being written now" if being_written(self.path)
+                         else "; it was stopped, and training the same configuration again continues it")
 
     @cached_property
     def summary(self) -> dict:
@@ -98,8 +110,45 @@ class Run:
         return runs_in(self.path / "rounds")
 
     def __repr__(self) -> str:
-        state = "finished" if self.finished else f"{len(self.metrics)} epochs so far"
-        return f"Run({self.path}, {state})"
+        return f"Run({self.path}, {_or_why_not(lambda: self.state)})"
+
+    def _repr_html_(self) -> str:
+        parts = (_or_why_not(lambda part=part: part(self)) for part in (_what, _achieved, _over_time))
+        return card(self.path.name, _or_why_not(lambda: self.state), *(Html(f"<div>{escaped(part)}</div>") for part in parts))
+
+
+def _or_why_not(read: Callable[[], object]) -> object:
+    """What `read` returns, or the sentence that says why it could not."""
+    found, problem = attempt(read)
+    return problem or found
+
+
+def _what(run: Run) -> str:
+    c = run.config
+    return (f"{c.method} at {c.sparsity:.2%} sparsity; {c.model} on {c.dataset}, {c.objective} at eps {c.eps:g}, "
+            f"{c.epochs} epochs, seed {c.seed}")
+
+
+def _achieved(run: Run) -> Html | str:
+    """Accuracies as bars, and how many weights are left; nothing before the end."""
+    if not run.finished:
+        return ""
+    hues = {"clean": "sky", "pgd": "orange", "verified": "blue"}
+    rows = [(name, f"{share:.2%}", bar([(OKABE_ITO[hues[name]], share)], 220))
+            for name, share in run.summary["accuracy"].items() if name in hues and share is not None]
+    return Html(table(("accuracy", "", ""), rows) + escaped(f"{run.summary['nnz']:,} of {run.summary['total']:,} weights, "
+                f"{run.summary['sparsity']:.2%} sparse; {run.summary['seconds']:,.0f} s"))
+
+
+def _over_time(run: Run) -> Html | str:
+    """The last value of what was measured at every epoch, and its course."""
+    rows, hues = run.metrics, {"loss": "purple", "clean": "sky", "pgd": "orange", "verified": "blue", "nnz": "green"}
+    if not rows:
+        return "No epoch has ended."
+    courses = {name: [row.get(name) for row in rows] for name in hues if any(row.get(name) is not None for row in rows)}
+    last = {name: next(value for value in reversed(course) if value is not None) for name, course in courses.items()}
+    return table(("by epoch", "last", ""), ((name, f"{last[name]:,.4g}" if name != "nnz" else f"{last[name]:,}",
+                 sparkline(thinned(course), OKABE_ITO[hues[name]], width=220)) for name, course in courses.items()))
 
 
 def runs_in(folder: str | Path) -> list[Run]:

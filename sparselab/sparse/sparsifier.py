@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..cards import OKABE_ITO, Html, bar, card, escaped
 from .distributions import budget, layer_budgets
 from .history import MaskHistory
 from .history_files import from_tensors, to_tensors
-from .masks import Masks, assign, clear_moments, mask_gradients, prunable
+from .masks import Masks, assign, clear_moments, layer_table, mask_gradients, prunable
 from .scores import generator_for, top
 
 # %% ../../nbs/sparse/06_sparsifier.ipynb #e8a50a4d
@@ -107,6 +108,12 @@ class Sparsifier:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}, step {self.steps} of {self.total_steps}\n{self.masks!r}"
+
+    def _repr_html_(self) -> str:
+        done = Html(f"step {self.steps:,} of {self.total_steps:,} {bar([(OKABE_ITO['grey'], self.steps / self.total_steps)])}")
+        facts = (f"{self.masks.nnz:,} of {self.masks.total:,} weights exist ({self.masks.sparsity:.2%} sparse), {self.budget:,} "
+                 f"are promised; layers by {self.distribution}, {len(self.history.updates):,} mask updates so far")
+        return card(type(self).__name__, done, Html(f"<div>{escaped(facts)}</div>"), layer_table(self.masks))
 
 # %% ../../nbs/sparse/06_sparsifier.ipynb #89fae5de
 def random_masks(sparsifier: Sparsifier, sparsity: float) -> None:

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import anywidget
 import ipywidgets as widgets
 
+from ..errors import attempt
 from .panels import Panel
 from .plot import Plot
-from .sources import attempt
 
 # %% ../../nbs/view/24_blocks.ipynb #c6fc3296
 def press(label: str, act: Callable[[], None], tooltip: str = "") -> widgets.ToggleButton:

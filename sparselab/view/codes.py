@@ -12,8 +12,8 @@ from functools import cached_property
 import numpy as np
 
 from ..errors import unknown
+from ..png import data_uri, indexed_png
 from ..sparse.cursor import Cursor
-from .png import data_uri, indexed_png
 from .raster import layout
 from .theme import COLORS, OKABE_ITO
 

@@ -13,8 +13,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..learn.margins import Margins
+from ..png import indexed_png
 from .panels import Panel, call_of
-from .png import indexed_png
 from .theme import COLORS, OKABE_ITO, TEXT, titled
 
 # %% ../../nbs/view/14_margins_panel.ipynb #0ab7c51e

@@ -12,14 +12,15 @@ from collections.abc import Callable
 import ipywidgets as widgets
 import numpy as np
 
+from ..errors import attempt
+from ..png import indexed_png
 from ..sparse.cursor import Cursor
 from .blocks import Block, heading
 from .canvas import Canvas
 from .codes import PALETTES, Raster, mask_codes
 from .mask_panel import HOW_TO_READ, mask_panel
 from .panels import Panel, call_of, record_at
-from .png import indexed_png
-from .sources import Reading, attempt, scores_at, values_at
+from .sources import Reading, scores_at, values_at
 from .theme import short
 
 # %% ../../nbs/view/25_mask_block.ipynb #ac221e61

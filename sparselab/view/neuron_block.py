@@ -11,15 +11,16 @@ from collections.abc import Callable
 import ipywidgets as widgets
 import numpy as np
 
+from ..errors import attempt
 from ..learn.recordings import STATES, NeuronLooks
+from ..png import indexed_png
 from .blocks import Block, heading
 from .canvas import Canvas
 from .codes import rgb
 from .neurons import flips, neuron_order, neuron_panel, stability_raster
 from .panels import Panel, call_of
 from .plot import Plot
-from .png import indexed_png
-from .sources import Reading, attempt
+from .sources import Reading
 from .theme import COLORS
 
 # %% ../../nbs/view/26_neuron_block.ipynb #58760f82

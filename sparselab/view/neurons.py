@@ -12,11 +12,11 @@ from plotly.subplots import make_subplots
 
 from ..errors import unknown
 from ..learn.recordings import STATES, NeuronLooks, Unavailable
+from ..png import data_uri, indexed_png
 from ..sparse.cursor import Cursor
 from .codes import rgb
 from .mask_panel import weight_values
 from .panels import Panel, call_of, now_line, record_at
-from .png import data_uri, indexed_png
 from .theme import COLORS, OKABE_ITO, TEXT, titled
 
 # %% ../../nbs/view/13_neurons.ipynb #356c23e0

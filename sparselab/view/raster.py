@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .png import data_uri, indexed_png
+from ..png import data_uri, indexed_png
 from .theme import COLORS
 
 # %% ../../nbs/view/03_raster.ipynb #84e9cf42

@@ -11,12 +11,13 @@ from collections.abc import Callable
 import ipywidgets as widgets
 import numpy as np
 
+from ..errors import attempt
 from .blocks import Block
 from .flow_panel import flow_panel
 from .margins_panel import margins_panel, picture_uri
 from .panels import Panel, record_at
 from .plot import Plot
-from .sources import Reading, attempt
+from .sources import Reading
 from .strip import metrics_strip
 
 # %% ../../nbs/view/27_run_blocks.ipynb #1b683c4c

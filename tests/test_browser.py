@@ -1,8 +1,12 @@
 """The workbench in a real browser: each control is used as a person uses it, and what is then drawn is checked on its data."""
+import csv
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
 from pathlib import Path
 
 import nbformat
@@ -17,7 +21,9 @@ from lab import Notebook, browser, server, until
 from sparselab.learn.config import Config
 from sparselab.learn.runs import Run
 from sparselab.learn.train import train
+from sparselab.view.margins_panel import margins_panel
 from sparselab.view.panels import record_at
+from sparselab.view.strip import metrics_strip
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,8 +178,6 @@ def test_a_click_on_a_neuron_selects_its_weights_and_shows_its_bounds(opened, ru
 
 
 def test_the_eps_slider_draws_the_proofs_of_that_radius(opened, runs):
-    from sparselab.view.margins_panel import margins_panel
-
     margins = "one.sides[0].margins"
     old = opened.value(f"{margins}.content.figure")
     handles = opened.page.locator(".sparselab-explorer").first.locator(".widget-hslider .noUi-handle")
@@ -199,6 +203,169 @@ def test_two_runs_move_on_one_timeline(opened, runs):
         for canvas, run in ((2, runs[0]), (4, runs[1])):
             until(lambda canvas=canvas, run=run, name=name, step=step: codes(opened, canvas) == expected(run, name, step))
     assert codes(opened, 2) != codes(opened, 4)
+
+
+def tip(book: Notebook, row: int, column: int, shape: tuple[int, int]) -> str:
+    """What is written beside the mouse when it rests on a pixel of the mask."""
+    canvas = book.page.locator(".sparselab-canvas canvas").first
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    book.page.mouse.move(box["x"] - 5, box["y"] - 5)
+    book.page.mouse.move(box["x"] + (column + 0.5) / shape[1] * box["width"], box["y"] + (row + 0.5) / shape[0] * box["height"])
+    return until(lambda: book.page.locator(".sparselab-tip").first.text_content())
+
+
+def test_the_mouse_on_the_mask_tells_index_age_and_value(opened, runs):
+    name, history = runs[0].history.names[0], runs[0].history
+    opened.page.locator(".sparselab-explorer .widget-dropdown select").first.select_option(index=0)
+    masks = np.stack([mask.numpy() for _, mask in history.replay(name)])
+    shape = masks.shape[1:]
+
+    def first(places: np.ndarray) -> tuple[int, int]:
+        return tuple(map(int, np.argwhere(places)[len(np.argwhere(places)) // 2]))
+
+    press(opened, SLIDER, "End")
+    until(lambda: shown(opened) == (name, opened.value("one.moments[-1]")))
+    born = len(masks) - 1 - (~masks[::-1]).argmax(0) + 1  # the record since which a weight of the last mask is on
+    born[masks.all(0)] = 0
+    for place in (first(masks.all(0)), first(masks[-1] & (born == 2))):
+        words, value = tip(opened, *place, shape).split(", value ")
+        assert words == f"fc1{list(place)}: on since record {born[place]}, for {len(masks) - 1 - born[place]} updates"
+        assert float(value) == pytest.approx(float(runs[0].weights[name][place]), rel=1e-3)  # recorded in half precision
+    press(opened, SLIDER, "Home", "ArrowRight", "ArrowRight")
+    until(lambda: shown(opened) == (name, history.steps[2]))
+    for words, places in (("grown now", masks[2] & ~masks[1]), ("dropped now", masks[1] & ~masks[2]), ("off", ~masks[1] & ~masks[2])):
+        place = first(places)
+        assert tip(opened, *place, shape).startswith(f"fc1{list(place)}: {words}")
+
+
+# where on the screen the middle of a bar of a figure is
+BAR = """([title, trace, point]) => {
+    const plot = [...document.querySelectorAll('.sparselab-plot')].find(plot => plot.layout?.title?.text?.includes(title));
+    plot.scrollIntoView({ block: 'center' });
+    const found = plot._fullData.find(each => each.name === trace), { xaxis: x, yaxis: y } = plot._fullLayout;
+    const at = values => Array.from(values._inputArray || values), box = plot.getBoundingClientRect();
+    return [box.x + x._offset + x.d2p(at(found.x)[point]), box.y + y._offset + y.d2p(at(found.y)[point] / 2)]; }"""
+
+
+def test_the_mouse_on_a_margin_shows_image_attack_and_bound(opened, runs):
+    margins, block = runs[0].margins, "one.sides[0].margins"
+    method, eps = opened.value(f"{block}.method.value"), opened.value(f"{block}.eps.value")
+    panel = margins_panel(runs[0], method=method, eps=eps)
+    bars = next(trace for trace in panel.figure.data if trace.type == "bar" and len(trace.x))
+    point = int(np.argmax(np.abs(np.asarray(bars.y, float))))
+    sample = int(bars.customdata[point])
+    opened.page.mouse.move(*opened.page.evaluate(BAR, ["Margins", bars.name, point]))
+    text = until(lambda: (found := opened.value(f"{block}.sample.value")) and f"sample {sample}," in found and found)
+    assert f"class {margins.labels[sample]}, predicted {margins.predictions[sample]}" in text
+    assert f"margin at least {margins.at(method, eps)[sample]:.3f} at eps {eps:.3f}" in text
+    images = [decoded(b64decode(found)) for found in re.findall("base64,([^\"]+)", text)]
+    for image, truth in zip(images, (margins.images[sample], margins.attacks[sample]), strict=True):
+        assert np.abs(image[..., 0].astype(int) - truth[0]).max() <= 2  # few grey levels
+    until(lambda: f"sample {sample}: label" in "".join(opened.page.locator(".hoverlayer").all_text_contents()))
+
+
+def decoded(png: bytes) -> np.ndarray:
+    """(H, W, 4) of a picture, by a decoder that is not ours."""
+    image = pytest.importorskip("PIL.Image")
+    return np.asarray(image.open(io.BytesIO(png)).convert("RGBA"))
+
+
+def download(book: Notebook, button: str, block: int) -> bytes:
+    """What a button of a panel of the first explorer hands to the browser."""
+    with book.page.expect_download() as expected:
+        book.page.locator(".sparselab-explorer").first.get_by_role("button", name=button, exact=True).nth(block).click()
+    assert expected.value.suggested_filename.endswith(button.lower())
+    return Path(expected.value.path()).read_bytes()
+
+
+def test_csv_png_and_html_are_what_is_on_display(opened, runs, tmp_path):
+    strip, mask = 0, 1
+    rows = list(csv.DictReader(io.StringIO(download(opened, "CSV", strip).decode())))
+    clean = [(float(row["x"]), float(row["y"])) for row in rows if row["trace"] == "clean"]
+    assert clean == [(row["step"], pytest.approx(row["clean"])) for row in runs[0].metrics]
+    press(opened, SLIDER, "Home", "ArrowRight")
+    name, step = shown(opened)
+    until(lambda: codes(opened, 0) == expected(runs[0], name, step))
+    active = [int(row["weight"]) for row in csv.DictReader(io.StringIO(download(opened, "CSV", mask).decode()))]
+    assert active == np.flatnonzero(runs[0].history.mask(1, name)).tolist()
+    picture = decoded(download(opened, "PNG", mask))
+    palette = opened.value("one.sides[0].mask.content.palette")
+    assert (picture == np.array(palette)[codes(opened, 0)].reshape(picture.shape)).all()
+    chart = decoded(download(opened, "PNG", strip))
+    assert min(chart.shape[:2]) > 300 and len(np.unique(chart.reshape(-1, 4), axis=0)) > 20
+    page = tmp_path / "strip.html"
+    page.write_bytes(download(opened, "HTML", strip))
+    alone = opened.page.context.browser.new_page()
+    alone.context.set_offline(True)
+    alone.goto(page.as_uri())
+    drawn = "() => document.querySelector('.plotly-graph-div')?.data?.length"
+    until(lambda: alone.evaluate(drawn) == len(metrics_strip(runs[0]).figure.data))
+    assert "metrics_strip(Run(" in alone.locator("pre").text_content()
+    alone.close()
+
+
+def test_copy_as_code_shows_the_call_and_puts_it_on_the_clipboard(opened, runs):
+    opened.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    button = opened.page.locator(".sparselab-explorer").first.get_by_role("button", name="copy as code").nth(1)
+    call = opened.value("one.sides[0].mask.code.value")
+    button.click()
+    until(lambda: opened.page.evaluate("() => navigator.clipboard.readText()") == call)
+    assert "mask_panel(Run(" in call
+    assert [box.input_value() for box in opened.page.locator(".sparselab-explorer textarea:visible").all()] == [call]
+    opened.page.evaluate("() => { navigator.clipboard.writeText = () => { throw new Error('not allowed'); };"
+                         " document.execCommand = what => { window.copied = [what, document.activeElement.value]; }; }")
+    button.click()
+    until(lambda: opened.page.evaluate("() => window.copied") == ["copy", call])
+
+
+# the contrast of a text and what is behind it, as WCAG 2 defines it
+CONTRAST = """element => {
+    const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => [r, g, b].map(c => c / 255).map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    let behind = element, under = [255, 255, 255];
+    for (; behind; behind = behind.parentElement) {
+        const found = numbers(getComputedStyle(behind).backgroundColor);
+        if (found.length === 3 || found[3] === 1) { under = found; break; }
+    }
+    const style = getComputedStyle(element), text = numbers(element.closest('svg') ? style.fill : style.color);
+    const [a, b] = [light(text), light(under)].sort((x, y) => y - x);
+    return [(a + 0.05) / (b + 0.05), light(under)]; }"""
+CARDS = """import torch
+from sparselab.learn.runs import Run
+from sparselab.robust.verify import verify
+from sparselab.sparse.sparsify import sparsify
+from sparselab.view.explorer import Explorer
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
+sparsifier = sparsify(model, torch.optim.SGD(model.parameters(), 0.1), method="rigl", sparsity=0.9, total_steps=40)
+x = torch.rand(20, 1, 8, 8)"""
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+def test_cards_and_panels_can_be_read_in_light_and_dark(theme, tmp_path, chrome, runs):
+    """What a name in a cell shows, and the explorer: every text stands out from the page, at least 4.5 to 1."""
+    root, scratch = tmp_path / "notebooks", tmp_path / "lab"
+    root.mkdir()
+    notebook(root / "cards.ipynb", CARDS, "sparsifier.masks", "sparsifier", f"Run({str(runs[0].path)!r})",
+             "verify(model, x, model(x).argmax(1), 0.001)", f"Explorer({str(runs[0].path)!r})")
+    with server(root, scratch, theme) as url:
+        book = Notebook(chrome, url, "cards.ipynb", scratch)
+        book.run_all()
+        wait_for_figures(book, 5, 2)
+        cards = book.page.locator(".jp-RenderedHTMLCommon > div > div:first-child > b")
+        assert cards.all_text_contents() == ["Masks", "RigL", runs[0].path.name, "Verification"]
+        pictures = book.page.locator(".jp-RenderedHTMLCommon img").evaluate_all("all => all.map(each => each.naturalWidth)")
+        assert pictures == [32, 32, 32, 32]
+        for card in cards.all():
+            card.scroll_into_view_if_needed()
+            assert card.is_visible()
+        texts = ".jp-RenderedHTMLCommon b, .jp-RenderedHTMLCommon td, .sparselab-line, .sparselab-plot .gtitle, " \
+                ".sparselab-plot .xtick text, .sparselab-plot .legendtext"
+        seen = [text.evaluate(CONTRAST) for text in book.page.locator(texts).all()]
+        assert len(seen) > 60 and min(contrast for contrast, _ in seen) > 4.5
+        assert all((behind < 0.1) == (theme == "JupyterLab Dark") for _, behind in seen)
+        assert book.errors == [] and book.tracebacks() == []
 
 
 # seconds from a click on pause, by the page's clock, until the kernel's snapshot says so

@@ -1,5 +1,6 @@
 """Panels and recordings: what they draw against masks, models and bounds; whatever is missing or damaged is a sentence."""
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("plotly", reason="figures need the extra lab")
+from sparselab.learn.config import Config
 from sparselab.learn.data import load
 from sparselab.learn.margins import margins_of
 from sparselab.learn.models import build
 from sparselab.learn.recordings import STATES, NeuronLooks, NeuronSums, Unavailable
 from sparselab.learn.runs import Run
+from sparselab.learn.train import make_learner
 from sparselab.robust.bounds import METHODS, input_box
 from sparselab.robust.ibp import interval_pass
 from sparselab.robust.verify import verify
@@ -22,9 +25,11 @@ from sparselab.sparse.history import MaskHistory
 from sparselab.view.codes import LEGENDS, PALETTES, mask_codes, tiles
 from sparselab.view.compare import compare_masks, compare_strip
 from sparselab.view.flow_panel import erk_densities, flow_panel
+from sparselab.view.live import Live
 from sparselab.view.margins_panel import margins_panel
 from sparselab.view.mask_panel import mask_panel, weight_values
 from sparselab.view.neurons import neuron_panel, stability_raster
+from sparselab.view.sources import Reading, networks, scores_at
 from sparselab.view.strip import metrics_strip
 from sparselab.view.theme import COLORS
 
@@ -288,3 +293,33 @@ def test_wrong_names_are_answered_with_the_nearest(run):
             ask()
     with pytest.raises(ValueError, match="there is no 9999"):
         neuron_panel(run, "relu1", 9999)
+
+
+def test_growth_scores_are_there_wherever_the_whole_network_was_saved(tmp_path):
+    """Of a training that is paused: the gradients of its last checkpoint; at its end, those of the result; else a sentence."""
+    config = Config(model="mlp", model_options={"widths": [24, 20]}, method="rigl", sparsity=0.8, eps=0.02, test_samples=20, epochs=2,
+                    method_options={"update_every": 4}, runs_dir=str(tmp_path), device="cpu")
+    live = Live(config).step()
+    reading = Reading(live.folder)
+    while not networks(reading):
+        time.sleep(0.01)
+    (step, network), = networks(reading).items()
+    cursor = Cursor(reading.history, reading.history.names[0]).seek(-1)
+    assert step == cursor.step == 4
+
+    def gradient(state: dict, step: int) -> np.ndarray:
+        learner = make_learner(config)
+        learner.model.load_state_dict(state)
+        x, y = next(iter(learner.data.train.batches(learner.batch_size, 0)))
+        learner.objective(learner.model.train(), x, y, step / learner.total_steps).backward()
+        return learner.model.get_parameter(cursor.name).grad.abs().flatten().numpy()
+
+    assert np.array_equal(scores_at(reading, cursor), gradient(network(), 4)) and (scores_at(reading, cursor) > 0).mean() > 0.5
+    with pytest.raises(ValueError, match="saved at step 4: move the timeline there"):
+        scores_at(reading, cursor.seek(0))
+    live.start()
+    while live.alive:
+        time.sleep(0.01)
+    done = Reading(live.folder)
+    cursor = Cursor(done.history, cursor.name).seek(-1)
+    assert np.array_equal(scores_at(done, cursor), gradient(done.run.weights, done.moments[-1]))

@@ -50,7 +50,7 @@ class Block(widgets.VBox):
         self.saver = content if isinstance(content, Plot) else Plot()
         self.saver.layout.display = None if self.saver is content else "none"
         buttons = widgets.HBox([
-            press("copy as code", self._show_code, "the call that makes this figure in a cell"),
+            press("copy as code", self._copy_code, "the call that makes this figure in a cell, on the clipboard"),
             press("HTML", lambda: self._save("html", lambda: self.whole().html())), press("PNG", self.save_png),
             press("CSV", lambda: self._save("csv", self.csv))])
         super().__init__([self.heading, widgets.HBox(list(controls), layout={"flex_flow": "row wrap"}), self.problem, content,
@@ -96,5 +96,6 @@ class Block(widgets.VBox):
         if not self.problem.value and self.code.value:  # something is on display
             self.saver.save(f"{self.name}.{kind}", make().encode(), f"text/{kind}")
 
-    def _show_code(self) -> None:
+    def _copy_code(self) -> None:
         self.code.layout.display = None if self.code.layout.display == "none" else "none"
+        self.saver.copy(self.code.value)

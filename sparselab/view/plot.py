@@ -32,6 +32,12 @@ async function receive(message, buffers) {
     shelf.Plotly = globalThis.Plotly;
     URL.revokeObjectURL(url);
   }
+  if (message.kind === "copy") {
+    try { await navigator.clipboard.writeText(message.text); } catch {  // not allowed, or a page without https
+      const box = Object.assign(document.createElement("textarea"), { value: message.text });
+      document.body.append(box); box.select(); document.execCommand("copy"); box.remove();
+    }
+  }
   if (message.kind === "save") {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([buffers[0]], { type: message.type }));
@@ -129,6 +135,10 @@ class Plot(anywidget.AnyWidget):
     def save(self, name: str, data: bytes, media: str) -> None:
         """Hand `data` to the browser as the download `name` of a media type such as text/csv."""
         self.send({"kind": "save", "name": name, "type": media}, [data])
+
+    def copy(self, text: str) -> None:
+        """Put `text` on the clipboard, where the browser lets a page do so after a click."""
+        self.send({"kind": "copy", "text": text})
 
     def save_png(self, name: str) -> None:
         """Have the browser download the figure, as it is drawn there, as the picture `name`.png."""

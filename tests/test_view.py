@@ -193,7 +193,7 @@ def test_a_static_history_has_figures_without_slider():
     assert [list(trace.y) for trace in overlap(history).data] == [[1], [1], [0.25], [0.25]]
 
 
-@pytest.mark.parametrize("draw", [mask_evolution, mask_image, changes, lambda h, n: flow(h, [n]),
+@pytest.mark.parametrize("draw", [mask_evolution, mask_image, lambda h, n: flow(h, [n]),
                                   lambda h, n: overlap(h, [n])])
 def test_unknown_layers_are_answered_with_the_nearest(draw):
     with pytest.raises(ValueError, match="'fc1.wieght'.*Did you mean 'fc1.weight'"):

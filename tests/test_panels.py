@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("plotly", reason="figures need the extra lab")
+from sparselab.learn.build import make_learner
 from sparselab.learn.config import Config
 from sparselab.learn.data import load
 from sparselab.learn.margins import margins_of
 from sparselab.learn.models import build
 from sparselab.learn.recordings import STATES, NeuronLooks, NeuronSums, Unavailable
 from sparselab.learn.runs import Run
-from sparselab.learn.train import make_learner
 from sparselab.robust.bounds import METHODS, input_box
 from sparselab.robust.ibp import interval_pass
 from sparselab.robust.verify import verify

@@ -12,6 +12,7 @@ import pytest
 
 from sparselab.learn.config import Config
 from sparselab.learn.runs import Run, runs_in
+from sparselab.learn.train import ALL_METHODS
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "nbs" / "train.ipynb"
@@ -79,3 +80,8 @@ def test_every_parameter_is_a_field_with_its_default_and_a_description():
         if name in defaults:
             assert parameter["inferred_type_name"] == type(defaults[name]).__name__
             assert eval(parameter["default"]) == defaults[name], name
+
+
+def test_the_readme_names_every_method():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [method for method in ALL_METHODS if f"`{method}`" not in text] == []

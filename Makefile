@@ -64,7 +64,7 @@ test: $(STAMP) ## all tests: library in sync, notebooks clean, ruff, every libra
 	@$(BIN)/python -m ruff check --output-format concise
 	@echo "library notebooks"
 	@$(BIN)/nbdev_test --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 slow: export OMP_NUM_THREADS := 1
 slow: $(STAMP) ## the tests that take minutes each (marked slow; `make test` leaves them out)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import unknown
 from .build import Start, load_data, make_learner, new_model
+from .callbacks import Progress
 from .config import Config
 from .data import Data
 from .files import write_json
@@ -72,7 +73,7 @@ class Procedure:
 
     def round(self, name: str, config: Config, start: Start | None = None, callbacks: Sequence[Callback] = ()) -> Run:
         """Train `config` in rounds/`name`, unless that has been done."""
-        if self.callbacks:
+        if any(isinstance(callback, Progress) for callback in self.callbacks):
             print(f"{self.config.method}, round {name}: {config.method}, sparsity {config.sparsity:.4%}, {config.epochs} epochs")
         self.rounds.append(train_in(self.folder / "rounds" / name, config, [*callbacks, *self.callbacks], start, self.data))
         return self.rounds[-1]

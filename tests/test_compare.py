@@ -145,8 +145,10 @@ def test_curves_are_means_and_deviations_in_the_order_of_sparsity():
     curve = trade_off(rows).data[0]
     assert np.allclose(curve.x, clean.y) and np.allclose(curve.y, verified.y) and np.allclose(curve.error_x.array, clean.error_y.array)
     assert np.allclose(accuracy_by_flops(rows).data[0].x, 100.5)
-    with pytest.raises(ValueError, match="no summary of these runs has FLOPs"):
-        accuracy_by_flops([made(method="set", clean=0.5)])
+    for draw, what in ((accuracy_by_flops, "training flops"), (trade_off, "verified")):
+        with pytest.raises(ValueError, match=f"the summary of no finished run has {what}"):
+            draw([made(method="set", clean=0.5), made(method="dense", sparsity=0.0, clean=0.5)])
+    assert len(accuracy_by_sparsity([made(method="dense", sparsity=0.0, clean=0.5)]).data) == 2
 
 
 def test_a_method_looks_the_same_in_every_figure(rows):

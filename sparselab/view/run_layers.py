@@ -18,7 +18,7 @@ from .stability import STATES, shares
 from .theme import COLORS, TEXT, short, titled
 from .trade_offs import legend_room, seeds_note
 
-# %% ../../nbs/view/19_run_layers.ipynb #80167707
+# %% ../../nbs/view/19_run_layers.ipynb #ce29e1fc
 MAX_NETWORKS = 3
 FILLS = ("", "-open", "-open-dot")  # markers of one method's sparsities, in turn
 
@@ -34,7 +34,7 @@ def networks(groups: Sequence[Group]) -> dict[tuple[tuple[str, int], ...], list[
 
 
 def _density(group: Group, name: str) -> tuple[float, float]:
-    layers = [row.run.summary["layers"][name] for row in group.rows]
+    layers = [row.run.summary["layers"][name] for row in group.rows if name in row.run.summary["layers"]]
     return spread([layer["nnz"] / layer["total"] for layer in layers])
 
 

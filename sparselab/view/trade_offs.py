@@ -47,7 +47,7 @@ def legend_room(fig: go.Figure, width: int = 800) -> go.Figure:
     more = 19 * ((len(names) - 1) // in_a_line)
     return fig.update_layout(margin_t=fig.layout.margin.t + more, height=fig.layout.height + more)
 
-# %% ../../nbs/view/18_trade_offs.ipynb #c06a244b
+# %% ../../nbs/view/18_trade_offs.ipynb #a7cbb38c
 _KEPT = [digit * 10.0**power for power in range(-5, 0) for digit in (1, 2, 5)] + [1.0]
 SPARSITY_AXIS = {"type": "log", "autorange": "reversed", "tickvals": _KEPT,  # of densities, which are told as sparsities
                  "ticktext": [f"{100 * (1 - kept):.5g} %" for kept in _KEPT]}
@@ -63,6 +63,13 @@ def _two_panels(groups: Sequence[Group], x: Place) -> go.Figure:
     return fig
 
 
+def _groups_with(column: str, rows: Iterable[RunRow]) -> list[Group]:
+    groups = [group for group in groups_of(rows) if group.spread(column)]
+    if not groups:
+        raise ValueError(f"There is nothing to draw: the summary of no finished run has {column.replace('_', ' ')}.")
+    return groups
+
+
 def accuracy_by_sparsity(rows: Iterable[RunRow]) -> go.Figure:
     """Clean and verified accuracy of the finished runs against their sparsity, a line per method; dense as a dotted level.
 
@@ -72,7 +79,8 @@ def accuracy_by_sparsity(rows: Iterable[RunRow]) -> go.Figure:
     fig = _two_panels(groups, lambda group: (1 - group.sparsity, 0.0))
     for dense in (group for group in groups if group.method == "dense"):
         for col, measure in enumerate(MEASURED, 1):
-            fig.add_hline(y=dense.spread(measure)[0], line={"color": look("dense")["color"], "dash": "dot"}, row=1, col=col)
+            if level := dense.spread(measure):
+                fig.add_hline(y=level[0], line={"color": look("dense")["color"], "dash": "dot"}, row=1, col=col)
     fig.update_xaxes(**SPARSITY_AXIS, title_text="sparsity")
     return legend_room(titled(fig, "Accuracy against sparsity", seeds_note(groups)))
 
@@ -82,7 +90,7 @@ def trade_off(rows: Iterable[RunRow]) -> go.Figure:
 
     Raises ValueError when no run has finished.
     """
-    groups, fig = groups_of(rows), go.Figure()
+    groups, fig = _groups_with("verified", rows), go.Figure()
     curves(fig, groups, lambda group: group.spread("clean"), lambda group: group.spread("verified"))
     ends = [f(v for trace in fig.data for v in trace.y) for f in (min, max)]
     fig.add_scatter(x=ends, y=ends, mode="lines", line={"color": TEXT, "dash": "dot", "width": 1}, name="verified = clean",
@@ -97,9 +105,7 @@ def accuracy_by_flops(rows: Iterable[RunRow]) -> go.Figure:
 
     Runs whose FLOPs were not counted are left out. Raises ValueError when there are none with FLOPs.
     """
-    groups = [group for group in groups_of(rows) if group.spread("training_flops")]
-    if not groups:
-        raise ValueError("There is nothing to draw: no summary of these runs has FLOPs; they were made by an earlier version.")
+    groups = _groups_with("training_flops", rows)
     fig = _two_panels(groups, lambda group: group.spread("training_flops"))
     fig.update_xaxes(type="log", title_text="FLOPs of the training", exponentformat="power", dtick="D2")
     return legend_room(titled(fig, "Accuracy against the cost of training", f"up and to the left is better; {seeds_note(groups)}"))

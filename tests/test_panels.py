@@ -22,16 +22,18 @@ from sparselab.robust.ibp import interval_pass
 from sparselab.robust.verify import verify
 from sparselab.sparse.cursor import Cursor
 from sparselab.sparse.history import MaskHistory
-from sparselab.view.codes import LEGENDS, PALETTES, mask_codes, tiles
+from sparselab.view.codes import mask_codes
 from sparselab.view.compare import compare_masks, compare_strip
 from sparselab.view.flow_panel import erk_densities, flow_panel
 from sparselab.view.live import Live
 from sparselab.view.margins_panel import margins_panel
 from sparselab.view.mask_panel import mask_panel, weight_values
 from sparselab.view.neurons import neuron_panel, stability_raster
+from sparselab.view.palettes import LEGENDS, PALETTES
 from sparselab.view.sources import Reading, networks, scores_at
 from sparselab.view.strip import metrics_strip
 from sparselab.view.theme import COLORS
+from sparselab.view.tiles import tiles
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "nbs" / "example"
 NAMES = ("sparsevlr", "rigl")

@@ -12,7 +12,8 @@ import ipywidgets as widgets
 
 from ..learn.changes import GROWTH
 from .blocks import press
-from .live import Live, Snapshot
+from .gate import Snapshot
+from .live import Live
 
 # %% ../../nbs/view/23b_live_controls.ipynb #e084c03b
 class LiveControls(widgets.VBox):

@@ -17,8 +17,9 @@ from ..png import indexed_png
 from ..sparse.cursor import Cursor
 from .blocks import Block, heading
 from .canvas import Canvas
-from .codes import PALETTES, Raster, mask_codes
+from .codes import Raster, mask_codes
 from .mask_panel import HOW_TO_READ, mask_panel
+from .palettes import PALETTES
 from .panels import Panel, call_of, record_at
 from .sources import Reading, scores_at, values_at
 from .theme import short

@@ -16,8 +16,8 @@ from ..learn.recordings import STATES, NeuronLooks
 from ..png import indexed_png
 from .blocks import Block, heading
 from .canvas import Canvas
-from .codes import rgb
 from .neurons import flips, neuron_order, neuron_panel, stability_raster
+from .palettes import rgb
 from .panels import Panel, call_of
 from .plot import Plot
 from .sources import Reading

@@ -14,8 +14,8 @@ from ..errors import unknown
 from ..learn.recordings import STATES, NeuronLooks, Unavailable
 from ..png import data_uri, indexed_png
 from ..sparse.cursor import Cursor
-from .codes import rgb
 from .mask_panel import weight_values
+from .palettes import rgb
 from .panels import Panel, call_of, now_line, record_at
 from .theme import COLORS, OKABE_ITO, TEXT, titled
 

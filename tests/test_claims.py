@@ -76,13 +76,17 @@ def check_one_seed(folder: Path, paper: str) -> None:
 
 
 def test_a_notebook_writes_its_record(tmp_path):
-    gibbs = next(path for path in PAPERS if path.stem == "gibbs")
-    execute(gibbs, tmp_path, seeds=[0])
-    check_one_seed(tmp_path, "gibbs")
+    execute(ROOT / "nbs" / "papers" / "acdc.ipynb", tmp_path, seeds=[0])
+    check_one_seed(tmp_path, "acdc")
 
 
 @pytest.mark.slow
 @every_paper
 def test_a_notebook_runs_at_small_scale(path, tmp_path):
-    execute(path, tmp_path, seeds=[0])
+    try:
+        execute(path, tmp_path, seeds=[0])
+    except papermill.PapermillExecutionError as error:
+        if "was not found on this machine" in error.evalue:
+            pytest.skip(error.evalue)
+        raise
     check_one_seed(tmp_path, path.stem)

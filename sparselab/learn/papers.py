@@ -39,7 +39,7 @@ def seconds(runs: Mapping[str, Sequence[Run]]) -> float:
 def claims_table(folder: str | Path) -> str:
     """A Markdown table of every record in `folder`: paper, claim, verdict here and what failed, evidence."""
     lines = ["| paper | claim | verdict here | evidence |", "| --- | --- | --- | --- |"]
-    for path in sorted(Path(folder).glob("*.json")):
+    for path in sorted(Path(folder).glob("*.json"), key=lambda path: path.stem):
         claim = Claim.load(path)
         paper = f"[{claim.name}](nbs/papers/{claim.paper}.ipynb) ([{claim.arxiv}](https://arxiv.org/abs/{claim.arxiv}))"
         failed = [f"{each}{'' if verdict == claim.verdict else ' ' + verdict}" for each, verdict in claim.verdicts.items()

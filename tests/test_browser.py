@@ -203,6 +203,11 @@ def test_two_runs_move_on_one_timeline(opened, runs):
         for canvas, run in ((2, runs[0]), (4, runs[1])):
             until(lambda canvas=canvas, run=run, name=name, step=step: codes(opened, canvas) == expected(run, name, step))
     assert codes(opened, 2) != codes(opened, 4)
+    both = "() => { const plot = document.querySelectorAll('.sparselab-explorer')[1].querySelector('.sparselab-plot');" \
+           " return [plot.data?.map(trace => trace.line?.dash === 'dash'), plot.layout?.shapes?.map(shape => shape.x0)]; }"
+    until(lambda: step in (opened.page.evaluate(both)[1] or []))
+    dashed = opened.page.evaluate(both)[0]
+    assert 0 < sum(dashed) == len(dashed) / 2  # one strip: every metric solid and dashed
 
 
 def tip(book: Notebook, row: int, column: int, shape: tuple[int, int]) -> str:

@@ -36,15 +36,15 @@ class Side:
         self.mask.layer.observe(lambda _: self.select(*(self.unit or ("", -1))), "value")
 
     def read(self) -> None:
-        """Read what there is by now, and draw what does not depend on the step."""
+        """Read what there is by now, and draw what does not depend on the step; the strip is the explorer's to draw."""
         self.state.value = html.escape(self.reading.state)
-        for block in (self.strip, self.neurons, self.flow, self.margins):
+        for block in (self.neurons, self.flow, self.margins):
             block.read()
 
     def show(self, step: float) -> None:
         """Show the run at `step`; the mask first, as it is what one waits for."""
         self.mask.show(step)
-        self.strip.content.at = self.flow.content.at = step
+        self.flow.content.at = step
         self.neurons.show(step)
 
     def links(self) -> dict[str, str]:

@@ -132,13 +132,14 @@ def test_an_unfinished_run_says_whether_it_is_being_written(copied):
 
 @pytest.mark.parametrize(("name", "content"), [
     ("config.json", "{"), ("config.json", '{"method": 3, "nonsense": 1}'), ("summary.json", "[]"), ("summary.json", '{"accuracy": {}}'),
-    ("metrics.jsonl", "nonsense\n"), ("metrics.jsonl", "\u00ff\u00fe\n"), ("metrics.jsonl", '{"step": 1}\n'), ("metrics.jsonl", ""),
+    ("metrics.jsonl", "nonsense\n"), ("metrics.jsonl", "[1]\n"),
+    ("metrics.jsonl", "\u00ff\u00fe\n"), ("metrics.jsonl", '{"step": 1}\n'), ("metrics.jsonl", ""),
 ])
 def test_a_damaged_run_is_shown_as_far_as_it_goes(copied, name, content):
     (copied / name).write_bytes(content.encode("latin-1"))
     card = Run(copied)._repr_html_()
     assert repr(Run(copied)) and card.count("<div") == card.count("</div>") and "<b>run</b>" in card
-    if content in ("{", "nonsense\n"):
+    if content in ("{", "nonsense\n", "[1]\n"):
         assert f"{name}" in card and "damaged" in card
 
 

@@ -63,8 +63,12 @@ def read_rows(path: str | Path) -> list[dict]:
     """
     path, rows = Path(path), []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
+        if not line.endswith(b"\n"):
+            break
         try:
-            rows += [json.loads(line)] if line.endswith(b"\n") else []
+            rows.append(json.loads(line))
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"{rows[-1]!r} is not a row")
         except ValueError as error:
             raise ValueError(f"{path} is damaged in line {number} ({error}).") from error
     return rows

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .checkpoints import load_checkpoint, save_checkpoint
 from .evaluate import glance, reestimate_statistics
-from .files import append_row, keep_rows
+from .files import append_row, keep_rows, read_rows
 from .learner import Callback, Learner, TrainingStopped
 from .recordings import NeuronSums, drop_later, value_arrays, write_arrays
 from ..sparse.history_files import save as save_history
@@ -34,19 +34,22 @@ class Look(Callback):
 
 # %% ../../nbs/learn/14_callbacks.ipynb #a50a3988
 class StopWhenLost(Callback):
-    """Raise TrainingStopped when validation accuracy stays at chance level for `patience` epochs of the second half."""
+    """Raise TrainingStopped when validation accuracy stays at chance level for `patience` epochs of the second half.
 
-    def __init__(self, patience: int = 3):
-        self.patience, self.lost = patience, 0
+    `log`: the metrics of the epochs before, so that a run that continues counts them too.
+    """
+
+    def __init__(self, log: str | Path, patience: int = 3):
+        self.log, self.patience = log, patience
 
     def after_epoch(self, learner: Learner) -> None:
         row, train = learner.row, learner.data.train
         chance = train.labels.bincount().max().item() / len(train)
-        at_chance = row["clean"] < 1.2 * chance and 2 * learner.epoch > learner.epochs
-        self.lost = self.lost + 1 if at_chance else 0
-        if self.lost >= self.patience:
+        before = [earlier for earlier in read_rows(self.log) if earlier["epoch"] < row["epoch"]]
+        latest = [*before, row][-self.patience:]
+        if len(latest) == self.patience and all(r["clean"] < 1.2 * chance and 2 * r["epoch"] > learner.epochs for r in latest):
             raise TrainingStopped(f"Validation accuracy has been at chance level ({row['clean']:.1%}, the largest class "
-                                  f"has {chance:.1%}) for {self.lost} epochs with {row['nnz']:,} weights: the network has "
+                                  f"has {chance:.1%}) for {self.patience} epochs with {row['nnz']:,} weights: the network has "
                                   "collapsed. Lower sparsity or eps, lengthen the ramp, or try another seed.")
 
 # %% ../../nbs/learn/14_callbacks.ipynb #dbd3daf8

@@ -81,7 +81,7 @@ def sample_margins(learner: Learner, config: Config, samples: int = 100) -> Marg
 def watchers(folder: Path, config: Config, callbacks: Sequence[Callback] = ()) -> list[Callback]:
     """The callbacks of a run in `folder`: those that look, stop, record and make changes, then `callbacks`."""
     look = Look(config.eps, config.engine)
-    return [look, StopWhenLost(), Record(folder, look), Changes(folder), *callbacks]
+    return [look, StopWhenLost(folder / "metrics.jsonl"), Record(folder, look), Changes(folder), *callbacks]
 
 
 def complete(folder: Path, learner: Learner, config: Config, also: Callable[[Learner, dict], dict] | None = None) -> Run:

@@ -290,6 +290,7 @@ def test_csv_png_and_html_are_what_is_on_display(opened, runs, tmp_path):
     clean = [(float(row["x"]), float(row["y"])) for row in rows if row["trace"] == "clean"]
     assert clean == [(row["step"], pytest.approx(row["clean"])) for row in runs[0].metrics]
     press(opened, SLIDER, "Home", "ArrowRight")
+    until(lambda: opened.value("one.timeline.value") == 1)
     name, step = shown(opened)
     until(lambda: codes(opened, 0) == expected(runs[0], name, step))
     active = [int(row["weight"]) for row in csv.DictReader(io.StringIO(download(opened, "CSV", mask).decode()))]

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .graph import Graph, UnsupportedLayer, describe, find_rule
+from .rules import Refused
 
 # %% ../../nbs/robust/00h_nodes.ipynb #1607c52e
 def evaluate(graph: Graph, model: nn.Module, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -67,7 +68,7 @@ def _build(graph: Graph, model: nn.Module, node: fx.Node, args: tuple, kwargs: d
             kwargs = {"statistics": of_last_batch(node.target, statistics)}
     try:
         return rule(*args, **kwargs)
-    except (NotImplementedError, TypeError) as reason:
+    except (Refused, TypeError) as reason:
         raise UnsupportedLayer(graph.names[node], describe(node, model), str(reason)) from reason
 
 # %% ../../nbs/robust/00h_nodes.ipynb #6afa4e2c

@@ -21,7 +21,7 @@ from .windows import Conv2d
 # %% ../../nbs/robust/00f_tables.ipynb #b4661b89
 def _conv_module(m: nn.Conv2d, x: Interval) -> Conv2d:
     if m.padding_mode != "zeros":
-        raise NotImplementedError(f"its padding_mode is '{m.padding_mode}', not 'zeros'")
+        raise rules.Refused(f"its padding_mode is '{m.padding_mode}', not 'zeros'")
     return rules.conv2d(x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
 
 

@@ -8,7 +8,7 @@ __all__ = ['robust_cross_entropy', 'Batch', 'Objective', 'Natural', 'untouched_s
 # %% ../../nbs/learn/09a_losses.ipynb #69946dc4
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Batch:
 
 @dataclass(kw_only=True)
 class Objective:
-    """kappa L_nat + (1 - kappa) L_rob along a ramp; subclasses define L_rob.
+    """kappa L_nat + (1 - kappa) L_rob along a ramp; L_rob is that of clean images unless a subclass defines a robust one.
 
     `eps` is the radius to be robust at, `train_eps` the multiple of it that training ends at; `warmup`, `until`, `shape`,
     `kappa_start`, `kappa_end`: see `Ramp`; `regularizer`: weight of the warm-up regularisers (native engine only).
@@ -80,8 +80,9 @@ class Objective:
         return moment.kappa * natural + (1 - moment.kappa) * robust + self.penalty(batch)
 
     def robust_loss(self, batch: Batch) -> Tensor:
-        """L_rob, a scalar."""
-        raise NotImplementedError
+        """L_rob, a scalar: here the cross-entropy of the batch's images, with BatchNorm's running statistics left alone."""
+        with untouched_statistics(batch.model):
+            return cross_entropy(batch.model(batch.x), batch.y)
 
     def penalty(self, batch: Batch) -> Tensor | float:
         """The warm-up regularisers, weighted; 0 once eps has arrived."""
@@ -128,6 +129,4 @@ class PGD(Objective):
         return pgd(batch.model, batch.x, batch.y, batch.moment.eps, self.attack_steps, loss="ce", generator=generator)
 
     def robust_loss(self, batch: Batch) -> Tensor:
-        attacked = self.attack(batch)
-        with untouched_statistics(batch.model):
-            return cross_entropy(batch.model(attacked), batch.y)
+        return super().robust_loss(replace(batch, x=self.attack(batch)))

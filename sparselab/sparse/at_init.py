@@ -6,6 +6,7 @@
 __all__ = ['shuffled_layerwise', 'AtInit', 'SNIP', 'hessian_gradient', 'GraSP', 'flow_state', 'synaptic_flow', 'SynFlow']
 
 # %% ../../nbs/sparse/07b_at_init.ipynb #2864f4e6
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ def shuffled_layerwise(scores: dict[str, Tensor], seed: int) -> dict[str, Tensor
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class AtInit(Sparsifier):
+class AtInit(Sparsifier, ABC):
     """Prune once, at the first step, to the highest of `scores`; `shuffle`: at random places, layer by layer (control)."""
 
     distribution: str = "global"
@@ -35,9 +36,9 @@ class AtInit(Sparsifier):
     def budget(self) -> int:
         return self.masks.total if self.steps == 0 else super().budget
 
+    @abstractmethod
     def scores(self) -> dict[str, Tensor]:
         """Weight name -> score of the weight's shape; gradients of the first batch are in `weight.grad`."""
-        raise NotImplementedError
 
     def see_gradients(self) -> None:
         if self.steps == 0:

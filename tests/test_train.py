@@ -273,6 +273,7 @@ def compact_weights(run: Run) -> int:
     ("colt", {"parts": 1}, "parts is from 2 to the 10 classes"), ("jackpots", {"pretrain_epochs": -1}, "at least 0; got -1"),
     ("scratch_e", {"source": "magnitude"}, "method to prune with called 'magnitude'"), ("scratch_b", {"most": 0.5}, "at least 1; got 0.5"),
     ("dst_ensemble", {"members": 0}, "members is at least 1; got 0"), ("dst_ensemble", {"membrs": 2}, "Did you mean 'members'"),
+    ("imp", {"dense": []}, "no option of method imp called 'dense'"), ("scratch_b", {"update_every": 3}, "called 'update_every'"),
     ("edst", {"members": 0}, "members is from 1 to"), ("slimming", {}, "no BatchNorm between two layers")])
 def test_what_a_procedure_cannot_do_is_a_sentence_and_writes_nothing(config, method, options, sentence):
     with pytest.raises(ValueError, match=sentence):

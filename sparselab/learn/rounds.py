@@ -25,14 +25,14 @@ from .learner import Callback, Learner
 from .runs import Run
 from .training import complete, train_in, watchers
 from ..sparse.masks import prunable
-from ..sparse.sparsify import method_options
+from ..sparse.sparsify import METHODS, method_options
 
 # %% ../../nbs/learn/14e_rounds.ipynb #52ca81e3
 @dataclass(kw_only=True)
 class Procedure:
     """One training of `config` in `folder`; the base of those that train rounds before it.
 
-    Fields that a subclass adds are options. Options of the method `inner`, which it trains with, are accepted as well, and are in `rest`.
+    Fields that a subclass adds are options. Those of the method `inner`, if it names one that it trains with, are accepted as well: `rest`.
     """
 
     inner: ClassVar[str] = ""
@@ -50,7 +50,8 @@ class Procedure:
     @classmethod
     def of(cls, config: Config, folder: Path, callbacks: Sequence[Callback] = ()) -> "Procedure":
         """The procedure with the method options of `config`. Raises ValueError for one that it does not know."""
-        own, known = cls.own_options(), method_options(cls.inner or config.method)
+        method = cls.inner or config.method
+        own, known = cls.own_options(), method_options(method) if method in METHODS else {}
         for name in config.method_options:
             if name not in own and name not in known:
                 raise unknown(f"option of method {config.method}", name, {**own, **known})

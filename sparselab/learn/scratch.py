@@ -30,7 +30,6 @@ class ScratchE(Procedure):
     `source_options`: method options of the source.
     """
 
-    inner: ClassVar[str] = "static"
     source: str = "gmp"
     source_options: dict = field(default_factory=dict)
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .build import Start
+from .build import Start, make_learner
 from .config import Config
 from .learner import Callback, Learner
 from .rounds import Procedure, all_ones, first_weights, nnz_of, sparsity_of
@@ -57,14 +57,14 @@ def magnitudes(weights: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str
 class Tickets(Procedure):
     """What iterative pruning shares: `rate`, the share of the remaining weights that a round prunes, over all layers."""
 
-    inner: ClassVar[str] = "static"
+    rate: float = 0.2
 
     def check(self) -> None:
         check_share("rate", self.rate)
         if self.rate == 0 or self.config.distribution not in ("auto", "global"):
             raise ValueError(f"{self.config.method} prunes a rate above 0 over all layers together, so distribution is 'auto' or 'global'; "
                              f"got rate {self.rate!r} and distribution {self.config.distribution!r}.")
-        super().check()
+        make_learner(self.changed("static", distribution="auto"), data=self.data)
 
     @property
     def target(self) -> int:
@@ -80,11 +80,9 @@ class Tickets(Procedure):
 class IMP(Tickets):
     """Iterative magnitude pruning with rewinding (arXiv 1803.03635, 1912.05671).
 
-    `rate`: share of the remaining weights pruned after every training; `rewind_epochs`: weights go back to what they were after so
-    many epochs of the first training (0: to their initial values).
+    `rewind_epochs`: weights go back to what they were after so many epochs of the first training (0: to their initial values).
     """
 
-    rate: float = 0.2
     rewind_epochs: int = 0
 
     def check(self) -> None:
@@ -120,7 +118,7 @@ def agreed(parts: Sequence[dict[str, Tensor]], masks: dict[str, Tensor], keep: i
 class COLT(Tickets):
     """Intersect the masks of networks trained on `parts` of the classes, round by round (arXiv 2212.12770).
 
-    `rate`: share of the remaining weights that every part prunes in a round. The output layer stays dense.
+    Every part prunes `rate` of the remaining weights in a round. The output layer stays dense.
     """
 
     rate: float = 0.15

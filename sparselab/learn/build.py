@@ -7,7 +7,7 @@ __all__ = ['pick_device', 'peak_lr', 'load_data', 'new_model', 'Start', 'sparsif
 
 # %% ../../nbs/learn/14c_build.ipynb #5b377218
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .init import ibp_init_, kaiming_init_
 from .learner import Callback, Learner, make_optimizer
 from .models import build
 from .objectives import objective
-from .subsets import of_classes, with_label_noise
+from .subsets import of_classes, some, with_label_noise
 from ..sparse.sparsify import method_options, sparsify
 
 # %% ../../nbs/learn/14c_build.ipynb #32f7b276
@@ -44,7 +44,7 @@ def load_data(config: Config) -> Data:
     """The data set of `config` on its device, with its noise. Raises what `learn.data.load` raises."""
     data = load(config.dataset, config.data_dir or None, pick_device(config.device), config.validation, config.seed)
     if config.train_samples:
-        data = replace(data, train=data.train.take(slice(config.train_samples)))
+        data = some(data, config.train_samples, config.seed)
     return with_label_noise(data, config.label_noise, config.seed) if config.label_noise else data
 
 

@@ -64,6 +64,19 @@ def test_the_saved_notebook_is_small_and_lives_without_a_kernel(executed):
     assert sum(bool(re.search(r"^ +6 ", text, re.M)) for text in progress) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["natural", "crown_ibp"])
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_every_method_runs_through_papermill(tmp_path, method, objective):
+    done = run_papermill(tmp_path, "-p", "method", method, "-p", "objective", objective, "-p", "sparsity", "0.6", "-p", "epochs", "2",
+                         "-p", "model", "cnn5_bn", "-y", "{model_options: {width: 2}}", "-p", "test_samples", "10", "-p", "train_samples",
+                         "200", "-p", "with_dense", "False")
+    assert done.returncode == 0, done.stderr[-3000:]
+    run, = runs_in(tmp_path / "runs")
+    expected = run.summary["total"] if method == "dense" else round(0.4 * run.summary["total"])
+    assert run.summary["nnz"] == expected or method == "slimming" and abs(run.summary["nnz"] - expected) < 0.1 * run.summary["total"]
+
+
 def test_a_misspelt_parameter_stops_the_notebook_with_a_sentence(tmp_path):
     done = run_papermill(tmp_path, "-p", "sparsty", "0.9")
     assert done.returncode == 1

@@ -106,7 +106,7 @@ class Gibbs(Sparsifier):
         shadow = self.shadow[name]
         mask = chosen.reshape(chosen.shape + (1,) * (shadow.dim() - chosen.dim())).expand_as(shadow).contiguous()
         assign(self.masks, name, mask)
-        self.masks.weights[name].copy_(shadow * mask)
+        self.masks.weights[name].copy_(shadow.where(mask, 0.0))  # a product would leave -0.0
 
     @torch.no_grad()
     def update(self) -> bool:

@@ -9,11 +9,12 @@ __all__ = ['Look', 'StopWhenLost', 'Record', 'Progress']
 import math
 from pathlib import Path
 
+from .arrays import drop_later, write_arrays
 from .checkpoints import load_checkpoint, save_checkpoint
 from .evaluate import glance, reestimate_statistics
 from .files import append_row, keep_rows, read_rows
 from .learner import Callback, Learner, TrainingStopped
-from .recordings import NeuronSums, drop_later, value_arrays, write_arrays
+from .recordings import NeuronSums, value_arrays
 from ..sparse.history_files import save as save_history
 
 # %% ../../nbs/learn/14_callbacks.ipynb #36af964c

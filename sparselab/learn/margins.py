@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import unknown
-from .recordings import Unavailable, read_arrays, write_arrays
+from .arrays import Unavailable, read_arrays, write_arrays
 from ..robust.attacks import pgd
 from ..robust.bounds import METHODS, bounds
 from ..robust.boxes import input_box, margin_matrix

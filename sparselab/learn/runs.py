@@ -14,12 +14,14 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..cards import OKABE_ITO, Html, bar, card, escaped, sparkline, table, thinned
+from ..cards import Html, card, escaped
 from ..errors import attempt
+from .arrays import Unavailable, check_arrays, said
 from .config import Config
 from .files import being_written, read_rows
 from .margins import Margins, load_margins
-from .recordings import Looks, NeuronLooks, Unavailable
+from .recordings import Looks, NeuronLooks
+from .run_card import achieved, courses, described
 from ..sparse.history import MaskHistory
 from ..sparse.history_files import load as load_history
 
@@ -84,7 +86,8 @@ class Run:
         """Parameters and buffers of the trained model, as `model.load_state_dict` takes them."""
         if not (self.path / "model.safetensors").exists():
             raise ValueError(f"{self.path} has no model.safetensors: the run has not finished its training.")
-        return load_file(self.path / "model.safetensors")
+        with said(self.path / "model.safetensors"):
+            return load_file(self.path / "model.safetensors")
 
     @property
     def neurons(self) -> NeuronLooks:
@@ -109,11 +112,30 @@ class Run:
         """The runs of the rounds that this one is made of, in the order of their names; [] for a single training."""
         return runs_in(self.path / "rounds")
 
+    @property
+    def damage(self) -> list[str]:
+        """A sentence for each file that is there and cannot be read, or not to its end; panels say what is not there."""
+        reads = {"summary.json": lambda: self.summary, "metrics.jsonl": lambda: self._all_epochs("metrics"),
+                 "stability.jsonl": lambda: self._all_epochs("stability"), "masks/start.json": lambda: self.history}
+        reads = {name: read for name, read in reads.items() if (self.path / name).exists()}
+        reads |= {path: lambda path=path: check_arrays(path) for folder in (".", "stability", "weights")
+                  for path in sorted((self.path / folder).glob("*.safetensors"))}
+        history, _ = attempt(lambda: self.history)
+        found = [attempt(read)[1] for read in (lambda: self.config, *reads.values())]
+        return [sentence for sentence in (*found, history.lost if history else "") if sentence]
+
+    def _all_epochs(self, name: str) -> None:
+        rows, promised = getattr(self, name), self.summary["epochs"] if self.finished else 0
+        if len(rows) < promised:
+            raise ValueError(f"{self.path / name}.jsonl ends early: it has {len(rows)} of {promised} epochs.")
+
     def __repr__(self) -> str:
         return f"Run({self.path}, {_or_why_not(lambda: self.state)})"
 
     def _repr_html_(self) -> str:
-        parts = (_or_why_not(lambda part=part: part(self)) for part in (_what, _achieved, _over_time))
+        reads = (lambda: described(self.config), lambda: achieved(self.summary) if self.finished else "", lambda: courses(self.metrics))
+        parts = [_or_why_not(read) for read in reads]
+        parts += [sentence for sentence in self.damage if sentence not in parts]
         return card(self.path.name, _or_why_not(lambda: self.state), *(Html(f"<div>{escaped(part)}</div>") for part in parts))
 
 
@@ -121,34 +143,6 @@ def _or_why_not(read: Callable[[], object]) -> object:
     """What `read` returns, or the sentence that says why it could not."""
     found, problem = attempt(read)
     return problem or found
-
-
-def _what(run: Run) -> str:
-    c = run.config
-    return (f"{c.method} at {c.sparsity:.2%} sparsity; {c.model} on {c.dataset}, {c.objective} at eps {c.eps:g}, "
-            f"{c.epochs} epochs, seed {c.seed}")
-
-
-def _achieved(run: Run) -> Html | str:
-    """Accuracies as bars, and how many weights are left; nothing before the end."""
-    if not run.finished:
-        return ""
-    hues = {"clean": "sky", "pgd": "orange", "verified": "blue"}
-    rows = [(name, f"{share:.2%}", bar([(OKABE_ITO[hues[name]], share)], 220))
-            for name, share in run.summary["accuracy"].items() if name in hues and share is not None]
-    return Html(table(("accuracy", "", ""), rows) + escaped(f"{run.summary['nnz']:,} of {run.summary['total']:,} weights, "
-                f"{run.summary['sparsity']:.2%} sparse; {run.summary['seconds']:,.0f} s"))
-
-
-def _over_time(run: Run) -> Html | str:
-    """The last value of what was measured at every epoch, and its course."""
-    rows, hues = run.metrics, {"loss": "purple", "clean": "sky", "pgd": "orange", "verified": "blue", "nnz": "green"}
-    if not rows:
-        return "No epoch has ended."
-    courses = {name: [row.get(name) for row in rows] for name in hues if any(row.get(name) is not None for row in rows)}
-    last = {name: next(value for value in reversed(course) if value is not None) for name, course in courses.items()}
-    return table(("by epoch", "last", ""), ((name, f"{last[name]:,.4g}" if name != "nnz" else f"{last[name]:,}",
-                 sparkline(thinned(course), OKABE_ITO[hues[name]], width=220)) for name, course in courses.items()))
 
 
 def runs_in(folder: str | Path) -> list[Run]:

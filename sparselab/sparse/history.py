@@ -21,12 +21,14 @@ class MaskHistory:
     """The masks of a run, as a start and the changes since.
 
     `masks`: weight name -> bool tensor, the start (step 0). `record` appends the difference to the masks it is given.
+    `lost`: a sentence, when the files it was read from end early.
     """
 
     def __init__(self, masks: Mapping[str, Tensor]):
         self.shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
         self.start = {name: np.packbits(_flat(mask)) for name, mask in masks.items()}
         self.updates: list[tuple[int, dict[str, tuple[bytes, bytes]]]] = []
+        self.lost = ""
         self._last: dict[str, np.ndarray] = {}  # sorted flat indices of the last masks, once they are needed
 
     @classmethod
@@ -81,7 +83,10 @@ class MaskHistory:
         changes, none = self.updates[record - 1][1], np.empty(0, np.int64)
         if name not in changes:
             return active, none, none
-        ranks, grown = map(unpack_sorted, changes[name])
+        try:
+            ranks, grown = map(unpack_sorted, changes[name])
+        except ValueError as error:
+            raise ValueError(f"Update {record} of {name} cannot be read. {error}") from error
         if len(ranks) and ranks[-1] >= len(active):
             raise ValueError(f"Update {record} of {name} drops more weights than there are; the history is damaged.")
         return np.sort(np.concatenate([np.delete(active, ranks), grown]), kind="stable"), active[ranks], grown

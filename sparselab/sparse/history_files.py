@@ -53,7 +53,7 @@ def save(history: MaskHistory, folder: str | Path) -> None:
         (folder / "start.bin").write_bytes(zlib.compress(bits, 6))
         (folder / "start.tmp").write_text(json.dumps({"shapes": history.shapes, "deflated": True}))
         (folder / "start.tmp").rename(folder / "start.json")
-    lines = _index(folder)[:len(history.updates)]
+    lines = _whole(folder)[:len(history.updates)]
     end = lines[-1]["end"] if lines else 0
     for name, size in [("updates.bin", end), ("updates.jsonl", sum(len(json.dumps(line)) + 1 for line in lines))]:
         with open(folder / name, "ab") as file:
@@ -68,24 +68,36 @@ def save(history: MaskHistory, folder: str | Path) -> None:
 
 
 def load(folder: str | Path) -> MaskHistory:
-    """The history saved in `folder`. Raises ValueError, with the reason, when it cannot be read."""
+    """The history saved in `folder`, `lost` set if it ends early. Raises ValueError, with the reason, when it cannot be read."""
     folder = Path(folder)
     try:
         header, bits = json.loads((folder / "start.json").read_text()), (folder / "start.bin").read_bytes()
         packed = np.frombuffer(zlib.decompress(bits) if header.get("deflated") else bits, np.uint8)
-        blob = (folder / "updates.bin").read_bytes() if (folder / "updates.bin").exists() else b""
-        return _rebuild(header["shapes"], packed, _index(folder), blob)
+        size = (folder / "updates.bin").stat().st_size if (folder / "updates.bin").exists() else 0
+        lines = _index(folder)  # after the size, as a run that is being written writes bytes first
+        blob = (folder / "updates.bin").read_bytes() if lines and size else b""
+        history = _rebuild(header["shapes"], packed, [line for line in lines if line["end"] <= len(blob)], blob)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
         raise ValueError(f"{folder} does not hold a readable mask history ({error}); train the run again.") from error
+    ends = lines[-1]["end"] if lines else 0
+    if ends > len(blob) or size > ends:
+        short = folder / ("updates.bin" if ends > len(blob) else "updates.jsonl")
+        history.lost = f"{short} ends early: how the masks changed after step {history.steps[-1]:,} is not known."
+    return history
 
 
 def _index(folder: Path) -> list[dict]:
-    """The lines of updates.jsonl that are whole and whose bytes are all there."""
-    path, blob = folder / "updates.jsonl", folder / "updates.bin"
-    if not path.exists() or not blob.exists():
-        return []
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [line for line in map(json.loads, whole) if line["end"] <= blob.stat().st_size]
+    """The lines of updates.jsonl that are whole."""
+    path = folder / "updates.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _whole(folder: Path) -> list[dict]:
+    """Those whose bytes are all there."""
+    blob = folder / "updates.bin"
+    size = blob.stat().st_size if blob.exists() else 0
+    return [line for line in _index(folder) if line["end"] <= size]
 
 # %% ../../nbs/sparse/05_history_files.ipynb #27d3ef13
 def to_tensors(history: MaskHistory) -> dict[str, Tensor]:

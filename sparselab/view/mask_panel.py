@@ -9,7 +9,8 @@ __all__ = ['HOW_TO_READ', 'look_at', 'weight_values', 'raster_of', 'mask_panel']
 import numpy as np
 import plotly.graph_objects as go
 
-from ..learn.recordings import Looks, Unavailable
+from ..learn.arrays import Unavailable
+from ..learn.recordings import Looks
 from ..sparse.cursor import Cursor
 from .codes import Raster, mask_codes
 from .masks import shape_of, short

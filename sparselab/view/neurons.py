@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..errors import unknown
-from ..learn.recordings import STATES, NeuronLooks, Unavailable
+from ..learn.arrays import Unavailable
+from ..learn.recordings import STATES, NeuronLooks
 from ..png import data_uri, indexed_png
 from ..sparse.cursor import Cursor
 from .mask_panel import weight_values

@@ -83,7 +83,7 @@ class Reading:
         if problem:
             return problem
         state, problem = attempt(lambda: run.state)
-        return problem or f"{self.path.name}: {state}"
+        return " ".join(dict.fromkeys([problem or f"{self.path.name}: {state}.", *run.damage]))
 
 
 

@@ -9,7 +9,7 @@ __all__ = ['ROWS', 'measured', 'strip_figure', 'metrics_strip']
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..learn.recordings import Unavailable
+from ..learn.arrays import Unavailable
 from .panels import Panel, call_of, now_line
 from .theme import COLORS, titled
 

@@ -1,0 +1,140 @@
+"""Every way in which a run can be incomplete: the explorer and the card say it in a sentence and show the rest."""
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("anywidget", reason="the explorer needs the extra lab")
+from sparselab.learn.files import locked
+from sparselab.learn.runs import Run
+from sparselab.sparse.history_files import load, save
+from sparselab.view.explorer import Explorer
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "nbs" / "example" / "rigl"
+LAST = "step-000000630.safetensors"
+PANELS = {"Metrics", "Mask", "Neurons", "Updates", "Proofs"}
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    return Path(shutil.copytree(EXAMPLE, tmp_path / "run"))
+
+
+def shown(folder: Path) -> tuple[str, dict[str, str], Explorer]:
+    """(the line above the panels, title -> sentence of the panels that have nothing to draw, the explorer), as text."""
+    explorer = Explorer(folder)
+    side = explorer.sides[0]
+    for step in (0, 1e9, 200):
+        explorer.go(step)
+    said = {block.title: re.sub("<[^>]+>", "", unescape(block.problem.value)) for block in side.blocks if block.problem.value}
+    return unescape(side.state.value), said, explorer
+
+
+def card(folder: Path) -> str:
+    return unescape(re.sub("<[^>]+>", " ", Run(folder)._repr_html_()))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def spoil(path: Path) -> None:
+    """Overwrite the middle half."""
+    data = bytearray(path.read_bytes())
+    part = len(data) // 4
+    data[part:3 * part] = b"\xa5" * (2 * part)
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(("name", "harm", "sentence", "without"), [
+    ("config.json", cut, "config.json is damaged", set()),
+    ("config.json", spoil, "config.json is damaged", set()),
+    ("config.json", Path.unlink, "has no config.json", set()),
+    ("summary.json", cut, "summary.json is damaged", {"Metrics"}),
+    ("summary.json", spoil, "summary.json is damaged", {"Metrics"}),
+    ("metrics.jsonl", cut, "metrics.jsonl ends early: it has 15 of 30 epochs", set()),
+    ("metrics.jsonl", spoil, "metrics.jsonl is damaged in line 8", {"Metrics"}),
+    ("stability.jsonl", cut, "stability.jsonl ends early: it has 14 of 30 epochs", set()),
+    ("stability.jsonl", spoil, "stability.jsonl is damaged in line 8", {"Metrics"}),
+    ("masks/start.json", cut, "does not hold a readable mask history", {"Mask", "Updates"}),
+    ("masks/start.json", spoil, "does not hold a readable mask history", {"Mask", "Updates"}),
+    ("masks/start.bin", cut, "does not hold a readable mask history", {"Mask", "Updates"}),
+    ("masks/start.bin", spoil, "does not hold a readable mask history", {"Mask", "Updates"}),
+    ("masks/start.bin", Path.unlink, "does not hold a readable mask history", {"Mask", "Updates"}),
+    ("masks/updates.bin", cut, "updates.bin ends early: how the masks changed after step 150 is not known", set()),
+    ("masks/updates.bin", Path.unlink, "updates.bin ends early: how the masks changed after step 0 is not known", set()),
+    ("masks/updates.jsonl", cut, "updates.jsonl ends early: how the masks changed after step 200 is not known", set()),
+    ("masks/updates.jsonl", spoil, "does not hold a readable mask history", {"Mask", "Updates"}),
+    ("masks/updates.jsonl", Path.unlink, "updates.jsonl ends early: how the masks changed after step 0 is not known", set()),
+    ("model.safetensors", cut, "model.safetensors cannot be read", set()),
+    ("margins.safetensors", cut, "margins.safetensors cannot be read", {"Proofs"}),
+    (f"stability/{LAST}", cut, f"{LAST} cannot be read", set()),
+    (f"stability/{LAST}", spoil, f"{LAST} cannot be read", set()),
+    (f"weights/{LAST}", cut, f"{LAST} cannot be read", set()),
+    (f"weights/{LAST}", spoil, f"{LAST} cannot be read", set()),
+])
+def test_a_file_that_is_damaged_is_named_and_the_rest_is_shown(copied, name, harm, sentence, without):
+    harm(copied / name)
+    state, said, explorer = shown(copied)
+    assert sentence in state and sentence in card(copied) and state.startswith("run: finished. ")
+    assert set(said) == without
+    if "Metrics" not in without:
+        assert max(explorer.moments) >= 300, "the epochs that are there are on the timeline"
+
+
+@pytest.mark.parametrize(("part", "without"), [
+    ("masks", {"Mask": "does not hold a readable mask history", "Updates": "does not hold a readable mask history"}),
+    ("metrics.jsonl", {"Metrics": "has no metrics yet"}),
+    ("stability", {"Neurons": "has no recorded neurons"}),
+    ("margins.safetensors", {"Proofs": "has no margins.safetensors: margins are computed when training has ended"}),
+    ("weights", {}), ("model.safetensors", {}), ("stability.jsonl", {}),
+])
+def test_what_was_never_written_is_said_where_it_would_be(copied, part, without):
+    shutil.rmtree(copied / part) if (copied / part).is_dir() else (copied / part).unlink()
+    state, said, _ = shown(copied)
+    assert state == "run: finished." and set(said) == set(without)
+    assert all(sentence in said[title] for title, sentence in without.items())
+
+
+def test_a_byte_that_was_overwritten_in_the_updates_stops_the_masks_there(copied):
+    spoil(copied / "masks" / "updates.bin")
+    explorer = Explorer(copied)
+    mask = explorer.sides[0].mask
+    explorer.go(1e9)
+    assert re.search(r"Update \d+ of fc1.weight cannot be read. A list of \d+ bytes is damaged", unescape(mask.problem.value))
+    explorer.go(0)
+    assert not mask.problem.value and (mask.cursor.mask == Run(EXAMPLE).history.mask(0, "fc1.weight").numpy()).all()
+
+
+def test_up_to_where_a_cut_history_goes_the_masks_are_those_that_were_trained(copied):
+    whole = load(copied / "masks")
+    cut(copied / "masks" / "updates.bin")
+    left = load(copied / "masks")
+    assert not whole.lost and left.lost and left.steps == whole.steps[:len(left.steps)] and len(left.steps) > 10
+    for name in whole.names:
+        assert (left.mask(-1, name) == whole.mask(len(left.steps) - 1, name)).all()
+    save(whole, copied / "masks")
+    assert not load(copied / "masks").lost and load(copied / "masks").flow() == whole.flow()
+
+
+def test_a_run_that_is_being_written_or_was_killed_is_shown_so_far(copied):
+    (copied / "summary.json").unlink()
+    for name in ("metrics.jsonl", "stability.jsonl"):
+        rows = (copied / name).read_text().splitlines(keepends=True)
+        (copied / name).write_text("".join(rows[:3]) + '{"step": ')
+    (copied / "margins.safetensors").unlink()
+    state, said, explorer = shown(copied)
+    assert state.startswith("run: not finished, 3 of 30 epochs so far; it was stopped, and training the same configuration")
+    assert set(said) == {"Proofs"} and max(explorer.moments) == max(Run(copied).history.steps)
+    with locked(copied):
+        assert shown(copied)[0].endswith("so far; it is being written now.")
+
+
+def test_an_empty_folder_and_one_that_is_not_there_are_said_in_every_panel(tmp_path):
+    for folder, sentence in ((tmp_path, "has no config.json: it is not the folder of a run"),
+                             (tmp_path / "nowhere", "There is no run folder")):
+        state, said, explorer = shown(folder)
+        assert sentence in state and set(said) == PANELS and explorer.moments == [0]
+        assert all(sentence and "Error(" not in sentence for sentence in said.values())

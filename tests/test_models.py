@@ -1,11 +1,14 @@
 """The zoo: every model on every image size, the literature's weight counts, traceable graphs, initialisation."""
 import math
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import fx, nn
 
+from sparselab.learn.build import Start, make_learner
+from sparselab.learn.config import Config
 from sparselab.learn.init import ibp_init_
 from sparselab.learn.models import MODELS, Normalize, build, summary
 from sparselab.sparse.masks import prunable
@@ -242,3 +245,18 @@ def test_interval_radii_keep_their_order_only_with_ibp_init(name, shape):
         radii = [((ub - lb) / 2).mean().item() for lb, ub in found]
         ratio[init] = radii[-1] / radii[0]
     assert 0.1 < ratio["ibp"] < 10 < 1000 < ratio["kaiming"]
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn5_bn"])
+def test_sparse_kaiming_is_kaiming_by_the_inputs_that_are_left(model):
+    """Every row is that of the dense network times sqrt(inputs / active inputs); a given start is not touched, a dense one neither."""
+    config = Config(model=model, method="static", sparsity=0.9, init="sparse_kaiming", objective="natural", eps=0.0, epochs=1, device="cpu")
+    sparse, plain = make_learner(config), make_learner(replace(config, init="kaiming"))
+    for name, mask in sparse.sparsifier.masks.items():
+        rows, weight = (part.sparsifier.masks.weights[name].detach().flatten(1) for part in (plain, sparse))
+        for row, scaled, kept in zip(rows, weight, mask.flatten(1), strict=True):
+            assert torch.allclose(scaled, row * (len(row) / max(1, int(kept.sum()))) ** 0.5)
+    given = make_learner(config, start=Start(plain.model.state_dict()))
+    dense = [make_learner(replace(config, method="dense", sparsity=0.0, init=init)) for init in ("sparse_kaiming", "kaiming")]
+    for one, other in ((given, plain), dense):
+        assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in one.model.state_dict().items())

@@ -160,6 +160,7 @@ def test_a_truncated_checkpoint_costs_an_epoch_not_the_run(config):
     ({"method_options": {"drop_fracton": 1}}, "Did you mean 'drop_fraction'"),
     ({"objective_options": {"kapa_end": 1}}, "Did you mean 'kappa_end'"),
     ({"sparsity": 0.9999}, "largest feasible sparsity is"), ({"init": "kaimng"}, "init called 'kaimng'. Did you mean 'kaiming'"),
+    ({"init": "sparse_kaiming", "method": "gibbs", "method_options": {}}, "gibbs goes on drawing .* choose init 'kaiming'"),
 ])
 def test_bad_input_is_a_sentence_and_writes_nothing(tmp_path, monkeypatch, values, sentence):
     monkeypatch.delenv("SPARSELAB_DATA", raising=False)

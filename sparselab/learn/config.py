@@ -16,7 +16,7 @@ from ..errors import unknown
 from .values import READERS
 
 # %% ../../nbs/learn/00b_config.ipynb #7db0778e
-CHOICES = {"engine": ("native", "auto_lirpa"), "init": ("default", "ibp", "kaiming")}
+CHOICES = {"engine": ("native", "auto_lirpa"), "init": ("default", "ibp", "kaiming", "sparse_kaiming")}
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,16 @@ from .scores import Score, generator_for, gradient, random
 def meetings(layer: nn.Module, seen: Tensor, made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(sum a_i a_j, sum a_i^2, sum a_j^2) for every weight of `layer`, over samples and positions.
 
-    `seen`: the layer's input; `made`: the activations that its output becomes, of the output's shape. The first two have
-    the weight's shape; the last broadcasts against it.
+    `seen`: the layer's input; `made`: the activations that its output becomes, of the output's shape. The first has the
+    weight's shape; the others broadcast against it.
     """
+    if isinstance(layer, nn.Linear):
+        seen, made = seen.flatten(0, -2), made.flatten(0, -2)
+        return made.T @ seen, seen.square().sum(0), made.square().sum(0).view(-1, 1)
     with torch.enable_grad():
         dot, = torch.autograd.grad((layer.forward(seen) * made).sum(), layer.weight)
         norm, = torch.autograd.grad(layer.forward(seen.square()).sum(), layer.weight)
-    units = made.square().movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1).sum(1)
-    return dot, norm, units.view(-1, *[1] * (layer.weight.dim() - 1))
+    return dot, norm, made.square().movedim(1, 0).flatten(1).sum(1).view(-1, *[1] * (layer.weight.dim() - 1))
 
 
 def cosine(dot: Tensor, seen: Tensor, made: Tensor) -> Tensor:

@@ -1,14 +1,20 @@
-"""The notebooks about papers, their records, and the README's table of them say the same."""
+"""The notebooks about papers, their records, and the README's table of them say the same; their runs train side by side."""
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+import torch
 
-from sparselab.learn.claims import Claim
+from sparselab.learn.claims import Claim, train_rows
+from sparselab.learn.config import Config
+from sparselab.learn.learner import TrainingStopped
 from sparselab.learn.papers import claims_table, with_claims
+from sparselab.learn.runs import runs_in
+from sparselab.learn.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPERS = sorted((ROOT / "nbs" / "papers").glob("*.ipynb"))
@@ -90,3 +96,22 @@ def test_a_notebook_runs_at_small_scale(path, tmp_path):
             pytest.skip(error.evalue)
         raise
     check_one_seed(tmp_path, path.stem)
+
+
+def test_rows_that_train_side_by_side_have_the_bits_of_one_run_alone(tmp_path):
+    base = Config(model="mlp", model_options={"widths": [16]}, objective="natural", eps=0.0, epochs=2, sparsity=0.8, train_samples=200)
+    rows = {"set": {"method": "set"}, "rigl": {"method": "rigl"}, "again": {"method": "set"}}
+    runs = train_rows(replace(base, runs_dir=str(tmp_path / "rows")), rows, [0, 1])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = train(replace(base, runs_dir=str(tmp_path / "alone"), method="rigl", seed=1), [])
+    torch.set_num_threads(threads)
+    model = runs["rigl"][1].path / "model.safetensors"
+    assert model.read_bytes() == (alone.path / "model.safetensors").read_bytes()
+    assert [run.path for run in runs["again"]] == [run.path for run in runs["set"]] and len(runs_in(tmp_path / "rows")) == 4
+
+
+def test_a_row_that_fails_side_by_side_says_why(tmp_path):
+    base = Config(model="mlp", model_options={"widths": [16]}, objective="natural", eps=0.0, epochs=2, runs_dir=str(tmp_path))
+    with pytest.raises(TrainingStopped, match="has diverged .* Lower lr"):
+        train_rows(base, {"high": {"lr": 1e30, "optimizer": "sgd", "grad_clip": 0.0}, "low": {}}, [0])

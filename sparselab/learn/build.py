@@ -16,9 +16,10 @@ from .augment import standard
 from .config import Config
 from .data import Data, load
 from .init import ibp_init_, kaiming_init_
-from .learner import Callback, Learner, make_optimizer
+from .learner import Callback, Learner
 from .models import build
 from .objectives import objective
+from .optimizers import make_optimizer
 from .subsets import of_classes, some, with_label_noise
 from ..sparse.fan_in import scale_to_fan_in_
 from ..sparse.sparsify import method_options, sparsify

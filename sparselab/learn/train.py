@@ -14,11 +14,12 @@ from ..errors import unknown
 from .callbacks import Progress
 from .config import Config
 from .files import locked
+from .jackpots import LotteryJackpots
 from .learner import Callback
 from .rounds import Procedure
 from .runs import Run
 from .scratch import DSTEnsemble, ScratchB, ScratchE
-from .tickets import COLT, IMP, LotteryJackpots
+from .tickets import COLT, IMP
 from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/15_train.ipynb #d6355bc5

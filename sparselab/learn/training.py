@@ -19,11 +19,12 @@ from .build import Start, make_learner
 from .callbacks import Look, Record, StopWhenLost
 from .changes import Changes
 from .config import Config
-from .cost import cost, silent_copy
+from .cost import cost
 from .data import Data
 from .ensembles import ensemble_summary
 from .evaluate import evaluate
 from .files import locked, write_file, write_json
+from .flops import silent_copy
 from .learner import Callback, Learner
 from .margins import Margins, margins_of, save_margins
 from .runs import Run

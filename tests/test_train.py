@@ -21,6 +21,7 @@ from sparselab.learn.train import ALL_METHODS, PROCEDURES, train
 from sparselab.sparse.channels import compact
 from sparselab.sparse.masks import prunable
 from sparselab.sparse.sparsify import METHODS, method_options
+from sparselab.view.sources import Reading
 
 SMALL = dict(model="mlp", model_options={"widths": [24, 24]}, epochs=4, eps=0.02, test_samples=60, device="cpu",
              method_options={"update_every": 3})
@@ -115,6 +116,18 @@ def test_a_finished_run_is_returned_and_a_fresh_one_keeps_the_old(config, capsys
     again = train(replace(config, resume=False))
     kept = Run(first.path.with_name(first.path.name + ".old-1"))
     assert left_by(kept) == left_by(again)
+
+
+def test_a_network_that_loses_most_of_its_accuracy_says_so_wherever_it_is_shown(tmp_path, capsys):
+    """Pruned to 118 weights by magnitude, it stays above chance, so it is not stopped; its last epochs are a fifth of its best."""
+    pruned = Config(**SMALL | {"epochs": 12, "eps": 0.0, "method_options": {}}, method="gmp", sparsity=0.95, objective="natural")
+    run = train(replace(pruned, runs_dir=str(tmp_path)), [])
+    clean = [row["clean"] for row in run.metrics]
+    said = run.summary["collapse"]
+    assert 0.12 < clean[-1] < max(clean) / 2 and f"{max(clean):.1%}" in said and f"is {clean[-1]:.1%} at the end, with 118 weights" in said
+    assert said in capsys.readouterr().out and said in run._repr_html_() and said in Reading(run).state
+    kept = train(replace(pruned, sparsity=0.5, runs_dir=str(tmp_path)), [])
+    assert "collapse" not in kept.summary and "collapse" not in kept._repr_html_()
 
 
 def test_the_summary_says_what_the_files_say(config):

@@ -27,7 +27,7 @@ def achieved(summary: Mapping) -> Html:
     rows = [(name, f"{share:.2%}", bar([(OKABE_ITO[HUES[name]], share)], 220))
             for name, share in summary["accuracy"].items() if name in HUES and share is not None]
     return Html(table(("accuracy", "", ""), rows) + escaped(f"{summary['nnz']:,} of {summary['total']:,} weights, "
-                f"{summary['sparsity']:.2%} sparse; {summary['seconds']:,.0f} s"))
+                f"{summary['sparsity']:.2%} sparse; {summary['seconds']:,.0f} s. {summary.get('collapse', '')}"))
 
 
 def courses(rows: Sequence[Mapping]) -> Html | str:

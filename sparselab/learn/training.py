@@ -16,14 +16,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .build import Start, make_learner
-from .callbacks import Look, Record, StopWhenLost
+from .callbacks import Look, Record, StopWhenLost, collapse
 from .changes import Changes
 from .config import Config
 from .cost import cost
 from .data import Data
 from .ensembles import ensemble_summary
 from .evaluate import evaluate
-from .files import locked, write_file, write_json
+from .files import locked, read_rows, write_file, write_json
 from .flops import silent_copy
 from .learner import Callback, Learner
 from .margins import Margins, margins_of, save_margins
@@ -88,7 +88,8 @@ def watchers(folder: Path, config: Config, callbacks: Sequence[Callback] = ()) -
 def complete(folder: Path, learner: Learner, config: Config, also: Callable[[Learner, dict], dict] | None = None) -> Run:
     """Train `learner` in the locked `folder` to its end, evaluate it, and write what a run leaves.
 
-    `also` is given the learner and its summary, and returns what to write instead. Raises TrainingStopped when training has failed.
+    `also` is given the learner and its summary, and returns what to write instead. A collapse is printed and written.
+    Raises TrainingStopped when training has failed.
     """
     with repeatable(learner.data.train.images.device):
         learner.fit()
@@ -97,6 +98,9 @@ def complete(folder: Path, learner: Learner, config: Config, also: Callable[[Lea
         if config.eps:  # at radius 0 there is nothing to prove
             save_margins(folder / "margins.safetensors", sample_margins(learner, config))
         summary = summarise(learner, config)
+        if problem := collapse(read_rows(folder / "metrics.jsonl")):
+            summary["collapse"] = problem
+            print(problem)
         write_json(folder / "summary.json", also(learner, summary) if also else summary)
     return Run(folder)
 

@@ -83,7 +83,8 @@ class Reading:
         if problem:
             return problem
         state, problem = attempt(lambda: run.state)
-        return " ".join(dict.fromkeys([problem or f"{self.path.name}: {state}.", *run.damage]))
+        collapsed, _ = attempt(lambda: run.summary.get("collapse"))
+        return " ".join(filter(None, dict.fromkeys([problem or f"{self.path.name}: {state}.", collapsed, *run.damage])))
 
 
 

@@ -11,12 +11,13 @@ from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
 from sparselab.sparse.sparsify import sparsify
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("auto_LiRPA") is None, reason="auto_LiRPA is not installed")
-DEEP = ("resnet32", "resnet56", "resnet18", "vgg")  # minutes under full CROWN: `make slow`
+DEEP = ("resnet32", "resnet56", "resnet18", "vgg", "wrn")  # minutes under full CROWN: `make slow`
 
 
 def narrow(name: str) -> dict:
     """Options that make a model small; its layers and how they are connected stay."""
-    small = {"width": 4 if name.startswith("vgg") else 2, "widths": (12, 12), "hidden": (12,) * 2}
+    width = 4 if name.startswith("vgg") else 1 if name.startswith("wrn") else 2
+    small = {"width": width, "widths": (12, 12), "hidden": (12,) * 2}
     return {key: small[key][:len(value)] if isinstance(value, tuple) else small[key]
             for key, value in MODELS[name].options.items()}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import unknown
 from .cnns import CNNS, cnn, lenet300, mlp
 from .resnets import RESNETS, VGGS, resnet, vgg
+from .wide import WIDE, wide
 from ..sparse.masks import prunable
 
 # %% ../../nbs/learn/05_models.ipynb #800014a5
@@ -50,6 +51,8 @@ for _name, _row in RESNETS.items():
     MODELS[_name] = Model(partial(resnet, row=_row, bn=_name.endswith("_bn")), {"width": _row.width}, _row.source)
 for _name, _convs in VGGS.items():
     MODELS[_name] = Model(partial(vgg, convs=_convs), {"width": 64}, "VGG (1409.1556) for small images, one fc layer")
+for _name, (_depth, _factor) in WIDE.items():
+    MODELS[_name] = Model(partial(wide, depth=_depth, factor=_factor), {"width": 16}, f"WRN-{_depth}-{_factor} (1605.07146)")
 
 # %% ../../nbs/learn/05_models.ipynb #55d54790
 def _is_size(value: object) -> bool:

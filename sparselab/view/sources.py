@@ -86,9 +86,6 @@ class Reading:
         collapsed, _ = attempt(lambda: run.summary.get("collapse"))
         return " ".join(filter(None, dict.fromkeys([problem or f"{self.path.name}: {state}.", collapsed, *run.damage])))
 
-
-
-
 # %% ../../nbs/view/23_sources.ipynb #21e7e6dc
 def values_at(reading: Reading, cursor: Cursor) -> np.ndarray:
     """Value of each weight in `cursor.active`, float32, NaN where it was not recorded. Raises ValueError without any."""

@@ -1,4 +1,5 @@
 """Every way in which a run can be incomplete: the explorer and the card say it in a sentence and show the rest."""
+import json
 import re
 import shutil
 from html import unescape
@@ -130,6 +131,12 @@ def test_a_run_that_is_being_written_or_was_killed_is_shown_so_far(copied):
     assert set(said) == {"Proofs"} and max(explorer.moments) == max(Run(copied).history.steps)
     with locked(copied):
         assert shown(copied)[0].endswith("so far; it is being written now.")
+
+
+def test_a_run_that_has_collapsed_says_so_above_its_panels(copied):
+    summary = json.loads((copied / "summary.json").read_text())
+    (copied / "summary.json").write_text(json.dumps(summary | {"collapse": "The network has collapsed."}))
+    assert shown(copied)[:2] == ("run: finished. The network has collapsed.", {})
 
 
 def test_an_empty_folder_and_one_that_is_not_there_are_said_in_every_panel(tmp_path):

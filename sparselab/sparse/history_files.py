@@ -53,11 +53,12 @@ def save(history: MaskHistory, folder: str | Path) -> None:
         (folder / "start.bin").write_bytes(zlib.compress(bits, 6))
         (folder / "start.tmp").write_text(json.dumps({"shapes": history.shapes, "deflated": True}))
         (folder / "start.tmp").rename(folder / "start.json")
-    lines = _whole(folder)[:len(history.updates)]
+    size = _size(folder)
+    lines = [line for line in _index(folder) if line["end"] <= size][:len(history.updates)]
     end = lines[-1]["end"] if lines else 0
-    for name, size in [("updates.bin", end), ("updates.jsonl", sum(len(json.dumps(line)) + 1 for line in lines))]:
+    for name, kept in [("updates.bin", end), ("updates.jsonl", sum(len(json.dumps(line)) + 1 for line in lines))]:
         with open(folder / name, "ab") as file:
-            file.truncate(size)
+            file.truncate(kept)
     with open(folder / "updates.bin", "ab") as blob, open(folder / "updates.jsonl", "a") as index:
         for update in history.updates[len(lines):]:
             blob.write(_blob(update))
@@ -73,7 +74,7 @@ def load(folder: str | Path) -> MaskHistory:
     try:
         header, bits = json.loads((folder / "start.json").read_text()), (folder / "start.bin").read_bytes()
         packed = np.frombuffer(zlib.decompress(bits) if header.get("deflated") else bits, np.uint8)
-        size = (folder / "updates.bin").stat().st_size if (folder / "updates.bin").exists() else 0
+        size = _size(folder)
         lines = _index(folder)  # after the size, as a run that is being written writes bytes first
         blob = (folder / "updates.bin").read_bytes() if lines and size else b""
         history = _rebuild(header["shapes"], packed, [line for line in lines if line["end"] <= len(blob)], blob)
@@ -93,11 +94,10 @@ def _index(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _whole(folder: Path) -> list[dict]:
-    """Those whose bytes are all there."""
-    blob = folder / "updates.bin"
-    size = blob.stat().st_size if blob.exists() else 0
-    return [line for line in _index(folder) if line["end"] <= size]
+def _size(folder: Path) -> int:
+    """How many bytes the updates have."""
+    path = folder / "updates.bin"
+    return path.stat().st_size if path.exists() else 0
 
 # %% ../../nbs/sparse/05_history_files.ipynb #27d3ef13
 def to_tensors(history: MaskHistory) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from statistics import mean, stdev
 
 import joblib
 import torch
+from joblib.externals.loky import get_reusable_executor
 
 from .build import pick_device
 from .config import Config
@@ -129,8 +130,12 @@ def side_by_side(work: Callable[[Config], object], configs: Sequence[Config]) ->
     """
     on_cpu = all(pick_device(config.device).type == "cpu" for config in configs)
     jobs = max(1, min(len(configs), joblib.cpu_count())) if on_cpu else 1
-    with joblib.parallel_config("loky", inner_max_num_threads=1):
-        return joblib.Parallel(jobs)(joblib.delayed(work)(config) for config in configs)
+    try:
+        with joblib.parallel_config("loky", inner_max_num_threads=1, max_nbytes=None):
+            return joblib.Parallel(jobs)(joblib.delayed(work)(config) for config in configs)
+    finally:
+        if jobs > 1:  # idle processes would keep a process that ends waiting for minutes
+            get_reusable_executor(reuse=True).shutdown()
 
 
 def train_all(configs: Mapping[str, Sequence[Config]]) -> dict[str, list[Run]]:

@@ -14,7 +14,6 @@ from sparselab.learn.config import Config
 from sparselab.learn.learner import TrainingStopped
 from sparselab.learn.papers import claims_table, with_claims
 from sparselab.learn.runs import runs_in
-from sparselab.learn.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPERS = sorted((ROOT / "nbs" / "papers").glob("*.ipynb"))
@@ -103,9 +102,12 @@ def test_rows_that_train_side_by_side_have_the_bits_of_one_run_alone(tmp_path):
     rows = {"set": {"method": "set"}, "rigl": {"method": "rigl"}, "again": {"method": "set"}}
     runs = train_rows(replace(base, runs_dir=str(tmp_path / "rows")), rows, [0, 1])
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = train(replace(base, runs_dir=str(tmp_path / "alone"), method="rigl", seed=1), [])
-    torch.set_num_threads(threads)
+    try:
+        torch.set_num_threads(2)
+        alone = train_rows(replace(base, runs_dir=str(tmp_path / "alone")), {"rigl": {"method": "rigl"}}, [1])["rigl"][0]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     model = runs["rigl"][1].path / "model.safetensors"
     assert model.read_bytes() == (alone.path / "model.safetensors").read_bytes()
     assert [run.path for run in runs["again"]] == [run.path for run in runs["set"]] and len(runs_in(tmp_path / "rows")) == 4

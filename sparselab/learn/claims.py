@@ -93,6 +93,11 @@ class Claim:
         """Comparison -> its verdict."""
         return {str(comparison): comparison.verdict(self.values) for comparison in self.comparisons}
 
+    def shown(self, name: str) -> str:
+        """Mean and spread of a row; how many seeds, if not all."""
+        found = self.values[name]
+        return spread(found) + (f" ({len(found)} seeds)" if len(found) != len(self.seeds) else "")
+
     def record(self) -> dict:
         """Everything as JSON takes it, with the verdicts and the versions."""
         return {**asdict(self), "verdict": self.verdict, "verdicts": self.verdicts,
@@ -107,7 +112,7 @@ class Claim:
 
     def __str__(self) -> str:
         width = max(map(len, self.values))
-        rows = [f"  {name:{width}}  {spread(found)}" for name, found in self.values.items()]
+        rows = [f"  {name:{width}}  {self.shown(name)}" for name in self.values]
         checks = [f"  {comparison}: {verdict}" for comparison, verdict in self.verdicts.items()]
         return "\n".join([f"{self.claim}", f"{self.metric}, {self.setting}, {len(self.seeds)} seeds", *rows, *checks,
                           f"verdict: {self.verdict}"])
@@ -118,22 +123,25 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.4g} ± {stdev(values) if len(values) > 1 else math.nan:.2g}"
 
 # %% ../../nbs/learn/16_claims.ipynb #50a081d9
-def _quietly(config: Config) -> Run:
+def _quietly(work: Callable[[Config], object], config: Config) -> object:
     with contextlib.redirect_stdout(io.StringIO()):
-        return train(config, [])
+        return work(config)
 
 
 def side_by_side(work: Callable[[Config], object], configs: Sequence[Config]) -> list:
-    """What `work` returns for each of `configs`, whose devices decide how. Raises the first error.
+    """What `work` returns for each of `configs`, whose devices decide how; what it prints is not shown. Raises the first error.
 
     On the CPU as many are worked on at a time as there are cores, each on one thread in a process of its own; on a GPU one after another.
     """
     on_cpu = all(pick_device(config.device).type == "cpu" for config in configs)
     jobs = max(1, min(len(configs), joblib.cpu_count())) if on_cpu else 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if on_cpu else threads)  # of this process, where there is one job only
     try:
         with joblib.parallel_config("loky", inner_max_num_threads=1, max_nbytes=None):
-            return joblib.Parallel(jobs)(joblib.delayed(work)(config) for config in configs)
+            return joblib.Parallel(jobs)(joblib.delayed(_quietly)(work, config) for config in configs)
     finally:
+        torch.set_num_threads(threads)
         if jobs > 1:  # idle processes would keep a process that ends waiting for minutes
             get_reusable_executor(reuse=True).shutdown()
 
@@ -141,7 +149,7 @@ def side_by_side(work: Callable[[Config], object], configs: Sequence[Config]) ->
 def train_all(configs: Mapping[str, Sequence[Config]]) -> dict[str, list[Run]]:
     """Row -> its runs, trained side by side; those that have finished before are only read. Raises what `train` raises."""
     distinct = {(config.runs_dir, config.run_id): config for row in configs.values() for config in row}
-    runs = dict(zip(distinct, side_by_side(_quietly, list(distinct.values())), strict=True))
+    runs = dict(zip(distinct, side_by_side(lambda config: train(config, []), list(distinct.values())), strict=True))
     return {name: [runs[config.runs_dir, config.run_id] for config in row] for name, row in configs.items()}
 
 

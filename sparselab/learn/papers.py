@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import unknown
-from .claims import Claim, spread
+from .claims import Claim
 from .config import Config
 from .runs import Run
 
@@ -45,7 +45,7 @@ def claims_table(folder: str | Path) -> str:
         failed = [f"{each}{'' if verdict == claim.verdict else ' ' + verdict}" for each, verdict in claim.verdicts.items()
                   if verdict != "holds"]
         verdict = f"**{claim.verdict}**{': ' * bool(failed)}{'; '.join(failed)}"
-        found = "; ".join(f"{name} {spread(values)}" for name, values in claim.values.items())
+        found = "; ".join(f"{name} {claim.shown(name)}" for name in claim.values)
         evidence = f"{claim.metric}, {claim.setting}, {len(claim.seeds)} seeds: {found}"
         lines.append(f"| {paper} | {claim.claim} | {verdict} | {evidence} |")
     return "\n".join(lines) + "\n"

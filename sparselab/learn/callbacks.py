@@ -29,7 +29,7 @@ class Look(Callback):
         if learner.sparsifier.history.updates:
             reestimate_statistics(learner.model, learner.data.train)
         split = learner.data.valid if len(learner.data.valid) else learner.data.train
-        self.neurons = NeuronSums(learner.model)
+        self.neurons = NeuronSums(learner.model, next(iter(split.batches(1, shuffle=False)))[0])
         accuracies, layers = glance(learner.model, split, self.eps, self.engine, watch=self.neurons.add)
         learner.row |= accuracies
         self.stability = {"step": learner.step, "epoch": learner.epoch, "layers": layers}

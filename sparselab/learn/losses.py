@@ -18,7 +18,10 @@ from .ramps import Moment, Ramp
 from .regularizers import balance, tightness
 from ..robust.attacks import pgd
 from ..robust.boxes import input_box, margin_matrix
+from ..program import LastReading, Program
+from ..robust.bounds import bounds
 from ..robust.ibp import interval_pass, recorded_statistics
+from ..robust.replay import check_point
 
 # %% ../../nbs/learn/09a_losses.ipynb #bc28ed1c
 def robust_cross_entropy(margins: Tensor) -> Tensor:
@@ -28,11 +31,12 @@ def robust_cross_entropy(margins: Tensor) -> Tensor:
 # %% ../../nbs/learn/09a_losses.ipynb #33757ca8
 @dataclass
 class Batch:
-    """What a robust loss may need: images in [0, 1], labels, margin rows `C` (B, K-1, K), the moment, BN statistics."""
+    """What a robust loss may need: images in [0, 1], labels, their logits, margin rows `C` (B, K-1, K), the moment, BN statistics."""
 
     model: nn.Module
     x: Tensor
     y: Tensor
+    logits: Tensor
     C: Tensor
     moment: Moment
     statistics: object
@@ -62,6 +66,7 @@ class Objective:
     regularizer: float = 0.0
 
     def __post_init__(self):
+        self.last = LastReading()
         self.ramp = Ramp(self.eps * self.train_eps, self.warmup, self.until, self.shape, self.kappa_start, self.kappa_end)
         if self.regularizer and self.engine != "native":
             raise ValueError(f"The warm-up regularisers need engine='native'; with engine={self.engine!r} "
@@ -70,14 +75,22 @@ class Objective:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
         """The scalar loss of images `x` in [0, 1] and labels `y` at `progress`, the share of training done."""
         moment = self.ramp(progress)
-        with recorded_statistics(model) as statistics:
+        with recorded_statistics() as statistics:
             logits = model(x)
         natural = cross_entropy(logits, y)
         if moment.kappa == 1 and not self.regularizer:
             return natural
-        batch = Batch(model, x, y, margin_matrix(y, logits.shape[1], logits.dtype), moment, statistics)
+        batch = Batch(model, x, y, logits, margin_matrix(y, logits.shape[1], logits.dtype), moment, statistics)
         robust = self.robust_loss(batch) if moment.kappa < 1 else 0.0
         return moment.kappa * natural + (1 - moment.kappa) * robust + self.penalty(batch)
+
+    def reading(self, batch: Batch) -> Program:
+        """The operations of the model. A new reading must give the batch's own logits as bounds of boxes of width zero."""
+        program, new = self.last(batch.model, batch.x)
+        if new:
+            with torch.no_grad():
+                check_point(batch.logits, *bounds(batch.model, batch.x, batch.x, "ibp", None, self.engine, batch.statistics, program))
+        return program
 
     def robust_loss(self, batch: Batch) -> Tensor:
         """L_rob, a scalar: here the cross-entropy of the batch's images, with BatchNorm's running statistics left alone."""
@@ -89,7 +102,7 @@ class Objective:
         if not self.regularizer or batch.moment.ramped == 1:
             return 0.0
         lower, upper = input_box(batch.x, max(batch.moment.eps, 1e-6))
-        found = interval_pass(batch.model, lower, upper, batch.statistics).preactivations
+        found = interval_pass(batch.model, lower, upper, batch.statistics, self.reading(batch)).preactivations
         weight = self.regularizer * (1 - batch.moment.ramped)
         return weight * (tightness(found, (upper - lower).mean() / 2) + balance(found))
 

@@ -24,7 +24,7 @@ class IBP(Objective):
     """Margins by interval arithmetic, merged into the last layer (arXiv 1810.12715)."""
 
     def robust_loss(self, batch: Batch) -> Tensor:
-        lb, _ = bounds(batch.model, *batch.box, "ibp", batch.C, self.engine, batch.statistics)
+        lb, _ = bounds(batch.model, *batch.box, "ibp", batch.C, self.engine, batch.statistics, self.reading(batch))
         return robust_cross_entropy(lb)
 
 
@@ -37,10 +37,10 @@ class CrownIBP(Objective):
     def robust_loss(self, batch: Batch) -> Tensor:
         share = 1 - batch.moment.ramped
         if self.engine != "native":
-            pair = [bounds(batch.model, *batch.box, method, batch.C, self.engine, batch.statistics)[0]
+            pair = [bounds(batch.model, *batch.box, method, batch.C, self.engine, batch.statistics, self.reading(batch))[0]
                     for method in ("crown_ibp", "ibp")]
             return robust_cross_entropy(share * pair[0] + (1 - share) * pair[1])
-        passed = interval_pass(batch.model, *batch.box, batch.statistics)
+        passed = interval_pass(batch.model, *batch.box, batch.statistics, self.reading(batch))
         if self.fused:
             return fused_upper(passed, batch.y, share).mean()
         lb, _ = passed.output(batch.C)
@@ -60,7 +60,7 @@ class SABR(PGD):
         lower, upper = batch.box
         middle = torch.clamp(attacked, lower + radius, (upper - radius).clamp(min=lower + radius))
         lb, _ = bounds(batch.model, (middle - radius).clamp(min=lower), (middle + radius).clamp(max=upper), "ibp",
-                       batch.C, self.engine, batch.statistics)
+                       batch.C, self.engine, batch.statistics, self.reading(batch))
         return robust_cross_entropy(lb)
 
 
@@ -71,7 +71,7 @@ class MTLIBP(PGD):
     alpha: float = 0.01
 
     def robust_loss(self, batch: Batch) -> Tensor:
-        lb, _ = bounds(batch.model, *batch.box, "ibp", batch.C, self.engine, batch.statistics)
+        lb, _ = bounds(batch.model, *batch.box, "ibp", batch.C, self.engine, batch.statistics, self.reading(batch))
         return self.alpha * robust_cross_entropy(lb) + (1 - self.alpha) * super().robust_loss(batch)
 
 # %% ../../nbs/learn/09b_objectives.ipynb #dfde0b4f

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import unknown
 from .arrays import Unavailable, read_arrays
-from ..robust.graph import UnsupportedLayer, trace
+from ..program import Unreadable, operation, read
+from ..robust.modes import eval_mode
 from ..robust.stability import LayerStability
 from ..sparse.masks import prunable
 
@@ -24,28 +25,30 @@ STATES = ("active", "inactive", "unstable", "dead")
 MOST = 4096  # neurons that are recorded one by one
 
 
-def feeding(model: nn.Module) -> dict[str, str]:
-    """Name of each node of the model's graph -> the weight of the one layer that it is a function of, as of a ReLU.
+def feeding(model: nn.Module, x: Tensor) -> dict[str, str]:
+    """Name of each operation of `model` on the batch `x` -> the weight of the one layer that it is a function of, as of a ReLU.
 
-    Nodes that join several layers are left out; so is everything of a model that cannot be traced.
+    Operations that join several layers are left out; so is everything of a model that cannot be read.
     """
     try:
-        graph = trace(model)
-    except UnsupportedLayer:
+        with eval_mode(model):
+            program = read(model, x)
+    except Unreadable:
         return {}
-    weights, found = prunable(model), {}
-    for node in graph.nodes:
-        before = [found.get(n) for n in node.all_input_nodes if n in graph.activations]
-        own = f"{node.target}.weight" if node.op == "call_module" else ""
-        found[node] = own if own in weights else before[0] if len(before) == 1 else None
-    return {graph.names[node]: weight for node, weight in found.items() if weight}
+    weights, found = prunable(model), {node: name for node, name in program.state.items()}
+    for node in program.nodes:
+        if operation(node):
+            before = [found.get(n) for n in node.all_input_nodes if (n in program.activations) == (node in program.activations)]
+            own = [found[n] for n in node.all_input_nodes if n not in program.activations and found.get(n) in weights]
+            found[node] = own[0] if own and node in program.activations else before[0] if len(before) == 1 else None
+    return {name: found[node] for node, name in program.names.items() if found.get(node) in weights}
 
 
 class NeuronSums:
     """Adds up `preactivations` (layer -> (lb, ub) of its ReLU's input, (B, *shape)) of `model` over batches."""
 
-    def __init__(self, model: nn.Module | None = None):
-        self.weights = feeding(model) if model else {}
+    def __init__(self, model: nn.Module | None = None, x: Tensor | None = None):
+        self.weights = feeding(model, x) if model else {}
         self.counts: dict[str, LayerStability] = {}
         self.sums: dict[str, Tensor] = {}
 

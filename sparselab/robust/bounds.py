@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['METHODS', 'ENGINES', 'bounds', 'input_box', 'margin_matrix']
 
-# %% ../../nbs/robust/05_bounds.ipynb #479fcd8f
+# %% ../../nbs/robust/05_bounds.ipynb #7b9fd8b1
 from torch import Tensor, nn
 
 from ..errors import unknown
-from . import crown as backward_bounds
-from .boxes import input_box, margin_matrix
-from .ibp import interval_pass
+from ..program import Program, read
+from .boxes import check_box, input_box, margin_matrix
+from .crown import crown_ibp, crown_pass
+from .graph import Statistics, training_norms
+from .ibp import interval_pass, middle
 from .lirpa import lirpa_bounds
-from .nodes import Statistics
+from .replay import check_bounds, check_reading, probes
 
-# %% ../../nbs/robust/05_bounds.ipynb #7dea4a66
+# %% ../../nbs/robust/05_bounds.ipynb #279c1075
 _all_ = ["input_box", "margin_matrix"]
 
-# %% ../../nbs/robust/05_bounds.ipynb #35bfb5dd
+# %% ../../nbs/robust/05_bounds.ipynb #bf6f0c23
 METHODS = ("ibp", "crown_ibp", "crown")
 ENGINES = ("native", "auto_lirpa")
 
@@ -31,20 +33,31 @@ def bounds(
     C: Tensor | None = None,  # (B, S, K): bound C z instead of z; margin_matrix(labels, K) for margins
     engine: str = "native",  # or "auto_lirpa"
     statistics: Statistics | None = None,  # from recorded_statistics, for BatchNorm in train mode
+    program: Program | None = None,  # read(model, x) of such a batch: nothing is read or asked again
 ) -> tuple[Tensor, Tensor]:  # lb, ub: (B, K), or (B, S) with C
-    """Lower and upper bounds of the model's output, or of C times it, on the boxes; differentiable.
+    """Lower and upper bounds of the model's output, or of C times it, on the boxes; differentiable, also twice.
 
-    Raises UnsupportedLayer for a layer without bounds in the native engine, ImportError when auto_LiRPA is asked for
-    and missing, and ValueError for unknown names, bad boxes, a C that does not fit, or a layer in train mode that has
-    no bound there.
+    The model is read anew by every call, and the real model is asked at two points of every box. A loop that bounds one
+    model many times may read it once and pass `program`; it then vouches that nothing but weights and buffers changes.
+    Raises Unreadable for a model that cannot be read, UnsupportedLayer for an operation without bounds in the native
+    engine, Contradiction where the model and its bounds disagree, ImportError when auto_LiRPA is asked for and missing,
+    and ValueError for unknown names, bad boxes, a C that does not fit, or a layer in train mode that has no bound there.
     """
     if method not in METHODS:
         raise unknown("bound method", method, METHODS)
     if engine not in ENGINES:
         raise unknown("bound engine", engine, ENGINES)
+    check_box(lower, upper)
+    known = program or read(model, middle(lower, upper))
     if engine == "auto_lirpa":
-        return lirpa_bounds(model, lower, upper, method, C, statistics)
-    if method == "crown":
-        return backward_bounds.crown(model, lower, upper, C, statistics)
-    pass_ = interval_pass(model, lower, upper, statistics)
-    return pass_.output(C) if method == "ibp" else backward_bounds.crown_ibp(pass_, C)
+        lb, ub = lirpa_bounds(model, lower, upper, method, C, statistics, known)
+    elif method == "crown":
+        lb, ub = crown_ibp(crown_pass(model, lower, upper, statistics, known), C)
+    else:
+        pass_ = interval_pass(model, lower, upper, statistics, known)
+        lb, ub = pass_.output(C) if method == "ibp" else crown_ibp(pass_, C)
+    if program is None and not training_norms(known):  # in train mode every batch is another network
+        check_bounds(known.value, lb, ub, C)  # at the middle of the box, where the model was read
+        for point in probes(lower.detach(), upper.detach()):
+            check_bounds(check_reading(known, model, point), lb, ub, C)
+    return lb, ub

@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['LINEAR', 'backward', 'crown_ibp', 'one_hot', 'CrownPass', 'crown_pass', 'crown']
 
-# %% ../../nbs/robust/02_crown.ipynb #552bd913
+# %% ../../nbs/robust/02_crown.ipynb #160af611
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .boxes import Interval, check_box
-from .ibp import IntervalPass, Step, apply_rows, carry, check_rows, concretize
-from .layers import Add, Affine, Concat, Reshape, Scale
-from .nodes import Statistics
+from ..program import Program, read
+from .boxes import Interval, check_box, written_precision
+from .graph import Graph, Statistics
+from .ibp import IntervalPass, Step, apply_rows, carry, check_rows, concretize, full, middle
+from .layers import Add, Affine, Concat, Move, Reshape, Scale
 from .relu import ReLU
 
-# %% ../../nbs/robust/02_crown.ipynb #1a1e2fa1
-LINEAR = Affine | Add | Concat  # layers that a linear function passes through unchanged
+# %% ../../nbs/robust/02_crown.ipynb #148b1a7e
+LINEAR = Affine | Add | Concat | Move  # layers that a linear function passes through unchanged
 
 
+@written_precision()
 def backward(pass_: IntervalPass, A: Tensor, place: int, both: bool = True) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds, each (B, S), of A y for A (B or 1, S, *y), where y is the activation at `place`.
 
@@ -43,7 +45,7 @@ def backward(pass_: IntervalPass, A: Tensor, place: int, both: bool = True) -> t
     lb, ub = concretize(rows[0], centre, pass_.intervals[0])
     return (lb[:, : A.shape[1]], -lb[:, A.shape[1] :]) if mirrored and both else (lb, ub)
 
-# %% ../../nbs/robust/02_crown.ipynb #bdd36706
+# %% ../../nbs/robust/02_crown.ipynb #605c4ffa
 def crown_ibp(pass_: IntervalPass, C: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(lb, ub) of the output, or of C z with C (B, S, K), by one backward pass over IBP bounds (arXiv 1906.06316)."""
     z = pass_.at(len(pass_.steps))
@@ -59,7 +61,7 @@ def one_hot(entries: Tensor, x: Interval) -> Tensor:
     rows = x.mid.new_zeros(*entries.shape, math.prod(x.shape[1:]))
     return rows.scatter_(2, entries.unsqueeze(2), 1.0).unflatten(2, x.shape[1:])
 
-# %% ../../nbs/robust/02_crown.ipynb #a717c211
+# %% ../../nbs/robust/02_crown.ipynb #4ba1377c
 class CrownPass(IntervalPass):
     """An IntervalPass whose nonlinear layers are given boxes in which the unstable entries are bounded by CROWN."""
 
@@ -80,7 +82,8 @@ class CrownPass(IntervalPass):
 
     def advance(self, name: str, layer: Any, inputs: list[Interval], bound: bool = True) -> Interval | None:
         result, here, places = super().advance(name, layer, inputs, bound), len(self.steps), {x.place for x in inputs}
-        if isinstance(layer, Scale | Reshape | ReLU):  # entry by entry: keeps what is known of the input
+        one_by_one = result is not None and all(math.prod(result.shape) == math.prod(x.shape) for x in inputs)
+        if isinstance(layer, Scale | Reshape | ReLU) and one_by_one:  # keeps what is known of the input
             known = self.exact | (self.refined.keys() if isinstance(layer, ReLU) else set())
             self.independent |= {here} if places <= self.independent else set()
             self.exact |= {here} if places <= known else set()
@@ -116,11 +119,13 @@ class CrownPass(IntervalPass):
         widest = max(math.prod(x.shape) for x in self.intervals[: place + 1])
         return max(1, self.chunk // (2 * widest))
 
-# %% ../../nbs/robust/02_crown.ipynb #d39c782c
-def crown_pass(model: nn.Module, lower: Tensor, upper: Tensor, statistics: Statistics | None = None) -> CrownPass:
+# %% ../../nbs/robust/02_crown.ipynb #e5df6f4a
+def crown_pass(
+    model: nn.Module, lower: Tensor, upper: Tensor, statistics: Statistics | None = None, program: Program | None = None
+) -> CrownPass:
     """Bound every activation of `model` over the boxes [lower, upper], the inputs of nonlinear layers by CROWN."""
     check_box(lower, upper)
-    return carry(CrownPass(Interval.ends(lower, upper)), model, statistics or {})
+    return carry(CrownPass(Interval.ends(*full(lower, upper))), model, statistics, Graph(program or read(model, middle(lower, upper))))
 
 
 def crown(

@@ -14,7 +14,7 @@ from torch import Tensor
 from .boxes import Interval
 from .layers import Add, Concat, Linear, Reshape, Scale
 from .relu import ReLU
-from .windows import AvgPool2d, Conv2d, MaxPool2d
+from .windows import AvgPool, Conv, MaxPool
 
 # %% ../../nbs/robust/00e_rules.ipynb #c5e7a1f4
 class Refused(ValueError):
@@ -36,15 +36,12 @@ def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     elif padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         padding, extra = tuple(t // 2 for t in total), tuple(t % 2 for t in total)
-    return Conv2d(weight, bias, _pair(stride), _pair(padding), dilation, groups, extra, tuple(x.shape[2:]))
+    return Conv(weight, bias, _pair(stride), _pair(padding), dilation, groups=groups, extra=extra)
 
 
 def avg_pool2d(x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
     stride = kernel_size if stride is None else stride
-    return AvgPool2d(
-        (_pair(kernel_size), _pair(stride), _pair(padding), ceil_mode, count_include_pad, divisor_override),
-        tuple(x.shape[2:]),
-    )
+    return AvgPool(_pair(kernel_size), _pair(stride), _pair(padding), ceil_mode, count_include_pad, divisor_override)
 
 
 def adaptive_avg_pool2d(x, output_size):
@@ -62,7 +59,7 @@ def max_pool2d(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=Fal
     if ceil_mode or return_indices:
         raise Refused("it uses ceil_mode or return_indices")
     stride = kernel_size if stride is None else stride
-    return MaxPool2d((_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation)))
+    return MaxPool(_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation))
 
 # %% ../../nbs/robust/00e_rules.ipynb #9a390851
 def relu(x, inplace=False):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from . import rules
 from .boxes import Interval
 from .layers import Scale
-from .windows import Conv2d
+from .windows import Conv
 
 # %% ../../nbs/robust/00f_tables.ipynb #b4661b89
-def _conv_module(m: nn.Conv2d, x: Interval) -> Conv2d:
+def _conv_module(m: nn.Conv2d, x: Interval) -> Conv:
     if m.padding_mode != "zeros":
         raise rules.Refused(f"its padding_mode is '{m.padding_mode}', not 'zeros'")
     return rules.conv2d(x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)

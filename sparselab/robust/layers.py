@@ -149,8 +149,8 @@ class MatMul(Affine):
 
     def transpose(self, A: Tensor) -> Tensor:
         """A weight^T, or weight^T A, in the shape of x repeated to that of y."""
-        weight = self.weight.unsqueeze(1) if self.weight.dim() == A.dim() - 1 else self.weight
-        return self._product(A, weight.mT)
+        batched = self.weight.dim() == A.dim() - 1 > 2
+        return self._product(A, (self.weight.unsqueeze(1) if batched else self.weight).mT)
 
 # %% ../../nbs/robust/00b_layers.ipynb #7879d8d5
 def _is_ball(x: Interval) -> bool:
@@ -210,8 +210,9 @@ class Concat:
 class Move:
     """y = function(*xs), for a function that is linear with coefficients >= 0, plus a finite constant, sample by sample.
 
-    Permute, slice, repeat, pad, mean, sum, interpolate, stack, scatter, copy: whatever moves and averages values. Raises
-    ValueError where the batch would not stay in front. Signs are not checked: bicubic interpolation does not belong here.
+    Permute, slice, repeat, pad, mean, sum, interpolate, stack, scatter: whatever moves and averages values. Raises
+    ValueError where the batch would not stay in front, RuntimeError where autograd does not see an input reach the output.
+    Signs are not checked: bicubic interpolation does not belong here.
     """
 
     function: Callable[..., Tensor]
@@ -229,10 +230,8 @@ class Move:
         with torch.inference_mode(False), torch.enable_grad():
             inputs = [_zeros(x).requires_grad_() for x in xs]
             output = self.function(*inputs)
-        # the derivative in A has a graph of its own where A has one
-        parts = torch.autograd.grad(
-            output, inputs, rows, create_graph=A.requires_grad and torch.is_grad_enabled(), is_grads_batched=True, materialize_grads=True
-        )
+        keep = A.requires_grad and torch.is_grad_enabled()  # bounds stay differentiable
+        parts = torch.autograd.grad(output, inputs, rows, create_graph=keep, is_grads_batched=True)
         return [part.transpose(0, 1) for part in parts], 0.0
 
 

@@ -12,6 +12,7 @@ __all__ = ['CUTS', 'SHARES', 'Lines', 'substitute', 'inside', 'Curve', 'ratio', 
 import math
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -183,10 +184,11 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def hull_edge(x: Tensor, y: Tensor, middle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The edge of the upper hull of points (x, y), each (N, ...), over x = 0, as two indices, and whether `middle` reaches it.
+def hull_edge(x: Tensor, y: Tensor, middle: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The edge of the upper hull of points (x, y), each (N, ...), over x = 0, as two indices of points.
 
-    The first point is the left end and the second the right one.
+    And whether the tangent at (0, middle), moved above all points, is no higher there. The first point is the left end,
+    the second the right one.
     """
     left = torch.zeros_like(middle, dtype=torch.long)
     right = left + 1
@@ -197,8 +199,9 @@ def hull_edge(x: Tensor, y: Tensor, middle: Tensor) -> tuple[Tensor, Tensor, Ten
         better, is_left = take(excess, best) > take(excess, left), take(x, best) <= 0
         left, right = torch.where(better & is_left, best, left), torch.where(better & ~is_left, best, right)
     slope = ratio(take(y, right) - take(y, left), take(x, right) - take(x, left), torch.zeros_like(middle))
-    edge = take(y, left) - slope * take(x, left)
-    return left, right, middle >= edge - 8 * torch.finfo(y.dtype).eps * y.abs().amax(0)
+    edge = torch.maximum(take(y, left) - slope * take(x, left), middle)
+    moved = torch.maximum((y - tangent * x).amax(0), middle)
+    return left, right, moved <= edge + 8 * torch.finfo(y.dtype).eps * y.abs().amax(0)
 
 
 def stationary(curve: Curve, x: Interval, slope: Tensor) -> list[Tensor]:
@@ -220,17 +223,18 @@ def inverse_curvature(curve: Curve, x: Tensor) -> Tensor:
 
 def hull_line(curve: Curve, x: Interval, sign: int) -> tuple[Tensor, Tensor]:
     """Slope and height of a line above f (`sign` 1) or below it (-1) that is as close at the middle as the points tell."""
-    points = [x.lb, x.ub, *(inside(t, x) for t in (*curve.kinks, *curve.landmarks))]
+    between_kinks = [(a + b) / 2 for a, b in pairwise(curve.kinks)]  # so that every piece is represented
+    points = [x.lb, x.ub, *(inside(t, x) for t in (*curve.kinks, *between_kinks, *curve.landmarks))]
     points += [x.mid + share * x.rad for share in curve.shares]
     xs, ys = torch.stack(points) - x.mid, torch.stack([curve.function(p) for p in points])
-    left, right, reached = hull_edge(xs.detach(), sign * ys.detach(), sign * curve.function(x.mid).detach())
-    tangent = curve.derivative(x.mid)
+    middle, tangent = curve.function(x.mid), curve.derivative(x.mid)
+    left, right, as_good = hull_edge(*(part.detach() for part in (xs, sign * ys, sign * middle, sign * tangent)))
     slope = ratio(take(ys, right) - take(ys, left), take(xs, right) - take(xs, left), tangent)
     steepness = torch.stack([tangent, *map(curve.derivative, points)]).detach()  # keeps a slope of rounding errors in bounds
     least, most = steepness.amin(0), steepness.amax(0)
     slope = torch.clamp(slope, 2 * least - most, 2 * most - least)
-    slope = torch.where(reached | is_short(curve, x), tangent, slope)
-    touched = [x.lb, x.ub, *(inside(t, x) for t in curve.kinks), *stationary(curve, x, slope)]
+    slope = torch.where(as_good | is_short(curve, x), tangent, slope)
+    touched = [x.lb, x.mid, x.ub, *(inside(t, x) for t in curve.kinks), *stationary(curve, x, slope)]
     return slope, height(curve, x, slope, touched, sign)
 
 # %% ../../nbs/robust/00da_curves.ipynb #6a23f771
@@ -452,12 +456,12 @@ class Swish(Curve):
     bends = ()
     monotone, shares = False, SHARES
     landmarks = (-6.0, -3.0, -2.0, -1.0, -0.5, 0.0, 1.0, 2.0, 3.0, 6.0)
-    far = 40.0  # beyond, f' is 0 or 1
+    far = 100.0  # beyond, f' is 0 or 1
 
     def touching(self, slope: Tensor) -> list[Tensor]:
         """By bisection on each of the three parts."""
         ends = (-self.far, *self.bends, self.far)
-        return [self._bisect(slope, a, b, rises=i == 1) for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False))]
+        return [self._bisect(slope, a, b, rises=i == 1) for i, (a, b) in enumerate(pairwise(ends))]
 
     def _bisect(self, slope: Tensor, a: float, b: float, rises: bool) -> Tensor:
         a, b = torch.full_like(slope, a), torch.full_like(slope, b)

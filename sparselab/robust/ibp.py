@@ -51,6 +51,7 @@ class IntervalPass:
         """The boxes that a layer is given."""
         return [self.intervals[place] for place in step.inputs]
 
+    @written_precision()
     def at(self, place: int) -> Interval:
         """The box at a place: 0 is the input, `len(self.steps)` the output."""
         if place == len(self.intervals):
@@ -153,6 +154,7 @@ def _through(pass_: IntervalPass, graph: Graph, node: fx.Node, values: dict, sta
         values = values | {n: v.interval for n, v in zip(node.all_input_nodes, given, strict=True) if isinstance(v, Merged)}
     args = fx.map_arg((node.args, node.kwargs), values.__getitem__)
     inputs = [x.interval if isinstance(x, Merged) else x for x in _intervals((*args[0], *args[1].values()))]
+    inputs = list(dict.fromkeys(inputs)) if what == "mul" else inputs  # x * x is a function of one activation
     layer, name, last = build(graph, node, values, statistics), graph.program.names[node], node is graph.program.output
     if isinstance(layer, Merged):
         return layer

@@ -7,14 +7,31 @@ __all__ = ['ReLU']
 
 # %% ../../nbs/robust/00d_relu.ipynb #525d252a
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from .boxes import Interval
+from .boxes import Interval, written_precision
+from .layers import plain_gradient
+
+# %% ../../nbs/robust/00d_relu.ipynb #8fa0d164
+def _steep_from(slope: float) -> float:
+    """The chord's slope above which the lower line is the steep one."""
+    return 0.5 + 0.5 * slope if slope > 0.5 else 0.5
+
+
+def _plain_lines(A: Tensor, mid: Tensor, rad: Tensor, y0: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """The coefficients A' and the constant of the formula above, as it stands there."""
+    unstable = mid.abs() < rad
+    place = torch.where(unstable, mid / torch.where(unstable, rad, 1), mid.sign())  # of zero in the box
+    chord = slope + (1 - slope) * (1 + place) / 2
+    alpha = torch.where(chord > _steep_from(slope), 1.0, slope)
+    P = A + A.abs()
+    coefficients = A * chord.unsqueeze(1) + P * (alpha - chord).unsqueeze(1) / 2
+    return coefficients, (P * (alpha * mid - y0).unsqueeze(1) / 2).flatten(2).sum(2)
 
 # %% ../../nbs/robust/00d_relu.ipynb #848337ce
 def _total(rows: Tensor) -> Tensor:
@@ -30,19 +47,22 @@ class _Lines(Function):
         steep = 0.5 - 0.5 * slope
         place = mid.div(rad.clamp(min=1e-30)).clamp_(-1, 1)  # of zero in the box: 1 is active, -1 is inactive
         chord = place.mul(steep).add_(1 - steep)
-        alpha = chord.sub(0.5).sign_().clamp_(min=0).mul_(1 - slope).add_(slope)
+        alpha = chord.sub(_steep_from(slope)).sign_().clamp_(min=0).mul_(1 - slope).add_(slope)
         half = alpha.sub(chord).mul_(0.5)
         depth = alpha.mul(mid).sub_(y0).mul_(0.5)
-        ctx.save_for_backward(A, rad, place, chord, alpha, half, depth)
-        ctx.steep = steep
+        ctx.save_for_backward(A, mid, rad, y0, place, chord, alpha, half, depth)
+        ctx.slope, ctx.steep = slope, steep
         twice = A.abs().add_(A)
         slopes = A.mul(chord.unsqueeze(1)).addcmul_(twice, half.unsqueeze(1))
         return slopes, twice.mul_(depth.unsqueeze(1)).flatten(2).sum(2)
 
     @staticmethod
-    @once_differentiable
+    @written_precision()
     def backward(ctx, g: Tensor, gc: Tensor) -> tuple[Tensor | None, ...]:
-        A, rad, place, chord, alpha, half, depth = ctx.saved_tensors
+        A, mid, rad, y0, place, chord, alpha, half, depth = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            formula = partial(_plain_lines, slope=ctx.slope)
+            return (*plain_gradient(formula, (A, mid, rad, y0), ctx.needs_input_grad, (g, gc)), None)
         gc = gc.view(*gc.shape, *(1,) * (A.dim() - 2))
         grad_twice = g.mul(half.unsqueeze(1)).addcmul_(gc, depth.unsqueeze(1))
         grad_A = A.sign().add_(1).mul_(grad_twice).addcmul_(g, chord.unsqueeze(1))
@@ -65,6 +85,7 @@ class _Box(Function):
         return ub.sub_(radius), radius
 
     @staticmethod
+    @written_precision()
     def backward(ctx, grad_mid: Tensor, grad_rad: Tensor) -> tuple[Tensor, Tensor]:
         ub_open, lb_open = ctx.saved_tensors
         grad_ub, grad_lb = (grad_mid + grad_rad).mul_(ub_open), (grad_mid - grad_rad).mul_(lb_open)

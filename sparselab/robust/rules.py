@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['aten', 'CONVOLUTIONS', 'BATCH_NORMS', 'ROW_BY_ROW', 'RULES', 'Merged', 'addmm', 'mm', 'bmm', 'convolution',
            'avg_pool', 'adaptive_avg_pool2d', 'max_pool', 'batch_norm', 'add', 'sub', 'rsub', 'mul', 'div', 'neg',
-           'same', 'to_copy', 'view', 'permute', 'transpose', 'unsqueeze', 'squeeze', 'along', 'slice_', 'split',
-           'unbind', 'expand', 'repeat', 'dims_of', 'images', 'constant_pad', 'index', 'concat', 'stack', 'scatter',
-           'where', 'masked_fill', 'copy']
+           'same', 'to_copy', 'power', 'leaky_relu', 'prelu', 'clamp', 'elu', 'softplus', 'threshold', 'curve', 'pair',
+           'view', 'permute', 'transpose', 'unsqueeze', 'squeeze', 'along', 'slice_', 'split', 'unbind', 'expand',
+           'repeat', 'dims_of', 'images', 'constant_pad', 'index', 'concat', 'stack', 'scatter', 'where', 'masked_fill',
+           'copy']
 
 # %% ../../nbs/robust/00e_rules.ipynb #ab2a9538
 import math
@@ -18,7 +19,10 @@ import torch
 from torch import Tensor
 
 from .boxes import Interval, Refused
+from .curves import (ELU, GELU, Clamp, Curve, Exp, Hardsigmoid, Hardswish, Leaky, Log, Mish, Power, Sigmoid, SiLU,
+                                     Softplus, Tanh)
 from .layers import Add, Concat, Linear, MatMul, Move, Reshape, Scale
+from .products import Maximum, Minimum, Product
 from .relu import ReLU
 from .windows import AvgPool, Conv, MaxPool
 
@@ -104,8 +108,10 @@ def rsub(x, y, *, alpha=1):
 
 
 def mul(x, y):
+    if x is y:
+        return Power(2.0)
     if isinstance(x, Interval) and isinstance(y, Interval):
-        raise Refused("it multiplies two activations")
+        return Product()
     return Scale(y, None) if isinstance(x, Interval) else Scale(x, None)
 
 
@@ -113,7 +119,9 @@ def div(x, y, *, rounding_mode=None):
     if rounding_mode is not None:
         raise Refused(f"it rounds ({rounding_mode})")
     if isinstance(y, Interval):
-        raise Refused("it divides by an activation")
+        if isinstance(x, Interval):
+            raise Refused("it divides two activations; multiply by 1 / x instead")
+        return [Power(-1.0), Scale(x, None)]
     return Scale(1 / y, None)
 
 
@@ -126,10 +134,64 @@ def same(x, *_, **__):
 
 
 def to_copy(x, *, dtype=None, **_):
-    if dtype is not None and (not dtype.is_floating_point or torch.finfo(dtype).bits < 32):
-        raise Refused(f"it turns the activation into {dtype}, whose rounding has no bounds")
+    if dtype not in (None, x.dtype):
+        raise Refused(f"it turns {x.dtype} into {dtype}, whose rounding has no bounds")
 
-# %% ../../nbs/robust/00e_rules.ipynb #960e302f
+# %% ../../nbs/robust/00e_rules.ipynb #e9a7a3c4
+def power(x, exponent):
+    if not isinstance(x, Interval) or isinstance(exponent, Interval | Tensor):
+        raise Refused("an activation, or a tensor, is the exponent")
+    return None if exponent == 1 else Power(float(exponent))
+
+
+def leaky_relu(x, slope=0.01):
+    return ReLU(slope) if 0 <= slope <= 1 else Leaky(slope)
+
+
+def prelu(x, slope):
+    return Leaky(slope.flatten() if slope.numel() > 1 else slope.reshape(()))
+
+
+def clamp(x, low=None, high=None):
+    if isinstance(low, Interval) or isinstance(high, Interval):
+        raise Refused("an activation is the end of a range")
+    one_sided = high is None and not isinstance(low, Tensor) and low == 0
+    return ReLU() if one_sided else Clamp(low, high)
+
+
+def elu(x, alpha=1, scale=1, input_scale=1):
+    return ELU(float(alpha), float(scale), float(input_scale))
+
+
+def softplus(x, beta=1, threshold=20):
+    return Softplus(float(beta), float(threshold))
+
+
+def threshold(x, at, value):
+    if at != value:
+        raise Refused(f"it jumps at {at:g}, where it goes on at {value:g}")
+    return Clamp(at, None)
+
+
+def curve(kind: type[Curve]) -> Callable:
+    """The rule of a curve without options."""
+    def rule(x):
+        return kind()
+
+    return rule
+
+
+def pair(kind: type) -> Callable:
+    """The rule of an operation of two activations, or of one and a constant, which becomes a range."""
+    def rule(x, y):
+        if isinstance(x, Interval) and isinstance(y, Interval):
+            return kind()
+        end = y if isinstance(x, Interval) else x
+        return Clamp(end, None) if kind is Maximum else Clamp(None, end)
+
+    return rule
+
+# %% ../../nbs/robust/00e_rules.ipynb #d807be83
 def view(x, size):
     if isinstance(x, Merged):
         size = _sizes(math.prod(x.interval.shape), size)
@@ -306,7 +368,7 @@ def copy(x, source):
         return Move(_filled([source], lambda one: one[0].expand(shape)))
     raise Refused(f"it copies a constant, or an activation of another shape, to {tuple(shape)}")
 
-# %% ../../nbs/robust/00e_rules.ipynb #5a6b48fe
+# %% ../../nbs/robust/00e_rules.ipynb #aa668a8e
 CONVOLUTIONS = {"convolution"}
 BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_native_batch_norm_legit",
                "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"}
@@ -319,7 +381,12 @@ RULES: dict[str, Callable] = {
     "avg_pool2d": avg_pool, "avg_pool3d": avg_pool, "_adaptive_avg_pool2d": adaptive_avg_pool2d,
     "max_pool2d_with_indices": max_pool, "max_pool3d_with_indices": max_pool,
     "add": add, "sub": sub, "rsub": rsub, "mul": mul, "div": div, "neg": neg,
-    "relu": lambda x: ReLU(), "leaky_relu": lambda x, slope=0.01: ReLU(slope),
+    "relu": lambda x: ReLU(), "leaky_relu": leaky_relu, "_prelu_kernel": prelu, "abs": lambda x: Leaky(-1.0), "clamp": clamp,
+    "clamp_min": clamp, "clamp_max": lambda x, high: clamp(x, None, high), "hardtanh": lambda x, low=-1.0, high=1.0: clamp(x, low, high),
+    "threshold": threshold, "hardsigmoid": curve(Hardsigmoid), "hardswish": curve(Hardswish), "sigmoid": curve(Sigmoid),
+    "tanh": curve(Tanh), "silu": curve(SiLU), "mish": curve(Mish), "gelu": lambda x, *, approximate="none": GELU(approximate),
+    "elu": elu, "celu": lambda x, alpha=1.0: ELU(float(alpha), 1.0, 1 / alpha), "softplus": softplus, "exp": curve(Exp), "log": curve(Log), "pow": power, "sqrt": lambda x: Power(0.5),
+    "rsqrt": lambda x: Power(-0.5), "reciprocal": lambda x: Power(-1.0), "maximum": pair(Maximum), "minimum": pair(Minimum),
     **dict.fromkeys(["clone", "detach", "alias", "lift_fresh", "contiguous"], same), "_to_copy": to_copy,
     "view": view, "_unsafe_view": view, "reshape": view, "permute": permute, "transpose": transpose, "unsqueeze": unsqueeze,
     "squeeze": squeeze, "expand": expand, "repeat": repeat, "slice": slice_, "select": along(aten.select.int),

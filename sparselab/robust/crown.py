@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..program import Program, read
 from .boxes import Interval, check_box, written_precision
+from .curves import Curve
 from .graph import Graph, Statistics
-from .ibp import IntervalPass, Step, apply_rows, carry, check_rows, concretize, full, middle
+from .ibp import IntervalPass, Step, apply_rows, carry, check_rows, concretize, full, middle, refusing
 from .layers import Add, Affine, Concat, Move, Reshape, Scale
 from .relu import ReLU
 
@@ -36,7 +37,8 @@ def backward(pass_: IntervalPass, A: Tensor, place: int, both: bool = True) -> t
             rows = {k: torch.cat([a, -a], 1) for k, a in rows.items()}
             centre, mirrored = torch.cat([centre, -centre], 1), True
         boxes = pass_.inputs(step)
-        parts, constant = step.layer.backward(rows.pop(here), *boxes, pass_.at(here))
+        with refusing(step):
+            parts, constant = step.layer.backward(rows.pop(here), *boxes, pass_.at(here))
         centre = centre + constant
         for i, box, part in zip(step.inputs, boxes, parts, strict=True):
             if box is not pass_.intervals[i]:  # a refined box has another middle
@@ -83,8 +85,8 @@ class CrownPass(IntervalPass):
     def advance(self, name: str, layer: Any, inputs: list[Interval], bound: bool = True) -> Interval | None:
         result, here, places = super().advance(name, layer, inputs, bound), len(self.steps), {x.place for x in inputs}
         one_by_one = result is not None and all(math.prod(result.shape) == math.prod(x.shape) for x in inputs)
-        if isinstance(layer, Scale | Reshape | ReLU) and one_by_one:  # keeps what is known of the input
-            known = self.exact | (self.refined.keys() if isinstance(layer, ReLU) else set())
+        if isinstance(layer, Scale | Reshape | ReLU | Curve) and one_by_one:  # keeps what is known of the input
+            known = self.exact | (self.refined.keys() if isinstance(layer, ReLU | Curve) else set())
             self.independent |= {here} if places <= self.independent else set()
             self.exact |= {here} if places <= known else set()
         elif isinstance(layer, Affine) and places <= self.independent:

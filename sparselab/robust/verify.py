@@ -26,8 +26,8 @@ FLOATS = 2**26  # that one batch may hold, about: 256 MB in single precision
 
 def _batch(program: Program, classes: int, method: str, engine: str, most: int) -> int:
     """How many samples fit into FLOATS, at most `most`; `program` was read for any number of samples."""
-    sizes = [math.prod(node.meta["shape"][1:]) for node in program.names if isinstance(node.meta.get("shape"), torch.Size)]
-    total, widest = sum(sizes), max(sizes, default=1)
+    sizes = [math.prod(node.meta["shape"][1:]) for node in (program.input, *program.names) if isinstance(node.meta["shape"], torch.Size)]
+    total, widest = sum(sizes), max(sizes)
     rows = 0 if method == "ibp" else widest if (method, engine) == ("crown", "auto_lirpa") else classes - 1
     return max(1, min(most, FLOATS // (4 * (total + rows * widest) + 1)))
 
@@ -47,9 +47,10 @@ def _lower_margins(model: nn.Module, x: Tensor, y: Tensor, eps: float, seen: Ten
     program, C = read(model, x), margin_matrix(y, seen.shape[2], dtype=x.dtype)
     check_reading(program, model, x, seen[0])
     lb, ub = bounds(model, *input_box(x, eps), method, C, engine, program=program)
+    lb, ub = lb.masked_fill(~lb.isfinite(), -math.inf), ub.masked_fill(~ub.isfinite(), math.inf)
     for logits in seen:
         check_bounds(logits, lb, ub, C)
-    return lb.amin(1).masked_fill(~lb.isfinite().all(1), -math.inf)
+    return lb.amin(1)
 
 # %% ../../nbs/robust/08b_verify.ipynb #8d82b055
 BROKEN = 32  # broken samples that methods other than IBP run on, as a test of the method
@@ -101,11 +102,12 @@ def verify(
         seen = torch.cat([_witnesses(model, *part, eps, z) for *part, z in zip(x.split(size), y.split(size), logits.split(size), strict=True)], 1)
         clean, scale = worst_margin(logits, y) > 0, logits.abs().amax(1).clamp(min=1)
         unbroken = torch.stack([worst_margin(z, y) > 0 for z in seen]).all(0)
-        robust = unbroken if robust is None else robust & unbroken
+        worth = clean if robust is None else clean & robust
+        robust = worth & unbroken
         margins, tried, by_method = torch.full_like(scale, -math.inf), {}, {}
         for method in order:
-            broken = clean & ~robust
-            tried[method] = (robust | (broken if method == "ibp" else _first(broken, BROKEN))) & ~(margins > 0)
+            broken = clean & ~worth
+            tried[method] = (worth | (broken if method == "ibp" else _first(broken, BROKEN))) & ~(margins > 0)
             left, found = tried[method].nonzero().flatten(), torch.full_like(scale, -math.inf)
             for rows in left.split(_batch(program, logits.shape[1], method, engine, batch_size)):
                 if len(rows):

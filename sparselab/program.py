@@ -97,6 +97,9 @@ def reads_values(function: torch._ops.OpOverload, args: tuple) -> bool:
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags))
 
 # %% ../nbs/00d_program.ipynb #e6654c60
+_OF_SHAPE = {f"aten::{name}" for name in ("empty_like", "full_like", "ones_like", "zeros_like", "new_empty", "new_full", "new_ones", "new_zeros")}
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, paths: dict[nn.Module, str]):
         super().__init__()
@@ -128,6 +131,8 @@ class _Recorder(TorchDispatchMode):
         on_input, on_state = bool(read & self.of_input), bool(read & self.of_state)
         if objection := _objection(function, args, on_input, self.ends):
             raise Unreadable(objection)
+        if function._schema.name in _OF_SHAPE:
+            return function(*args, **kwargs)  # a constant
         self.steady &= not (on_state and reads_values(function, args))
         result = function(*args, **kwargs)
         node = self.graph.call_function(function, *tree_map_only(Tensor, self.node, (args, kwargs)))
@@ -305,7 +310,8 @@ def run(program: Program, model: nn.Module, x: Tensor) -> Tensor:
     for node in program.nodes:
         if node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
+            function = torch.ops.aten.reshape if node.target is torch.ops.aten.view.default else node.target  # whatever the strides of x
+            values[node] = function(*args, **kwargs)
     return values[program.output]
 
 # %% ../nbs/00d_program.ipynb #aeb2b3fd

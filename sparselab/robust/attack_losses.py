@@ -27,6 +27,6 @@ def gradient(model: nn.Module, points: Tensor, y: Tensor, loss: str) -> tuple[Te
     """The gradient of the loss (a name in LOSSES) at `points`, of their shape, and the worst margins there, (B,)."""
     points = points.detach().requires_grad_()
     with torch.enable_grad():
-        logits = model(points)
+        logits = model(points.clone())  # a model may change its input in place, autograd's leaf it may not
         (slope,) = torch.autograd.grad(LOSSES[loss](logits, y).sum(), points)
     return slope, worst_margin(logits.detach(), y)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..program import Program, read
-from .boxes import Interval, check_box, written_precision
+from .boxes import Interval, check_box, flat, written_precision
 from .curves import Curve
 from .graph import Graph, Statistics
 from .ibp import IntervalPass, Step, apply_rows, carry, check_rows, concretize, full, middle, refusing
@@ -61,7 +61,7 @@ def crown_ibp(pass_: IntervalPass, C: Tensor | None = None) -> tuple[Tensor, Ten
 def one_hot(entries: Tensor, x: Interval) -> Tensor:
     """Rows (B or 1, S, *x) that pick the given entries (B or 1, S) of the flattened x."""
     rows = x.mid.new_zeros(*entries.shape, math.prod(x.shape[1:]))
-    return rows.scatter_(2, entries.unsqueeze(2), 1.0).unflatten(2, x.shape[1:])
+    return rows.scatter_(2, entries.unsqueeze(2), 1.0).view(*entries.shape, *x.shape[1:])
 
 # %% ../../nbs/robust/02_crown.ipynb #4ba1377c
 class CrownPass(IntervalPass):
@@ -96,7 +96,7 @@ class CrownPass(IntervalPass):
     def refine(self, place: int, everything: bool) -> Interval:
         """The box at `place`, with its unstable entries, or all of them, bounded by backward passes."""
         x = self.intervals[place]
-        lb, ub = x.lb.flatten(1), x.ub.flatten(1)
+        lb, ub = flat(x.lb), flat(x.ub)
         wanted = torch.ones_like(lb, dtype=torch.bool) if everything else (lb < 0) & (ub > 0)
         if not (most := int(wanted.sum(1).max())):
             return x

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boxes import Interval, Refused
+from .boxes import Interval, Refused, flat
 
 # %% ../../nbs/robust/00da_curves.ipynb #9b9aca75
 class Lines(NamedTuple):
@@ -37,7 +37,7 @@ def substitute(A: Tensor, lines: Lines, y0: Tensor) -> tuple[Tensor, Tensor]:
     parts = [(A + size) / 2, (A - size) / 2]  # not clamp: at A = 0 the gradient is halfway between the two lines
     slopes = sum(part * slope.unsqueeze(1) for part, slope in zip(parts, lines[::2], strict=True))
     constant = sum(part * (height - y0).unsqueeze(1) for part, height in zip(parts, lines[1::2], strict=True))
-    return slopes, constant.flatten(2).sum(2)
+    return slopes, flat(constant, 2).sum(2)
 
 # %% ../../nbs/robust/00da_curves.ipynb #8b0e7a05
 def inside(t: Tensor | float, x: Interval) -> Tensor:

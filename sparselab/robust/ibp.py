@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ..program import Program, operation, read
-from .boxes import Interval, Refused, check_box, written_precision
+from .boxes import Interval, Refused, check_box, flat, written_precision
 from .graph import Graph, Statistics, UnsupportedLayer, build, naming
 from .layers import Linear, Scale
 from .relu import ReLU
@@ -92,8 +92,8 @@ class IntervalPass:
 def apply_rows(A: Tensor, x: Tensor) -> Tensor:
     """A x, (B, S), for rows A (B or 1, S, ...) and a tensor x (B, ...)."""
     if A.shape[1] == 1:  # a product of row and column vectors is slow as a matrix product
-        return (A.flatten(2) * x.flatten(1).unsqueeze(1)).sum(2)
-    return (A.flatten(2) @ x.flatten(1).unsqueeze(2)).squeeze(2)
+        return (flat(A, 2) * flat(x).unsqueeze(1)).sum(2)
+    return (flat(A, 2) @ flat(x).unsqueeze(2)).squeeze(2)
 
 
 def concretize(A: Tensor, centre: Tensor, x: Interval) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ __all__ = ['summed', 'check_pair', 'place', 'Product', 'relu_rows', 'Maximum', '
 import torch
 from torch import Tensor
 
-from .boxes import Interval, Refused
+from .boxes import Interval, Refused, flat
 from .relu import ReLU
 
 # %% ../../nbs/robust/00db_products.ipynb #8b481d54
@@ -49,7 +49,7 @@ class Product:
         tilt1 = up * (x2.mid - below * x2.rad).unsqueeze(1) + down * (x2.mid + above * x2.rad).unsqueeze(1)
         tilt2 = up * (x1.mid - below * x1.rad).unsqueeze(1) + down * (x1.mid - above * x1.rad).unsqueeze(1)
         constant = A * (x1.mid * x2.mid - y.mid).unsqueeze(1) - size * (x1.rad * x2.rad).unsqueeze(1)
-        return [summed(tilt1, x1.shape), summed(tilt2, x2.shape)], constant.flatten(2).sum(2)
+        return [summed(tilt1, x1.shape), summed(tilt2, x2.shape)], flat(constant, 2).sum(2)
 
 # %% ../../nbs/robust/00db_products.ipynb #0ffd9c59
 def relu_rows(A: Tensor, x: Interval, y0: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def relu_rows(A: Tensor, x: Interval, y0: Tensor) -> tuple[Tensor, Tensor]:
     relu = ReLU()
     y = relu.interval(x)
     (slopes,), constant = relu.backward(A, x, y)
-    return slopes, constant + (A * (y.mid - y0).unsqueeze(1)).flatten(2).sum(2)
+    return slopes, constant + flat(A * (y.mid - y0).unsqueeze(1), 2).sum(2)
 
 
 class Maximum:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .boxes import Interval, written_precision
+from .boxes import Interval, flat, written_precision
 from .layers import plain_gradient
 
 # %% ../../nbs/robust/00d_relu.ipynb #8fa0d164
@@ -31,7 +31,7 @@ def _plain_lines(A: Tensor, mid: Tensor, rad: Tensor, y0: Tensor, slope: float) 
     alpha = torch.where(chord > _steep_from(slope), 1.0, slope)
     P = A + A.abs()
     coefficients = A * chord.unsqueeze(1) + P * (alpha - chord).unsqueeze(1) / 2
-    return coefficients, (P * (alpha * mid - y0).unsqueeze(1) / 2).flatten(2).sum(2)
+    return coefficients, flat(P * (alpha * mid - y0).unsqueeze(1) / 2, 2).sum(2)
 
 # %% ../../nbs/robust/00d_relu.ipynb #848337ce
 def _total(rows: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class _Lines(Function):
         ctx.slope, ctx.steep = slope, steep
         twice = A.abs().add_(A)
         slopes = A.mul(chord.unsqueeze(1)).addcmul_(twice, half.unsqueeze(1))
-        return slopes, twice.mul_(depth.unsqueeze(1)).flatten(2).sum(2)
+        return slopes, flat(twice.mul_(depth.unsqueeze(1)), 2).sum(2)
 
     @staticmethod
     @written_precision

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..program import Program, plain, restored, run
+from .boxes import flat
 
 # %% ../../nbs/robust/04c_replay.ipynb #43e81e4e
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # relative to the outputs
@@ -23,7 +24,7 @@ class Contradiction(ValueError):
 
 def rounding(y: Tensor) -> Tensor:
     """By how much two computations of the outputs y (B, ...) may differ: (B, 1)."""
-    return ROUNDING[y.dtype] * (1 + y.flatten(1).abs().amax(1, keepdim=True)).to(torch.float64)
+    return ROUNDING[y.dtype] * (1 + flat(y).abs().amax(1, keepdim=True)).to(torch.float64)
 
 # %% ../../nbs/robust/04c_replay.ipynb #475730c1
 def ask(model: nn.Module, points: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def check_point(y: Tensor, lb: Tensor, ub: Tensor) -> None:
 
 
 def _inside(y: Tensor, lb: Tensor, ub: Tensor, slack: Tensor) -> None:
-    y, lb, ub = y.flatten(1), lb.flatten(1), ub.flatten(1)
+    y, lb, ub = flat(y), flat(lb), flat(ub)
     apart = torch.stack([lb - y, y - ub, lb - ub]).amax(0) - slack
     if bool((apart > 0).any()):
         sample = int((apart > 0).any(1).nonzero()[0])
@@ -73,8 +74,8 @@ def _inside(y: Tensor, lb: Tensor, ub: Tensor, slack: Tensor) -> None:
 def _compare(y: Tensor, z: Tensor, what: str, advice: str) -> None:
     if y.shape != z.shape:
         raise Contradiction(f"{what}: of shape {tuple(z.shape)} instead of {tuple(y.shape)}. {advice}")
-    apart = (y.double() - z.double()).flatten(1).abs()
-    wrong = (apart > rounding(y)) | (y.isnan() != z.isnan()).flatten(1)
+    apart = flat(y.double() - z.double()).abs()
+    wrong = (apart > rounding(y)) | flat(y.isnan() != z.isnan())
     if bool(wrong.any()):
         raise Contradiction(f"{what}, by up to {apart.nan_to_num().max():.3g}. {advice}")
 

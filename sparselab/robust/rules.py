@@ -354,6 +354,9 @@ def scatter(function: Callable[..., Tensor]) -> Callable:
 def where(mask, x, y):
     if isinstance(mask, Interval):
         raise Refused("an activation chooses between two values")
+    ndim = max(part.ndim for part in (mask, x, y) if isinstance(part, Interval | Tensor))
+    if any(isinstance(part, Interval) and part.ndim < ndim for part in (x, y)):
+        raise Refused(f"it spreads an activation to {ndim} dimensions: the batch must stay in front")
     return Move(_filled([x, y], lambda both: torch.where(mask, *both)))
 
 
@@ -362,11 +365,9 @@ def masked_fill(x, mask, value):
 
 
 def copy(x, source):
+    """`source` in the shape of x, and nothing of x."""
     whole = x if isinstance(x, Interval) else source
-    shape = x.shape
-    if len(shape) == whole.ndim and isinstance(source, Interval):
-        return Move(_filled([source], lambda one: one[0].expand(shape)))
-    raise Refused(f"it copies a constant, or an activation of another shape, to {tuple(shape)}")
+    return where(torch.zeros(x.shape, dtype=torch.bool, device=whole.device), x, source)
 
 # %% ../../nbs/robust/00e_rules.ipynb #aa668a8e
 CONVOLUTIONS = {"convolution"}
@@ -392,7 +393,7 @@ RULES: dict[str, Callable] = {
     "squeeze": squeeze, "expand": expand, "repeat": repeat, "slice": slice_, "select": along(aten.select.int),
     "index_select": along(aten.index_select), "split": split, "split_with_sizes": split, "unbind": unbind, "index": index,
     "cat": concat, "stack": stack, "slice_scatter": scatter(aten.slice_scatter), "select_scatter": scatter(aten.select_scatter),
-    "where": where, "masked_fill": masked_fill, "copy": copy, "constant_pad_nd": constant_pad,
+    "where": where, "masked_fill": masked_fill, "copy": copy, "fill": copy, "zero": lambda x: copy(x, 0.0), "constant_pad_nd": constant_pad,
     "mean": dims_of(aten.mean.dim), "sum": dims_of(aten.sum.dim_IntList), "flip": dims_of(aten.flip),
     "roll": lambda x, shifts, dims=None: dims_of(lambda t, d: t.roll(shifts, d))(x, dims),
     **{name: images(getattr(aten, name)) for name in (*_INTERPOLATED, *_PADDED, "pixel_shuffle", "pixel_unshuffle")},

@@ -32,13 +32,22 @@ def _batch(program: Program, classes: int, method: str, engine: str, most: int) 
     return max(1, min(most, FLOATS // (4 * (total + rows * widest) + 1)))
 
 # %% ../../nbs/robust/08b_verify.ipynb #42cb1578
+def _slope(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Where the margins fall; zero where autograd cannot go through the model, such as for some operations in place."""
+    try:
+        with torch.enable_grad():
+            return gradient(model, x, y, "margin")[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return torch.zeros_like(x)
+
+
 def _witnesses(model: nn.Module, x: Tensor, y: Tensor, eps: float, logits: Tensor) -> Tensor:
     """What the real model says at three points of every box, and at x itself: (4, B, K). Contradiction where its reading differs."""
     program, (lower, upper) = read(model, x), input_box(x, eps)
     check_reading(program, model, x, logits)
-    with torch.enable_grad():
-        slope, _ = gradient(model, x, y, "margin")
-    steepest = torch.where(slope > 0, upper, lower)
+    steepest = torch.where(_slope(model, x, y) > 0, upper, lower)
     return torch.stack([logits, *(check_reading(program, model, point) for point in (*probes(lower, upper), steepest))])
 
 

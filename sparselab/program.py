@@ -176,14 +176,14 @@ class _Recorder(TorchDispatchMode):
 # %% ../nbs/00d_program.ipynb #418fece8
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module of `model` has the attributes that it had before."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    """Afterwards every module of `model` has the attributes, parameters and buffers that it had before."""
+    before = [(holder, dict(holder)) for module in model.modules() for holder in (vars(module), module._parameters, module._buffers)]
     try:
         yield
     finally:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
+        for holder, content in before:  # functional_call gives a layer with two names the wrong parameters back
+            holder.clear()
+            holder.update(content)
 
 
 @contextmanager

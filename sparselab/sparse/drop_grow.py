@@ -16,7 +16,7 @@ from .masks import assign
 from .pruning import check_share
 from .schedules import CosineDrop, Periodic
 from .scores import Score, generator_for, gradient, magnitude, random, top
-from .sparsifier import Sparsifier, random_masks
+from .sparsifier import Sparsifier, cloned, random_masks
 
 # %% ../../nbs/sparse/08_drop_grow.ipynb #e3c74f00
 @torch.no_grad()
@@ -40,7 +40,8 @@ class SET(Sparsifier):
 
     `update_every` steps, from the first until the share `end` of training, replace `drop_fraction` of the weights,
     falling to 0 along a cosine. `accumulate`: steps whose dense gradients are added up for the growth score. `across`:
-    rank all layers together, so that only the total is fixed.
+    rank all layers together, so that only the total is fixed. An update waits for the next step when it has no gradient to grow
+    by, as its own step was skipped.
     """
 
     update_every: int = 100
@@ -59,6 +60,8 @@ class SET(Sparsifier):
         self.updates = Periodic(self.update_every, self.update_every, last)
         self.fraction = CosineDrop(self.drop_fraction, last)
         self.gradients: dict[str, Tensor] = {}
+        self.waiting: int | None = None  # the step of an update that has no gradients to grow by yet
+        self.updated = 0  # the step of the last update
         random_masks(self, self.sparsity_now)
 
     @property
@@ -71,17 +74,16 @@ class SET(Sparsifier):
         return budget(self.sparsity_now, self.masks.total)
 
     def see_gradients(self) -> None:
-        if self.grow is random or not any(self.updates.due(self.steps + 1 + ahead) for ahead in range(self.accumulate)):
+        ahead = range(self.accumulate)
+        if self.grow is random or self.waiting is None and not any(self.updates.due(self.steps + 1 + n) for n in ahead):
             return
-        for name, weight in self.masks.weights.items():
-            if name not in self.gradients:
-                self.gradients[name] = torch.zeros_like(weight)
-            self.gradients[name] += weight.grad
+        for name, slope in (self.dense_gradients() or {}).items():
+            self.gradients[name] = slope + self.gradients[name] if name in self.gradients else slope.clone()
 
     @property
     def replaced(self) -> float:
-        """The share of the weights that the update of this step replaces."""
-        return self.fraction(self.steps)
+        """The share of the weights that the update of this step, or the one that waits, replaces."""
+        return self.fraction(self.waiting or self.steps)
 
     def groups(self) -> list[tuple[list[str], int, int]]:
         """(layers that are ranked together, weights they keep in the update of this step, weights they hold after it)."""
@@ -93,21 +95,24 @@ class SET(Sparsifier):
         return [(names, count - int(self.replaced * count), count) for names, count in groups]
 
     def update(self) -> bool:
-        if not self.updates.due(self.steps):
+        if self.updates.due(self.steps):
+            self.waiting = self.steps
+        if self.waiting is None or not (self.grow is random or self.gradients or not self.replaced):
             return False
+        self.updated = self.steps
         for names, keep, count in self.groups():
             self.update_group(names, keep, count)
-        self.gradients = {}
+        self.gradients, self.waiting = {}, None
         return True
 
     def grow_scores(self, name: str) -> Tensor:
         """What the weights of a layer are grown by at this step."""
-        rng = generator_for(self.seed, "grow", self.steps, name)
-        return self.grow(self.masks.weights[name], self.gradients.get(name), rng)
+        weight, rng = self.masks.weights[name], generator_for(self.seed, "grow", self.steps, name)
+        return self.grow(weight, self.gradients[name] if name in self.gradients else torch.zeros_like(weight), rng)
 
     def update_group(self, names: list[str], keep: int, count: int) -> None:
         """Give the layers `names`, ranked together, their next masks: `keep` weights stay, `count` are active after it."""
-        masks, weights = ([part[name].view(-1) for name in names] for part in (self.masks, self.masks.weights))
+        masks, weights = ([part[name].reshape(-1) for name in names] for part in (self.masks, self.masks.weights))
         drop_scores = [magnitude(weight[mask], None, None) for weight, mask in zip(weights, masks, strict=True)]
         grow_scores = [self.grow_scores(name).reshape(-1) for name in names]
         new = self.next_mask(*map(_joined, (masks, drop_scores, grow_scores)), keep, count)
@@ -119,11 +124,12 @@ class SET(Sparsifier):
         return drop_and_grow(mask, drop_scores, grow_scores, keep, count)
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"gradients": dict(self.gradients)}
+        return super().state_dict() | cloned({part: getattr(self, part) for part in ("gradients", "waiting", "updated")})
 
     def load_state_dict(self, state) -> None:
         super().load_state_dict(state)
-        self.gradients = {name: g.to(self.masks[name].device) for name, g in state["gradients"].items()}
+        self.gradients = {name: g.to(self.masks[name].device, copy=True) for name, g in state["gradients"].items()}
+        self.waiting, self.updated = state["waiting"], state["updated"]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

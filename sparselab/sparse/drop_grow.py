@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
 
 from .distributions import budget, layer_budgets
 from .masks import assign
 from .pruning import check_share
+from .regrowth import Regrowth
 from .schedules import CosineDrop, Periodic
 from .scores import Score, generator_for, gradient, magnitude, random, top
 from .sparsifier import Sparsifier, cloned, random_masks
@@ -41,7 +43,8 @@ class SET(Sparsifier):
     `update_every` steps, from the first until the share `end` of training, replace `drop_fraction` of the weights,
     falling to 0 along a cosine. `accumulate`: steps whose dense gradients are added up for the growth score. `across`:
     rank all layers together, so that only the total is fixed. An update waits for the next step when it has no gradient to grow
-    by, as its own step was skipped.
+    by, as its own step was skipped. `regrow_warmup`: over how many steps Adam's steps of a grown weight rise to their full size, on
+    the weight's own clock (see `Regrowth`); 0 leaves them to Adam.
     """
 
     update_every: int = 100
@@ -49,6 +52,7 @@ class SET(Sparsifier):
     end: float = 0.75
     accumulate: int = 1
     across: bool = False
+    regrow_warmup: int = 0
     grow: Score = random
 
     def start(self) -> None:
@@ -56,6 +60,12 @@ class SET(Sparsifier):
         check_share("end", self.end)
         if not 1 <= self.accumulate <= self.update_every:
             raise ValueError(f"accumulate is from 1 to update_every = {self.update_every}; got {self.accumulate!r}.")
+        if isinstance(self.regrow_warmup, bool) or not isinstance(self.regrow_warmup, int) or self.regrow_warmup < 0:
+            raise ValueError(f"regrow_warmup is a whole number of steps, 0 for none; got {self.regrow_warmup!r}.")
+        if self.regrow_warmup and not isinstance(self.optimizer, Adam | AdamW):
+            raise ValueError(f"regrow_warmup mends how Adam and AdamW begin with a grown weight; {type(self.optimizer).__name__} does "
+                             f"not begin so. Leave it at 0; got {self.regrow_warmup!r}.")
+        self.regrowth = Regrowth(self.regrow_warmup)
         last = round(self.end * self.total_steps)
         self.updates = Periodic(self.update_every, self.update_every, last)
         self.fraction = CosineDrop(self.drop_fraction, last)
@@ -100,8 +110,11 @@ class SET(Sparsifier):
         if self.waiting is None or not (self.grow is random or self.gradients or not self.replaced):
             return False
         self.updated = self.steps
+        old = {name: mask.clone() for name, mask in self.masks.items()} if self.regrow_warmup else {}
         for names, keep, count in self.groups():
             self.update_group(names, keep, count)
+        if self.regrow_warmup:
+            self.regrowth.grew(self.masks, old, self.optimizers)
         self.gradients, self.waiting = {}, None
         return True
 
@@ -123,13 +136,24 @@ class SET(Sparsifier):
         """The mask that follows `mask`; see `drop_and_grow`."""
         return drop_and_grow(mask, drop_scores, grow_scores, keep, count)
 
+    def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self.regrowth.before_step(self.masks, optimizer)
+        return super().before_step(optimizer, args, kwargs)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        self.regrowth.after_step(self.masks, optimizer)
+        super().after_step(optimizer)
+
     def state_dict(self) -> dict:
-        return super().state_dict() | cloned({part: getattr(self, part) for part in ("gradients", "waiting", "updated")})
+        own = {part: getattr(self, part) for part in ("gradients", "waiting", "updated")}
+        return super().state_dict() | cloned(own | {"born": self.regrowth.born})
 
     def load_state_dict(self, state) -> None:
         super().load_state_dict(state)
         self.gradients = {name: g.to(self.masks[name].device, copy=True) for name, g in state["gradients"].items()}
         self.waiting, self.updated = state["waiting"], state["updated"]
+        self.regrowth.born = cloned(state["born"])
+        self.regrowth.look(self.masks)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

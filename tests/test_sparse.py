@@ -19,7 +19,7 @@ from sparselab.sparse.distributions import DISTRIBUTIONS, budget, layer_budgets,
 from sparselab.sparse.drop_grow import drop_and_grow
 from sparselab.sparse.history import MaskHistory, pack_sorted, unpack_sorted
 from sparselab.sparse.history_files import from_tensors, load, save, to_tensors
-from sparselab.sparse.masks import new_state, prunable
+from sparselab.sparse.masks import Masks, assign, mask_gradients, mask_weights, new_state, prunable
 from sparselab.sparse.schedules import CubicSparsity, Periodic
 from sparselab.sparse.scores import top
 from sparselab.sparse.sparsify import METHODS, method_options, sparsify
@@ -836,3 +836,68 @@ def test_the_gradients_that_growth_sees_are_unscaled_also_by_a_fused_optimizer()
             sparsifier.step()
         return {name: mask.tolist() for name, mask in sparsifier.masks.items()}
     assert grown(None, False) == grown(256.0, False) == grown(256.0, True)
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "snfs", "ctre_sim", "edst", "sparsevlr"])
+def test_the_warm_up_of_grown_weights_bounds_their_steps_and_is_resumed(method):
+    def start(warmup: int):
+        net = _tiny()
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2, betas=(0.9, 0.999))
+        for _ in range(200):  # late in a training, when the correction of the bias has gone
+            _closure(net, optimizer)()
+            optimizer.step()
+        return net, optimizer, _sparsified(method, net, optimizer, steps=40, regrow_warmup=warmup)
+
+    def largest(net, optimizer, sparsifier) -> float:
+        """The largest step that any weight has taken at its first chance, as a multiple of the learning rate."""
+        found, before = 0.0, {}
+        for _ in range(20):
+            sparsifier.see_loss(lambda: _loss(net))
+            _closure(net, optimizer)()
+            optimizer.step()
+            for name, (old, weight) in before.items():
+                grown = sparsifier.masks[name] & ~old
+                moved = (sparsifier.masks.weights[name].detach() - weight)[grown].abs()
+                found = max(found, float(moved.max()) / 1e-2 if moved.numel() else 0.0)
+            before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+            sparsifier.step()
+            before = {name: (old, sparsifier.masks.weights[name].detach().clone()) for name, old in before.items()}
+            _check(sparsifier)
+        return found
+    naive, clock, warm = (largest(*start(warmup)) for warmup in (0, 1, 10))
+    assert naive > 1.3 and clock <= 1.01 and warm <= 0.11
+
+    whole, again = start(10), start(10)
+    _train(*whole, 10)
+    states = copy.deepcopy([part.state_dict() for part in whole])
+    _train(*whole, 10)
+    for part, state in zip(again, states, strict=True):
+        part.load_state_dict(state)
+    _train(*again, 10)
+    assert _bits(again[0]) == _bits(whole[0])
+
+
+def test_the_warm_up_is_refused_where_it_mends_nothing():
+    net = _tiny()
+    with pytest.raises(ValueError, match="mends how Adam and AdamW begin with a grown weight; SGD does not begin so"):
+        sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "rigl", 0.5, 10, regrow_warmup=5)
+    for value in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="regrow_warmup is a whole number of steps, 0 for none"):
+            sparsify(net, torch.optim.Adam(net.parameters()), "rigl", 0.5, 10, regrow_warmup=value)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_precision_is_masked_to_positive_zero(kind):
+    net = nn.Linear(5, 4).to(kind)
+    masks = Masks(prunable(net))
+    net.weight.grad = torch.full_like(net.weight, torch.nan)
+    assign(masks, "weight", torch.rand(4, 5) < 0.5)
+    mask_gradients(masks)
+    with torch.no_grad():
+        net.weight.fill_(-torch.inf)
+    assert masks.nnz == 20
+    mask_weights(masks)
+    off = ~masks["weight"]
+    for tensor in (net.weight.detach(), net.weight.grad):
+        assert bool((tensor[off] == 0).all()) and not bool(tensor[off].signbit().any()) and not bool(tensor[~off].isfinite().any())
+    assert masks.nnz == masks.counts["weight"]

@@ -86,6 +86,9 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     return a < d and c < b
 
 # %% ../../nbs/sparse/00_masks.ipynb #b71bdf07
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> the integer of its bit pattern
+
+
 class Masks(Mapping):
     """Weight name -> boolean tensor of the same shape; True where the weight exists.
 
@@ -97,6 +100,7 @@ class Masks(Mapping):
         self.weights = dict(weights)
         self._masks = {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in self.weights.items()}
         self.counts = {name: w.numel() for name, w in self.weights.items()}
+        self._bits: dict[str, Tensor] = {}
         self.changed: dict[str, Tensor] = {}  # weight name -> True where dropped or grown and moments are not yet cleared
 
     def __getitem__(self, name: str) -> Tensor:
@@ -104,6 +108,22 @@ class Masks(Mapping):
         if mask.device != device:  # the model has moved
             mask = self._masks[name] = mask.to(device)
         return mask
+
+    def __setitem__(self, name: str, mask: Tensor) -> None:
+        self[name].copy_(mask)
+        self.counts[name] = int(self[name].count_nonzero())
+        if name in self._bits:
+            self._bits[name].copy_(self[name]).neg_()
+
+    def bits(self, name: str) -> Tensor:
+        """The mask as integers of the weight's size, all ones where it exists and 0 elsewhere; made when first asked for."""
+        weight, found = self.weights[name], self._bits.get(name)
+        if found is None or found.dtype != BITS[weight.element_size()] or found.device != weight.device:
+            found = self._bits[name] = self[name].to(BITS[weight.element_size()]).neg_()
+        return found
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_bits": {}}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._masks)
@@ -162,9 +182,6 @@ def _densities(mask: Tensor):
     return (shares / shares.max().clamp(min=1e-12)).cpu().numpy()
 
 # %% ../../nbs/sparse/00_masks.ipynb #24d2bf10
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> the integer of its bit pattern
-
-
 @torch.no_grad()
 def assign(masks: Masks, name: str, mask: Tensor) -> None:
     """Replace the mask called `name` in place and zero the weights outside it.
@@ -177,35 +194,38 @@ def assign(masks: Masks, name: str, mask: Tensor) -> None:
                          f"not {mask.dtype} of shape {tuple(mask.shape)}.")
     changed = old != mask
     masks.changed[name] = masks.changed[name] | changed if name in masks.changed else changed
-    old.copy_(mask)
-    masks.counts[name] = int(old.count_nonzero())
-    _zero([masks.weights[name]], [old])
+    masks[name] = mask
+    _zero(masks, name, masks.weights[name])
 
 
-def _zero(tensors: list[Tensor], masks: list[Tensor]) -> None:
-    """Set `tensors` to +0.0 outside `masks`, NaN and infinity too, in one fused call."""
-    if tensors:
-        torch._foreach_mul_([t.detach().view(BITS[t.element_size()]) for t in tensors], masks)
+def _zero(masks: Masks, name: str, tensor: Tensor) -> None:
+    """Set `tensor` to +0.0 outside the mask, NaN and infinity too."""
+    if masks.counts[name] == tensor.numel():
+        return
+    bits = masks.bits(name)
+    if tensor.element_size() == bits.element_size():
+        tensor.detach().view(bits.dtype).bitwise_and_(bits)
+    else:  # a gradient of another precision
+        tensor.masked_fill_(~masks[name], 0)
 
 
 @torch.no_grad()
 def mask_weights(masks: Masks) -> None:
-    """Zero the pruned weights, all layers in one fused call."""
-    names = [name for name, count in masks.counts.items() if count < masks.weights[name].numel()]
-    _zero([masks.weights[name] for name in names], [masks[name] for name in names])
+    """Zero the pruned weights."""
+    for name, weight in masks.weights.items():
+        _zero(masks, name, weight)
 
 
 @torch.no_grad()
 def mask_gradients(masks: Masks) -> None:
-    """Zero the gradients of pruned weights, all layers in one fused call. Raises ValueError for a sparse gradient."""
-    pairs = []
+    """Zero the gradients of pruned weights. Raises ValueError for a sparse gradient."""
     for name, weight in masks.weights.items():
-        if weight.grad is not None and masks.counts[name] < weight.numel():
-            if weight.grad.layout != torch.strided:
-                raise ValueError(f"The gradient of {name} has the layout {weight.grad.layout}, which cannot be masked; create the "
-                                 "embedding that shares this weight with sparse=False.")
-            pairs.append((weight.grad, masks[name]))
-    _zero([g for g, _ in pairs], [m for _, m in pairs])
+        if weight.grad is None:
+            continue
+        if weight.grad.layout != torch.strided:
+            raise ValueError(f"The gradient of {name} has the layout {weight.grad.layout}, which cannot be masked; create the "
+                             "embedding that shares this weight with sparse=False.")
+        _zero(masks, name, weight.grad)
 
 
 @torch.no_grad()

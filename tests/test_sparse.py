@@ -459,6 +459,18 @@ def _accumulated(net, sparsifier, optimizer):
         _check(sparsifier)
 
 
+def _two_optimizers(net, sparsifier, optimizer):
+    optimizers = [torch.optim.AdamW(net[:3].parameters(), 1e-2), torch.optim.SGD(net[3:].parameters(), 0.1, 0.9)]
+    for _ in range(STEPS):
+        sparsifier.see_loss(lambda: _loss(net))
+        _closure(net, *optimizers)()
+        for optimizer in optimizers:
+            optimizer.step()
+            _check(sparsifier)
+        sparsifier.step()
+        _check(sparsifier)
+
+
 def _late_backward(net, sparsifier, optimizer):
     for _ in range(STEPS):
         sparsifier.see_loss(lambda: _loss(net))
@@ -568,7 +580,7 @@ def _double(net, sparsifier, optimizer):
     _train(net, torch.optim.Adam(net.parameters(), 1e-2), sparsifier, STEPS - 5)
 
 
-@pytest.mark.parametrize("loop", [_sam, _two_steps, _accumulated, _late_backward, _scaled, partial(_scaled, fused=True), _averaged,
+@pytest.mark.parametrize("loop", [_sam, _two_steps, _two_optimizers, _accumulated, _late_backward, _scaled, partial(_scaled, fused=True), _averaged,
                                   _copied, _pickled, _alone, _new_optimizer, _older_state, _infinite, _double],
                          ids=lambda loop: getattr(loop, "__name__", "_scaled_fused").strip("_"))
 def test_every_method_keeps_its_masks_in_loops_that_are_not_ours(loop):
@@ -820,6 +832,16 @@ def test_masks_are_kept_when_nobody_remembers_the_sparsifier_but_its_optimizer()
         _closure(net, optimizer)()
         optimizer.step()
     assert sum(int(w.count_nonzero()) for w in prunable(net).values()) == promised
+
+
+def test_two_parts_of_a_model_have_a_sparsifier_each_under_one_optimizer():
+    net = _tiny()
+    optimizer = torch.optim.SGD(net.parameters(), 0.5)
+    promised = [sparsify(part, optimizer, "static", 0.7, STEPS).budget for part in (net[:1], net[3:])]
+    gc.collect()
+    for _ in range(3):
+        optimizer.step(_closure(net, optimizer))
+    assert [int(net[i].weight.count_nonzero()) for i in (0, 3)] == promised
 
 
 def test_the_gradients_that_growth_sees_are_unscaled_also_by_a_fused_optimizer():

@@ -63,7 +63,8 @@ class Sparsifier:
     def _begin_keeping(self) -> None:
         keep(self, self.masks.weights.values(), self.model)
         self.optimizers = WeakSet([self.optimizer])  # all that have stepped a masked weight
-        self.optimizer.sparsifier = self  # so that masks are kept even if nobody else remembers the sparsifier
+        others = [s for s in getattr(self.optimizer, "sparsifiers", []) if s in keepers(s.masks.weights.values())]
+        self.optimizer.sparsifiers = [*others, self]  # so that masks are kept even if nobody else remembers the sparsifier
         self._versions = {name: w._version for name, w in self.masks.weights.items()}
 
     def __getstate__(self) -> dict:

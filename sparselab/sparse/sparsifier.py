@@ -160,14 +160,13 @@ class Sparsifier:
     def check(self) -> None:
         """Raise ValueError when a mask cannot be kept any more: a layer or a parameter was replaced, or the sparsifier was."""
         anew = "call sparsify again, and load_state_dict with the state_dict of this sparsifier"
-        trained = {id(p) for optimizer in self.optimizers for p in parameters_of(optimizer)}
         for name, weight in self.masks.weights.items():
             if _parameter(self.model, name) is not weight:
                 raise ValueError(f"{name} of the model is not the parameter that is masked: it, its layer or the way that it is "
                                  f"computed was replaced. Build the optimizer of the new parameters, {anew}.")
             if keepers([weight]) != [self]:
                 raise ValueError(f"{name} is masked by another sparsifier that was made after this one; use that.")
-            if name in self._assigned and id(weight) not in trained:
+            if name in self._assigned and not any(p is weight for o in self.optimizers for p in parameters_of(o)):
                 raise ValueError(f"load_state_dict(assign=True) has replaced {name}, and no optimizer trains what came in its "
                                  f"place. Load without assign, or build the optimizer anew, {anew}.")
 

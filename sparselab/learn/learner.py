@@ -104,8 +104,8 @@ class Learner:
         self.sparsifier.see_loss(lambda: self.objective(self.model, x, y, progress))
         loss = self.objective(self.model, x, y, progress)
         loss.backward()
-        self.sparsifier.mask_gradients()
         if self.grad_clip:
+            self.sparsifier.mask_gradients()  # so that the norm is that of the sparse network
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()
         self.sparsifier.step()

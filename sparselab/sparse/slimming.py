@@ -55,7 +55,9 @@ class Slimming(Sparsifier):
         check_share("end", self.end)
         if not self.penalty >= 0:
             raise ValueError(f"penalty is the weight of the L1 term, at least 0; got {self.penalty!r}.")
-        self.links = [link for link in links(self.model) if link.norm and f"{link.consumer}.weight" in self.masks]
+        slimmed = set(self.masks) - set(self.dense)
+        self.links = [link for link in links(self.model)
+                      if link.norm and {f"{link.producer}.weight", f"{link.consumer}.weight"} <= slimmed]
         if not self.links:
             raise ValueError("slimming removes channels by the scales of BatchNorm, and this model has no BatchNorm between two "
                              "layers; choose one that has, such as cnn5_bn, cnn7_bn, resnet18 or vgg11.")
@@ -82,12 +84,22 @@ class Slimming(Sparsifier):
     @torch.no_grad()
     def see_gradients(self) -> None:
         for link in self.links:
-            norm = self.model.get_submodule(link.norm)
-            if self.steps < self.last:
-                norm.weight.grad += self.penalty * norm.weight.sign()
-            else:
-                for parameter in (norm.weight, norm.bias):
-                    parameter.grad.masked_fill_(self.gone(link), 0)
+            scale = self.model.get_submodule(link.norm).weight
+            if self.steps < self.last and scale.grad is not None:
+                scale.grad += self.penalty * scale.sign()
+
+    def others(self, link: Link) -> list[Tensor]:
+        """What a channel has besides its weights: scale, shift, and the bias of the layer that makes it."""
+        layer, norm = self.model.get_submodule(link.producer), self.model.get_submodule(link.norm)
+        return [norm.weight, norm.bias, *([] if layer.bias is None else [layer.bias])]
+
+    @torch.no_grad()
+    def mask_weights(self) -> None:
+        super().mask_weights()
+        for link in self.links if self.promise < self.masks.total else ():
+            gone = self.gone(link)
+            for value in self.others(link):
+                value.masked_fill_(gone, 0)
 
     def gone(self, link: Link) -> Tensor:
         """Which channels of the link's producer have no weights."""
@@ -110,13 +122,13 @@ class Slimming(Sparsifier):
         for name, mask in channel_masks(self.shapes, self.links, keep).items():
             assign(self.masks, name, mask.to(self.masks[name].device))
         self.promise = self.masks.nnz
+        self.mask_weights()
         for link in self.links:
-            layer, norm = self.model.get_submodule(link.producer), self.model.get_submodule(link.norm)
-            for parameter in (norm.weight, norm.bias, *([] if layer.bias is None else [layer.bias])):
-                moments = [m for m in self.optimizer.state.get(parameter, {}).values()
-                           if torch.is_tensor(m) and m.shape == parameter.shape]
-                for value in (parameter, *moments):
-                    value.masked_fill_(self.gone(link), 0)
+            for parameter in self.others(link):
+                states = (optimizer.state.get(parameter, {}) for optimizer in self.optimizers)
+                for moment in (value for state in states for value in state.values()):
+                    if torch.is_tensor(moment) and moment.shape == parameter.shape:
+                        moment.masked_fill_(self.gone(link), 0)
 
     def load_state_dict(self, state) -> None:
         super().load_state_dict(state)

@@ -383,3 +383,12 @@ def test_structure_does_not_look_at_values():
     with torch.no_grad():
         net.first.weight.zero_()
     assert structure(net) == before
+
+
+def test_the_table_in_the_readme_is_that_of_the_engines():
+    from pathlib import Path
+
+    from sparselab.robust.support import engine_table
+
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    assert readme.split("<!-- engines -->")[1].split("<!-- end of engines -->")[0].strip() == engine_table()

@@ -51,18 +51,21 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
     def steps(self, batch_size: int, drop_last: bool = False) -> int:
-        """The number of batches in an epoch."""
+        """The number of batches in an epoch; a single image that is left over joins the batch before."""
         if batch_size < 1 or (drop_last and batch_size > len(self)):
             raise ValueError(f"batch_size={batch_size} makes no batch of {len(self)} images. "
                              f"Choose it between 1 and {len(self)}.")
-        return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+        whole, left = divmod(len(self), batch_size)
+        alone = left == 1 and whole > 0
+        return whole + (left > 0 and not drop_last and not alone)
 
     def batches(self, batch_size: int, seed: int = 0, epoch: int = 0, shuffle: bool = True, drop_last: bool = False,
                 augment: Callable[[Tensor, torch.Generator], Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Float images in [0, 1] and labels, batch by batch; the same for the same (seed, epoch), on every device."""
         steps, generator = self.steps(batch_size, drop_last), epoch_generator(seed, epoch)
         order = torch.randperm(len(self), generator=generator) if shuffle else torch.arange(len(self))
-        for index in order.to(self.labels.device).split(batch_size)[:steps]:
+        order = order[:steps * batch_size] if drop_last else order
+        for index in order.to(self.labels.device).tensor_split([batch_size * i for i in range(1, steps)])[:steps]:
             images = self.images[index]
             yield to_float(augment(images, generator) if augment else images), self.labels[index]
 

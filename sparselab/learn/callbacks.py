@@ -61,7 +61,7 @@ class StopWhenLost(Callback):
 def collapse(rows: Sequence[Mapping]) -> str:
     """A sentence when the last of `rows` (epochs, with "clean" and "skill") has less than half the skill of the best one; else ""."""
     best, last = max(rows, key=lambda row: row["skill"]), rows[-1]
-    if 2 * last["skill"] >= best["skill"]:
+    if best["skill"] < CHANCE or 2 * last["skill"] >= best["skill"]:
         return ""
     return (f"Validation accuracy was {best['clean']:.1%} in epoch {best['epoch']} and is {last['clean']:.1%} at the end, with "
             f"{last['nnz']:,} weights: the network has collapsed. Lower sparsity or lr, or take a model with BatchNorm.")

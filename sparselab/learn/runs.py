@@ -140,6 +140,7 @@ class Run:
         files = [path for folder in (self.path, *sorted(folders)) for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
         reads = [lambda path=path: CHECKS[path.suffix](path) for path in files if path.suffix in CHECKS]
         reads += [lambda name=name: self._all_epochs(name) for name in ("metrics", "stability") if (self.path / f"{name}.jsonl").exists()]
+        reads += [self._all_events]
         history, problem = attempt(lambda: self.history) if (self.path / "masks").is_dir() else (None, "")
         found = [attempt(read)[1] for read in (lambda: self.config, *reads)]
         found += [problem, history.lost if history else "", *(sentence for run in self.rounds for sentence in run.damage)]
@@ -149,6 +150,11 @@ class Run:
         rows, promised = getattr(self, name), self.summary["epochs"] if self.finished else 0
         if len(rows) < promised:
             raise ValueError(f"{self.path / name}.jsonl ends early: it has {len(rows)} of {promised} epochs.")
+
+    def _all_events(self) -> None:
+        events = self.path / "events.jsonl"
+        if self.finished and events.exists() and not events.read_bytes().endswith(b"\n"):
+            raise ValueError(f"{events} ends early: its last line is not whole.")
 
     def __repr__(self) -> str:
         return f"Run({self.path}, {_or_why_not(lambda: self.state)})"

@@ -108,11 +108,13 @@ def load(folder: str | Path) -> MaskHistory:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
         raise ValueError(f"{folder} does not hold a readable mask history ({error}); train the run again.") from error
     ends = lines[-1]["end"] if lines else 0
+    index = folder / "updates.jsonl"
+    cut = index.exists() and index.stat().st_size > sum(map(len, _whole_lines(folder)))
     if len(lines) < len(_whole_lines(folder)):
-        history.lost = _lost(folder / "updates.jsonl", "is damaged", history)
+        history.lost = _lost(index, "is damaged", history)
     elif len(whole) < len(there):
         history.lost = _lost(folder / "updates.bin", "is damaged", history)
-    elif ends > len(blob) or size > ends:
+    elif ends > len(blob) or size > ends or cut:
         history.lost = _lost(folder / ("updates.bin" if ends > len(blob) else "updates.jsonl"), "ends early", history)
     return history
 

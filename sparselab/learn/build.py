@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .augment import standard
 from .config import Config
-from .data import Data, load
+from .data import Data, load, torch_seed
 from .find import called
 from .init import ibp_init_, kaiming_init_
 from .learner import Callback, Learner
@@ -56,7 +56,7 @@ def load_data(config: Config) -> Data:
 def new_model(config: Config, data: Data, seed: int) -> nn.Module:
     """The model of `config` for `data`, initialised from `seed`; colour images are normalised in its first layer."""
     scale = {"mean": data.mean, "std": data.std} if data.shape[0] == 3 else {}
-    torch.manual_seed(seed)
+    torch.manual_seed(torch_seed(seed))
     model = build(config.model, data.shape, data.classes, **scale, **config.model_options)
     if config.init != "default":
         (ibp_init_ if config.init == "ibp" else kaiming_init_)(model)

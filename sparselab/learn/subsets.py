@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from .data import Data, Split
+from .data import Data, Split, torch_seed
 
 # %% ../../nbs/learn/02b_subsets.ipynb #517ee0ed
 def some(data: Data, count: int, seed: int) -> Data:
@@ -20,7 +20,7 @@ def some(data: Data, count: int, seed: int) -> Data:
 
     All of them if there are not more.
     """
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(torch_seed(seed))
     share = min(1.0, count / max(1, len(data.train)))
 
     def drawn(split: Split, wanted: int) -> Split:
@@ -43,7 +43,7 @@ def of_classes(data: Data, classes: Sequence[int]) -> Data:
 
 def with_label_noise(data: Data, share: float, seed: int) -> Data:
     """The same data with round(share * N) wrong training labels, drawn from `seed`."""
-    rng, labels = torch.Generator().manual_seed(seed), data.train.labels.cpu().clone()
+    rng, labels = torch.Generator().manual_seed(torch_seed(seed)), data.train.labels.cpu().clone()
     wrong = torch.randperm(len(labels), generator=rng)[:round(share * len(labels))]
     labels[wrong] = (labels[wrong] + torch.randint(1, data.classes, (len(wrong),), generator=rng)) % data.classes
     return replace(data, train=Split(data.train.images, labels.to(data.train.labels.device)))

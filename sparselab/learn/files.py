@@ -86,7 +86,9 @@ def read_tensors(path: str | Path, load: Callable) -> tuple[dict, dict[str, str]
     data = Path(path).read_bytes()
     try:
         check(data)
-        return load(data), _header(data)[0]["__metadata__"]
+        tensors, (header, _) = load(data), _header(data)
+        texts = header.pop("__metadata__")
+        return {name: tensors[name] for name in header}, texts  # in the order of the file; safetensors loads in one of chance
     except (ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}).") from error
 

@@ -138,7 +138,7 @@ class Run:
         """A sentence for each file that is there and is not as it was written, or not to its end; panels say what is not there."""
         folders = [folder for folder in self.path.iterdir() if folder.is_dir() and folder.name not in ("masks", "rounds")]
         files = [path for folder in (self.path, *sorted(folders)) for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-        reads = [lambda path=path: CHECKS[path.suffix](path) for path in files if path.suffix in CHECKS]
+        reads = [lambda path=path: _check(path) for path in files if path.suffix in CHECKS]
         reads += [lambda name=name: self._all_epochs(name) for name in ("metrics", "stability") if (self.path / f"{name}.jsonl").exists()]
         reads += [self._all_events]
         history, problem = attempt(lambda: self.history) if (self.path / "masks").is_dir() else (None, "")
@@ -164,6 +164,15 @@ class Run:
         parts = [_or_why_not(read) for read in reads]
         parts += [sentence for sentence in self.damage if sentence not in parts]
         return card(self.path.name, _or_why_not(lambda: self.state), *(Html(f"<div>{escaped(part)}</div>") for part in parts))
+
+
+def _check(path: Path) -> None:
+    """Raise ValueError when `path` is not as it was written; a run that is being trained may have removed it meanwhile."""
+    try:
+        CHECKS[path.suffix](path)
+    except (ValueError, FileNotFoundError):
+        if path.exists():
+            raise
 
 
 def _or_why_not(read: Callable[[], object]) -> object:

@@ -9,15 +9,26 @@ __all__ = ['READERS', 'read_float', 'read_int', 'read_bool', 'read_dict', 'read_
 import ast
 import json
 import math
+import re
 from collections.abc import Mapping
 from fractions import Fraction
+from numbers import Rational
 from typing import Any
 
 # %% ../../nbs/learn/00a_values.ipynb #586f9ac8
+def _exact(value: object) -> Fraction:
+    """A number or its text, every digit of it. Raises TypeError, ValueError or ZeroDivisionError for anything else."""
+    if not isinstance(value, str):
+        return Fraction(value if isinstance(value, Rational) else float(value))
+    if re.search("[eE][+-]?[0-9]{4}", value):
+        raise ValueError("no number of any use has an exponent of four digits, and its digits would fill the memory")
+    return Fraction(value.replace(" ", ""))
+
+
 def read_float(name: str, value: object) -> float:
     """A finite float from a number or a string such as "0.1", "1e-3" or "8/255"."""
     try:
-        number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+        number = float(_exact(value))
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
@@ -31,10 +42,10 @@ def read_int(name: str, value: object) -> int:
     From 2**53 on a float is refused: it stands for several whole numbers.
     """
     number = read_float(name, value)
-    whole = Fraction(value.replace(" ", "")) if isinstance(value, str) else Fraction(value)
+    whole = _exact(value)
     if whole.denominator != 1:
         raise ValueError(f"{name} is a whole number; got {value!r}.")
-    if isinstance(value, float) and abs(number) >= 2**53:
+    if not isinstance(value, (str, Rational)) and abs(number) >= 2**53:
         raise ValueError(f"{name} is a whole number; the float {value!r} has lost digits, so write all of them without point or exponent.")
     return int(whole)
 

@@ -3,6 +3,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import papermill
 import pytest
 
 from sparselab.learn.config import Config
+from sparselab.learn.files import locked
 from sparselab.learn.runs import Run, runs_in
-from sparselab.learn.train import ALL_METHODS
+from sparselab.learn.train import ALL_METHODS, dense_partner
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "nbs" / "train.ipynb"
@@ -75,6 +78,31 @@ def test_every_method_runs_through_papermill(tmp_path, method, objective):
     run, = runs_in(tmp_path / "runs")
     expected = run.summary["total"] if method == "dense" else round(0.4 * run.summary["total"])
     assert run.summary["nnz"] == expected or method == "slimming" and abs(run.summary["nnz"] - expected) < 0.1 * run.summary["total"]
+
+
+QUICK = ("-p", "epochs", "2", "-p", "objective", "natural", "-p", "model", "mlp", "-p", "test_samples", "10", "-p", "sparsity", "0.5")
+
+
+def test_the_dense_partner_that_another_process_trains_is_waited_for(tmp_path):
+    config = Config(epochs=2, objective="natural", model="mlp", test_samples=10, sparsity=0.5)
+    sparse, dense = (tmp_path / "runs" / each.run_id for each in (config, dense_partner(config)))
+    with ThreadPoolExecutor() as pool:
+        with locked(dense):  # as another notebook does whose dense network is being trained
+            running = pool.submit(run_papermill, tmp_path, *QUICK)
+            while not (sparse / "summary.json").exists() and not running.done():
+                time.sleep(0.1)
+            time.sleep(2)
+            assert not running.done()
+        done = running.result()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Run(sparse).finished and Run(dense).finished
+    assert "is being trained by another process: waiting for it to end, to use it" in "".join(map(json.dumps, outputs(tmp_path / "out.ipynb")))
+
+
+def test_without_the_dense_network_none_is_trained(tmp_path):
+    done = run_papermill(tmp_path, *QUICK, "-p", "with_dense", "false", "--inject-paths")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [run.config.method for run in runs_in(tmp_path / "runs")] == ["sparsevlr"]
 
 
 def test_a_misspelt_parameter_stops_the_notebook_with_a_sentence(tmp_path):

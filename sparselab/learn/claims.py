@@ -149,7 +149,7 @@ def side_by_side(work: Callable[[Config], object], configs: Sequence[Config]) ->
 def train_all(configs: Mapping[str, Sequence[Config]]) -> dict[str, list[Run]]:
     """Row -> its runs, trained side by side; those that have finished before are only read. Raises what `train` raises."""
     distinct = {(config.runs_dir, config.run_id): config for row in configs.values() for config in row}
-    runs = dict(zip(distinct, side_by_side(lambda config: train(config, []), list(distinct.values())), strict=True))
+    runs = dict(zip(distinct, side_by_side(lambda config: train(config, [], wait=True), list(distinct.values())), strict=True))
     return {name: [runs[config.runs_dir, config.run_id] for config in row] for name, row in configs.items()}
 
 

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("plotly", "ipywidgets", "anywidget", "papermill", "auto_LiRPA", "nbdev", "fastcore", "datasets", "IPython",
-            "pyarrow", "PIL", "pytest", "kaleido")
+            "pyarrow", "PIL", "pytest", "kaleido", "matplotlib")
 HEAVY = ("torch", "numpy", "sklearn", *OPTIONAL)
 # what a user imports from sparselab itself, and the wing that defines it
 PUBLIC = {"Masks": "sparse", "Sparsifier": "sparse", "sparsify": "sparse", "bounds": "robust", "verify": "robust",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from collections import Counter
 from html import unescape
 from itertools import combinations
 
@@ -414,7 +415,7 @@ def test_the_table_holds_the_numbers_and_escapes_names():
 
 @pytest.fixture
 def no_browser(monkeypatch):
-    monkeypatch.setattr(theme, "picture", lambda fig: None)
+    monkeypatch.setattr(theme, "_photograph", lambda fig, width, timeout: None)
 
 
 def test_every_figure_wears_the_theme(no_browser):
@@ -424,8 +425,33 @@ def test_every_figure_wears_the_theme(no_browser):
                 accuracy_bars({"a": summary(1, 1, 1)})):
         assert fig.layout.template.layout.paper_bgcolor == theme.CLEAR and fig.layout.width is None
         bundle = theme.mimebundle(fig)
-        assert bundle["text/plain"] == f"Figure: {fig.layout.meta['title']}" and "image/png" not in bundle
+        assert bundle["text/plain"] == f"Figure: {fig.layout.meta['title']}"
+        png = base64.b64decode(bundle.pop("image/png"))
+        assert struct.unpack(">II", png[16:24]) == (900, fig.layout.height) and len(png) < 40_000
         assert len(json.dumps(bundle)) < 40_000  # plotly's own template alone would be 7 kB of each figure
+
+
+def colours_in(png):
+    """Colour -> how many pixels of an indexed PNG have it."""
+    palette = np.frombuffer(chunks(png)[b"PLTE"], np.uint8).reshape(-1, 3)
+    return Counter("#" + bytes(palette[i]).hex().upper() for i in decode(png).ravel())
+
+
+def test_a_picture_without_a_browser_shows_the_numbers(no_browser):
+    rows = [{"step": i, "loss": 1 / (i + 1), "clean": i / 9} for i in range(9)]
+    drawn = colours_in(theme.picture(training_curves(rows)))
+    assert {theme.COLORS["loss"], theme.COLORS["clean"]} <= set(drawn) and theme.COLORS["pgd"] not in drawn
+    taller = [colours_in(theme.picture(accuracy_bars({"a": summary(share, share / 2, 0.1)})))[theme.COLORS["clean"]] for share in (0.4, 0.8)]
+    assert 1.9 < taller[1] / taller[0] < 2.1, "a bar twice as high has twice the pixels"
+    history, _ = random_history()
+    mask = theme.picture(mask_image(history, "fc1.weight"))
+    assert theme.COLORS["grown"] in colours_in(mask) and theme.COLORS["dropped"] in colours_in(mask)
+
+
+def test_a_figure_of_which_less_than_all_can_be_drawn_has_no_picture(no_browser):
+    fig = theme.titled(go.Figure(go.Pie(values=[1, 2])), "shares")
+    with pytest.warns(UserWarning, match="without a picture.*pie"):
+        assert "image/png" not in theme.mimebundle(fig)
 
 
 def test_the_flipbook_has_the_frames_of_the_figure(no_browser):
@@ -466,9 +492,9 @@ def test_a_browser_that_never_answers_is_given_up_once(monkeypatch):
     monkeypatch.setattr(theme, "_camera", lambda process: (loop, Stuck()))
     monkeypatch.setattr(theme, "_blind", set())
     fig = training_curves([{"step": 1, "loss": 1.0}])
-    with pytest.warns(UserWarning, match="failed.*without a picture"):
-        assert theme.picture(fig, timeout=0.2) is None
-    assert theme.picture(fig) is None and Stuck.calls == 1
+    with pytest.warns(UserWarning, match="failed.*matplotlib draws"):
+        png = theme.picture(fig, timeout=0.2)
+    assert png == theme.picture(fig) and png.startswith(b"\x89PNG") and Stuck.calls == 1
     loop.call_soon_threadsafe(loop.stop)
 
 

@@ -25,10 +25,12 @@ def browsers() -> set[str]:
 
 
 def bare(command: list[str], **options) -> subprocess.CompletedProcess:
-    """The command, done where neither exists. Raises OSError where nothing can be hidden."""
+    """The command, done where neither exists. Raises OSError where something would have to be hidden and cannot be."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("BROWSER_PATH", "SPARSELAB_DATA")} | options.pop("env", {})
+    if not browsers() and not DATA.is_dir():
+        return subprocess.run(command, env=environment, **options)
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         raise OSError("no mount namespace can be made here (unshare -rm), so nothing can be hidden")
-    environment = {key: value for key, value in os.environ.items() if key not in ("BROWSER_PATH", "SPARSELAB_DATA")} | options.pop("env", {})
     with tempfile.TemporaryDirectory() as empty:
         hide = [f"mount --bind /dev/null '{path}'" for path in sorted(browsers())] + [f"mount --bind '{empty}' '{DATA}'"] * DATA.is_dir()
         script = " && ".join([*hide, 'exec "$@"'])

@@ -281,44 +281,44 @@ def test_many_layers_show_the_busiest_below_the_sum():
 # --- training, stability, results -------------------------------------------------------------------------------------
 
 def test_curves_skip_what_rows_lack_and_sort_by_step():
-    rows = [{"step": 30, "loss": 1.0, "clean": 0.5, "eps": 0.1},
+    rows = [{"step": 30, "loss": 1.0, "clean": 0.5, "train_eps": 0.1},
             {"step": 10, "loss": 3.0, "verified": 0.25, "clean": None},
-            {"step": 20, "nnz": 7, "sparsity": 0.5, "eps": 0.0}]
+            {"step": 20, "nnz": 7, "sparsity": 0.5, "train_eps": 0.0}]
     drawn = {trace.name: (list(trace.x), list(trace.y)) for trace in training_curves(rows).data}
     assert drawn == {"loss": ([10, 30], [3.0, 1.0]), "clean": ([30], [0.5]), "verified": ([10], [0.25]),
-                     "eps": ([20, 30], [0.0, 0.1]), "nnz": ([20], [7])}
+                     "train_eps": ([20, 30], [0.0, 0.1]), "nnz": ([20], [7])}
 
 
-@pytest.mark.parametrize("present", [c for n in range(1, 5) for c in combinations(("loss", "clean", "nnz", "eps"), n)])
+@pytest.mark.parametrize("present", [c for n in range(1, 5) for c in combinations(("loss", "clean", "nnz", "train_eps"), n)])
 def test_curves_of_any_choice_of_columns_and_one_row(present):
     row = {"step": 1, **dict.fromkeys(present, 0.5)}
-    if present == ("eps",):
+    if present == ("train_eps",):
         with pytest.raises(ValueError, match="nothing to draw in 1 rows"):
             training_curves([row])
         return
     panels = len({"loss", "clean", "nnz"} & set(present))
     fig = training_curves([row])
     assert len([axis for axis in fig.layout if axis.startswith("xaxis")]) == panels
-    assert {t.name for t in fig.data} == set(present) - ({"eps"} if "clean" not in present else set())
+    assert {t.name for t in fig.data} == set(present) - ({"train_eps"} if "clean" not in present else set())
 
 
 @pytest.mark.parametrize("eps", [None, 0.0, 0.1])
 def test_every_quantity_has_its_own_panel(eps):
-    rows = [{"step": i, "loss": 1.0, "clean": 0.5, "verified": 0.5, "nnz": 9, "eps": eps} for i in range(3)]
+    rows = [{"step": i, "loss": 1.0, "clean": 0.5, "verified": 0.5, "nnz": 9, "train_eps": eps} for i in range(3)]
     fig = training_curves(rows)
     axes = {trace.name: fig.layout["yaxis" + trace.yaxis[1:]] for trace in fig.data}
     domain = {name: (fig.layout["yaxis" + axis.overlaying[1:]] if axis.overlaying else axis).domain
               for name, axis in axes.items()}
-    assert ("eps" in axes) == bool(eps) and domain["clean"] == domain["verified"] == domain.get("eps", domain["clean"])
+    assert ("train_eps" in axes) == bool(eps) and domain["clean"] == domain["verified"] == domain.get("train_eps", domain["clean"])
     assert domain["nnz"][1] < domain["clean"][0] < domain["clean"][1] < domain["loss"][0]
     if eps:  # an axis that lies over another needs traces below it
-        assert axes["clean"].overlaying == next(trace.yaxis for trace in fig.data if trace.name == "eps")
+        assert axes["clean"].overlaying == next(trace.yaxis for trace in fig.data if trace.name == "train_eps")
     else:
         assert not axes["clean"].overlaying
 
 
 def test_curves_survive_a_diverged_run_and_refuse_an_empty_one():
-    fig = training_curves([{"step": 1, "loss": 2.0, "clean": 0.1, "eps": 0.0}, {"step": 2, "loss": float("nan")}])
+    fig = training_curves([{"step": 1, "loss": 2.0, "clean": 0.1, "train_eps": 0.0}, {"step": 2, "loss": float("nan")}])
     assert np.isnan(fig.data[0].y[1]) and json.loads(fig.to_json())
     with pytest.raises(ValueError, match="nothing to draw in 0 rows"):
         training_curves([])

@@ -31,7 +31,7 @@ COLORS = {
     # what a neuron can do inside the box of inputs
     "active": _hue["blue"], "unstable": _hue["orange"], "inactive": _hue["sky"], "dead": _hue["grey"],
     # what is measured on samples
-    "clean": _hue["sky"], "pgd": _hue["orange"], "verified": _hue["blue"], "loss": _hue["purple"], "eps": _hue["grey"],
+    "clean": _hue["sky"], "pgd": _hue["orange"], "verified": _hue["blue"], "loss": _hue["purple"], "train_eps": _hue["grey"],
     "nnz": _hue["green"],
 }
 TEXT, GRID, CLEAR = "#767676", "rgba(128,128,128,0.25)", "rgba(0,0,0,0)"
@@ -115,7 +115,7 @@ def picture(fig: go.Figure, width: int = 900, timeout: float = 90) -> bytes | No
     from sparselab.view.drawing import draw
     try:
         return draw(fig, width)
-    except ValueError as error:
+    except Exception as error:  # an experiment of hours must not stop at its pictures
         warnings.warn(f"The figure is shown without a picture. {error}", stacklevel=2)
         return None
 

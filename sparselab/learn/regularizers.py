@@ -16,7 +16,7 @@ Bounds = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def tightness(preactivations: Bounds, radius: Tensor, tolerance: float = 0.5) -> Tensor:
-    """Penalty in [0, 1] on layers whose bounds are wider than `radius` / `tolerance` (arXiv 2103.17268, eq. for tightness).
+    """Penalty in [0, 1] on layers whose bounds are wider than `radius` / `tolerance` (arXiv 2103.17268).
 
     `preactivations`: layer -> (lb, ub), inputs of the ReLUs; `radius`: mean half-width of the input box, a scalar.
     """
@@ -25,23 +25,21 @@ def tightness(preactivations: Bounds, radius: Tensor, tolerance: float = 0.5) ->
 
 
 def balance(preactivations: Bounds, tolerance: float = 0.5) -> Tensor:
-    """Penalty in [0, 2] on layers in which active and inactive neurons differ in total or in spread (same source).
+    """Penalty in [0, 2] on layers in which active and inactive neurons differ in total or in spread around the layer's mean (same source).
 
-    A layer without active or without inactive neurons contributes nothing, as no ratio exists.
+    Without an active neuron it is 2; a layer without an inactive one contributes nothing, as no ratio exists.
     """
     terms = []
     for lb, ub in preactivations.values():
-        active, inactive, centre = (lb > 0).to(lb), (ub < 0).to(lb), (lb + ub) / 2
-        level = [(centre.abs() * group).mean() for group in (active, inactive)]
-        counts = [group.sum().clamp(min=1) for group in (active, inactive)]
-        means = [(centre * group).sum() / n for group, n in zip((active, inactive), counts, strict=True)]
-        spread = [(((centre - m) * group) ** 2).sum() / n
-                  for m, group, n in zip(means, (active, inactive), counts, strict=True)]
-        terms.append(_ratio(*level, tolerance) + _ratio(*spread, tolerance))
+        centre = (lb + ub) / 2
+        groups = [group.to(lb) for group in (lb > 0, ub < 0)]
+        level = [(centre.abs() * group).mean() for group in groups]
+        spread = [((centre - centre.mean()) ** 2 * group).mean() for group in groups]
+        penalty = sum(torch.relu(tolerance - _ratio(*pair)) for pair in (level, spread)) / tolerance
+        terms.append(torch.where(groups[1].any(), penalty, 0.0))
     return torch.stack(terms).mean()
 
 
-def _ratio(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
-    exists = (a > 1e-12) & (b > 1e-12)
-    a, b = torch.where(exists, a, 1), torch.where(exists, b, 1)  # where, not if: no host sync, no NaN gradient
-    return torch.relu(tolerance - torch.minimum(a / b, b / a)) / tolerance
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """min(a / b, b / a) without a division by zero, in the value or in the gradient; 0 where only one of them is 0."""
+    return torch.minimum(a, b) / torch.maximum(a, b).clamp(min=1e-12)

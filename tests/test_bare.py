@@ -29,11 +29,12 @@ def test_the_machine_is_bare():
 
 
 DRAW = """
-import sys
+import os, sys
 from execnb.nbio import read_nb
 from execnb.shell import CaptureShell
 
 for path in sys.argv[1:]:
+    os.chdir(os.path.dirname(path))
     notebook = read_nb(path)
     CaptureShell(path).run_all(notebook, exc_stop=True)
     shown = [output["data"] for cell in notebook.cells for output in cell.get("outputs") or () if "data" in output]

@@ -98,7 +98,7 @@ def test_the_wheel_says_who_it_is(packed):
     assert packed.metadata.get_all("Provides-Extra") == ["lab", "hub", "lirpa", "dev"]
     assert any(file.name == "LICENSE" for file in packed.files)
     plain = [Requirement(line) for line in packed.requires if "extra ==" not in line]
-    assert sorted(requirement.name for requirement in plain) == ["joblib", "numpy", "safetensors", "scikit-learn", "torch"]
+    assert sorted(requirement.name for requirement in plain) == ["joblib", "numpy", "safetensors", "scikit-learn", "scipy", "torch"]
 
 
 def test_runtime_requirements_suffice(bare, tmp_path):

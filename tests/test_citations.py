@@ -47,7 +47,8 @@ def authors_before(text: str) -> list[tuple[str, str]]:
 
 def test_the_rules_find_what_is_written():
     text = '"A title of a paper" (arXiv 2103.17268), Shi et al., arXiv 2103.17268, Wong & Kolter (1711.00851), (Shi et al. 2021, 2103.17268)'
-    assert cited(text + " 3179.5271 s, 0.2111, 2104.00447 ms, ([1911.11134](https://arxiv.org/abs/1911.11134))") >= {"2103.17268", "1711.00851", "1911.11134"}
+    linked = " 3179.5271 s, 0.2111, ([1911.11134](https://arxiv.org/abs/1911.11134))"
+    assert cited(text + linked) == {"2103.17268", "1711.00851", "1911.11134"}
     assert "3179.5271" not in cited("took 3179.5271 s") and titles_before(text) == [("A title of a paper", "2103.17268")]
     assert authors_before(text) == [("Shi", "2103.17268"), ("Wong", "1711.00851"), ("Shi", "2103.17268")]
 

@@ -1,6 +1,7 @@
 """What every committed notebook keeps to, and what the README promises about them."""
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -219,6 +220,19 @@ def test_links_lead_somewhere(path):
 def test_a_broken_link_is_noticed(tmp_path):
     (tmp_path / "a.md").write_text("# A `b` c!\n[1](a.md#a-b-c) [2](a.md#a-b) [3](c.md) [4](#a-b-c) `[5](d.md)` [6](https://x.org/e.md)")
     assert broken_links(tmp_path / "a.md") == ["a.md#a-b", "c.md"]
+
+
+@pytest.mark.parametrize("script", ["nbs/run.py", "nbs/papers/table.py", "nbs/example/make.py", "tests/screenshot.py"])
+def test_a_script_that_is_asked_for_help_helps_and_does_nothing(script):
+    before = {path: path.stat().st_mtime_ns for path in tracked()}
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.lower().startswith("usage: "), done.stderr
+    assert {path: path.stat().st_mtime_ns for path in tracked()} == before
+
+
+def test_root_may_open_jupyterlab():
+    lab = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "-m jupyterlab" in lab and ("--allow-root" in lab) == (os.getuid() == 0)
 
 
 def test_python_of_the_readme_runs(tmp_path):

@@ -1,7 +1,7 @@
 """papermill for the notebooks here: `python nbs/run.py NOTEBOOK OUT -p name value ...` takes what papermill takes.
 
-What a cell prints appears as it is printed. A cell that fails ends the command with what the cell shows, which for a bad parameter is one
-sentence, and with 1. What goes between papermill and the kernel is encrypted, so that the kernel has nothing to warn of.
+What a cell prints appears as it is printed. A cell that fails ends the command with what the cell shows, which for an error that sparselab
+raises on purpose, a bad parameter say, is one sentence, and with 1. What goes between papermill and the kernel is encrypted, so that the kernel has nothing to warn of.
 """
 import sys
 
@@ -11,10 +11,13 @@ from papermill.exceptions import PapermillExecutionError, strip_color
 from traitlets.config import Config
 
 
+FIRST = "from sparselab.notebooks import short_errors; short_errors()"
+
+
 class Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **options):
-        options |= {"config": Config({"KernelManager": {"transport_encryption": "auto"}})}
+        options |= {"config": Config({"KernelManager": {"transport_encryption": "auto"}}), "extra_arguments": [f"--IPKernelApp.exec_lines={FIRST}"]}
         return super().execute_managed_notebook(nb_man, kernel_name, **options)
 
 

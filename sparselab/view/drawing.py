@@ -107,12 +107,12 @@ def _head(page: Page, margins: tuple) -> None:
     width, height = page.paper.get_size_inches() * 100
     title, *note = plain(page.fig.layout.title.text).split("\n")
     themed = page.fig.layout.meta is not None
-    page.paper.text(margins[0] / width, 1 - (18 if themed else 10) / height, title, color=INK, fontsize=12, va="top")
+    page.paper.text(margins[0] / width, 1 - (18 if themed else 10) / height, title, color=INK, fontsize=12 if themed else 10, va="top")
     page.paper.text(margins[0] / width, 1 - 41 / height, "\n".join(note), color=INK, fontsize=9.4, va="top")
     keys = list(_keys(page)) if page.fig.layout.showlegend is not False else []
     if not keys or (len(page.fig.data) == 1 and not page.fig.layout.showlegend):
         return
-    look = {"frameon": False, "fontsize": 9.4, "labelcolor": INK, "borderaxespad": 0}
+    look = {"frameon": False, "fontsize": 9.4, "labelcolor": INK, "borderaxespad": 0, "labelspacing": 0.2}
     handles, labels = zip(*keys, strict=True)
     if not themed:
         next(iter(page.panels.values())).legend(handles, labels, loc="best", **look)

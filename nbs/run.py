@@ -1,7 +1,8 @@
 """papermill for the notebooks here: `python nbs/run.py NOTEBOOK OUT -p name value ...` takes what papermill takes.
 
-What a cell prints appears as it is printed. A cell that fails ends the command with what the cell shows, which for an error that sparselab
-raises on purpose, a bad parameter say, is one sentence, and with 1. What goes between papermill and the kernel is encrypted, so that the kernel has nothing to warn of.
+What a cell prints appears as it is printed. A cell that fails ends the command with 1, and with what the cell shows: the sentence alone of an
+error that sparselab raises on purpose, for a bad parameter say. What goes between papermill and the kernel is encrypted, so that the kernel
+has nothing to warn of.
 """
 import sys
 
@@ -9,7 +10,6 @@ from papermill.cli import papermill
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError, strip_color
 from traitlets.config import Config
-
 
 FIRST = "from sparselab.notebooks import short_errors; short_errors()"
 

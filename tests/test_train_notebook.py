@@ -90,7 +90,8 @@ def test_a_misspelt_parameter_stops_the_notebook_with_a_sentence(tmp_path):
     ("train", ("-p", "sparsty", "0.9"), "Did you mean 'sparsity'?"), ("train", ("-p", "dataset", "mnits"), "'mnits'"),
     ("train", ("-p", "sparsity", "99"), "got 99.0"), ("papers/acdc", ("-p", "scale", "fulll"), "Did you mean 'full'?")])
 def test_the_launcher_shows_the_sentence_alone(tmp_path, notebook, wrong, sentence):
-    done = subprocess.run([sys.executable, ROOT / "nbs" / "run.py", ROOT / "nbs" / f"{notebook}.ipynb", "out.ipynb", "-p", "runs_dir", "runs", *wrong],
+    launcher, path = ROOT / "nbs" / "run.py", ROOT / "nbs" / f"{notebook}.ipynb"
+    done = subprocess.run([sys.executable, launcher, path, "out.ipynb", "-p", "runs_dir", "runs", *wrong],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "WARNING" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]

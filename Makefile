@@ -18,7 +18,7 @@ SPARSITY ?= 0.99
 OUT ?= runs/train-$(SPARSITY).ipynb
 ARGS ?=
 PYTEST ?=
-# papermill with the messages of an experiment; the pipes behind it keep it from truncating a log file behind stdout
+# papermill that prints what a notebook prints, as it is printed
 PAPERMILL = $(BIN)/python nbs/run.py
 # JupyterLab refuses root, who in a container is the only user, unless told that this is meant
 AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -55,7 +55,7 @@ train: $(STAMP) ## train a 99 % sparse network under a verified loss on scikit-l
 	@mkdir -p runs
 	@touch runs/.started
 	@echo "papermill nbs/train.ipynb $(OUT) -p sparsity $(SPARSITY) $(ARGS)"
-	@set -o pipefail; $(PAPERMILL) nbs/train.ipynb "$(OUT)" -p sparsity $(SPARSITY) $(ARGS) 2>&1 | cat
+	@$(PAPERMILL) nbs/train.ipynb "$(OUT)" -p sparsity $(SPARSITY) $(ARGS)
 	@echo "executed notebook: $(OUT)"
 	@found=$$(find runs -name summary.json -newer runs/.started); \
 		for summary in $${found:-$$(ls -t runs/*/summary.json | head -n 1)}; do echo "run folder:        $$(dirname "$$summary")"; done
@@ -81,8 +81,8 @@ lab: $(STAMP) ## JupyterLab on the workbench
 # $(call run-all,bench,ARGS): every notebook of nbs/bench/ through papermill into runs/bench/
 define run-all
 	@mkdir -p runs/$(1)
-	@set -e -o pipefail; for notebook in $(wildcard nbs/$(1)/*.ipynb); do echo "papermill $$notebook"; \
-		$(PAPERMILL) "$$notebook" "runs/$(1)/$$(basename "$$notebook")" $(2) 2>&1 | cat; done
+	@set -e; for notebook in $(wildcard nbs/$(1)/*.ipynb); do echo "papermill $$notebook"; \
+		$(PAPERMILL) "$$notebook" "runs/$(1)/$$(basename "$$notebook")" $(2); done
 endef
 
 bench: $(STAMP) ## run nbs/bench/*.ipynb; the executed notebooks go to runs/bench/

@@ -23,7 +23,7 @@ class Engine(NBClientEngine):
 
 def main(arguments: list[str]) -> int:
     papermill_engines.register(None, Engine)
-    streams = ["--no-progress-bar", "--stdout-file", "/dev/stdout", "--stderr-file", "/dev/stdout"]
+    streams = ["--no-progress-bar", "--stdout-file", "-", "--stderr-file", "-"]
     try:
         papermill([*streams, *arguments], prog_name="nbs/run.py")
     except PapermillExecutionError as error:

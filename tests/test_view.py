@@ -473,8 +473,9 @@ def test_show_does_nothing_in_tests_and_displays_otherwise(no_browser, monkeypat
     assert shown == []
     monkeypatch.delenv("IN_TEST")
     theme.show(fig)
-    (bundle, raw), = shown
-    assert raw and "application/vnd.plotly.v1+json" in bundle
+    theme.show(fig, still=True)
+    (bundle, raw), (still, _) = shown
+    assert raw and "application/vnd.plotly.v1+json" in bundle and set(still) == {"image/png", "text/plain"}
 
 
 def test_a_browser_that_never_answers_is_given_up_once(monkeypatch):

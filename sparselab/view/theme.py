@@ -154,9 +154,11 @@ def mimebundle(fig: go.Figure) -> dict:
     return bundle
 
 
-def show(fig: go.Figure) -> None:
-    """Displays `fig` in the notebook: interactive in JupyterLab, a picture elsewhere. Does nothing under IN_TEST=1."""
+def show(fig: go.Figure, still: bool = False) -> None:
+    """Displays `fig` in the notebook: interactive in JupyterLab, a picture elsewhere; `still`: a picture alone. Does nothing under IN_TEST=1."""
     if os.environ.get("IN_TEST"):
         return
     from IPython.display import display
-    display(mimebundle(fig), raw=True)
+    bundle = mimebundle(fig)
+    kept = ("image/png", "text/plain") if still and "image/png" in bundle else bundle
+    display({form: bundle[form] for form in kept}, raw=True)

@@ -58,7 +58,7 @@ train: $(STAMP) ## train a 99 % sparse network under a verified loss on scikit-l
 	@$(PAPERMILL) nbs/train.ipynb "$(OUT)" -p sparsity $(SPARSITY) $(ARGS)
 	@echo "executed notebook: $(OUT)"
 	@found=$$(find runs -name summary.json -newer runs/.started); \
-		for summary in $${found:-$$(ls -t runs/*/summary.json | head -n 1)}; do echo "run folder:        $$(dirname "$$summary")"; done
+		for summary in $${found:-$$(ls -t runs/*/summary.json 2>/dev/null | head -n 1)}; do echo "run folder:        $$(dirname "$$summary")"; done
 
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP) ## all tests: library in sync, notebooks clean, ruff, every library notebook, pytest

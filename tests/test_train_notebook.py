@@ -108,8 +108,24 @@ def test_without_the_dense_network_none_is_trained(tmp_path):
 def test_a_misspelt_parameter_stops_the_notebook_with_a_sentence(tmp_path):
     done = run_papermill(tmp_path, "-p", "sparsty", "0.9")
     assert done.returncode == 1
-    assert "There is no parameter called 'sparsty'. Did you mean 'sparsity'?" in done.stderr
+    sentence = next(line for line in done.stderr.splitlines() if line.startswith("ValueError: "))
+    assert sentence.startswith("ValueError: There is no parameter called 'sparsty'. Did you mean 'sparsity'?")
+    assert "sparselab/learn" not in done.stderr, "no way through the library around the sentence"
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("notebook, wrong, sentence", [
+    ("train", ("-p", "sparsty", "0.9"), "Did you mean 'sparsity'?"), ("train", ("-p", "dataset", "mnits"), "'mnits'"),
+    ("train", ("-p", "sparsity", "99"), "got 99.0"), ("papers/acdc", ("-p", "scale", "fulll"), "Did you mean 'full'?")])
+def test_the_launcher_shows_the_sentence_alone(tmp_path, notebook, wrong, sentence):
+    launcher, path = ROOT / "nbs" / "run.py", ROOT / "nbs" / f"{notebook}.ipynb"
+    done = subprocess.run([sys.executable, launcher, path, "out.ipynb", "-p", "runs_dir", "runs", *wrong],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "WARNING" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(r"\w+Error: ", last) and sentence in last
+    shown = [output for output in outputs(tmp_path / "out.ipynb") if output["output_type"] == "error"]
+    assert len(shown) == 1 and len(shown[0]["traceback"]) == 1 and sentence in shown[0]["traceback"][0]
 
 
 def test_every_parameter_is_a_field_with_its_default_and_a_description():

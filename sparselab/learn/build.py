@@ -104,7 +104,7 @@ def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Star
     """The learner of `config`, on `data` if it is at hand already; raises ValueError for every name or value that cannot be."""
     start, device = start or Start(), pick_device(config.device)
     scale = scales_to_masks(config, start)
-    goal = objective(config.objective, config.eps, config.engine, **config.objective_options)
+    goal = objective(config.objective, config.eps, config.engine, config.seed, **config.objective_options)
     method_options(config.method)  # a wrong name is refused before data are read
     data = data or load_data(config)
     model = new_model(config, data, config.seed)

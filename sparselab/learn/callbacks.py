@@ -107,11 +107,11 @@ class Progress(Callback):
     def before_fit(self, learner: Learner) -> None:
         if learner.epoch:
             print(f"continuing after epoch {learner.epoch} of {learner.epochs}")
-        print("epoch     loss    eps   clean  verified        nnz  seconds")
+        print("epoch     loss train_eps   clean  verified        nnz  seconds")
 
     def after_epoch(self, learner: Learner) -> None:
         every = math.ceil(learner.epochs / self.lines)
         if learner.epoch % every == 0 or learner.epoch in (1, learner.epochs):
             row = learner.row
-            print(f"{row['epoch']:5} {row['loss']:8.4f} {row['eps']:6.3f} {row['clean']:7.2%} {row['verified']:9.2%} "
+            print(f"{row['epoch']:5} {row['loss']:8.4f} {row['train_eps']:9.3f} {row['clean']:7.2%} {row['verified']:9.2%} "
                   f"{row['nnz']:10,} {learner.seconds:8.1f}", flush=True)

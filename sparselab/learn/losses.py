@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy
 
 from .ramps import Moment, Ramp
 from .regularizers import balance, tightness
-from ..robust.attacks import pgd
-from ..robust.boxes import input_box, margin_matrix
 from ..program import LastReading, Program
+from ..robust.attacks import pgd
 from ..robust.bounds import bounds
+from ..robust.boxes import input_box, margin_matrix
 from ..robust.ibp import interval_pass, recorded_statistics
 from ..robust.replay import check_point
 from ..sparse.scores import generator_for

@@ -6,7 +6,6 @@
 __all__ = ['ONLY_LIRPA', 'Statistics', 'UnsupportedLayer', 'Graph', 'training_norms', 'build', 'of_batch', 'naming']
 
 # %% ../../nbs/robust/00g_graph.ipynb #587ffb2f
-import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..program import Program, Unreadable, arguments, fetch, operation
-from .boxes import Interval
-from .rules import BATCH_NORMS, CONVOLUTIONS, ROW_BY_ROW, RULES, Merged, Refused
+from .rules import BATCH_NORMS, CONVOLUTIONS, RULES, Refused
 
 # %% ../../nbs/robust/00g_graph.ipynb #35e77f1b
 ONLY_LIRPA = {"sin", "cos"}  # ATen operations that auto_LiRPA bounds and the native engine does not

@@ -35,7 +35,7 @@ FAMILIES = {
     "slices, concatenation, stack": "slice select cat stack",
     "chunk, split, index, flip, roll, repeat, expand": "split split_with_sizes unbind index index_select flip roll repeat expand",
     "padding with a constant": "constant_pad_nd",
-    "padding by reflection and replication": "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d",
+    "padding by reflection and replication": " ".join(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
     "upsampling, pixel shuffle": ("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
                                   "pixel_shuffle pixel_unshuffle"),
     "writing into a part, choosing by a constant mask": "slice_scatter select_scatter where masked_fill copy zero fill",

@@ -396,5 +396,5 @@ RULES: dict[str, Callable] = {
     "where": where, "masked_fill": masked_fill, "copy": copy, "fill": copy, "zero": lambda x: copy(x, 0.0), "constant_pad_nd": constant_pad,
     "mean": dims_of(aten.mean.dim), "sum": dims_of(aten.sum.dim_IntList), "flip": dims_of(aten.flip),
     "roll": lambda x, shifts, dims=None: dims_of(lambda t, d: t.roll(shifts, d))(x, dims),
-    **{name: images(getattr(aten, name)) for name in (*_INTERPOLATED, *_PADDED, "pixel_shuffle", "pixel_unshuffle")},
+    **{name: images(getattr(aten, name)) for name in (*_INTERPOLATED, *_PADDED, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")},
 }

@@ -109,3 +109,24 @@ def test_what_takes_the_shape_of_an_activation_and_not_its_values_is_a_constant(
     lb, ub = bounds(net, x, x + 0.5, method)
     low, high = net(x), net(x + 0.5)
     torch.testing.assert_close((lb, ub), (torch.minimum(low, high), torch.maximum(low, high)))
+
+
+SPREAD = {  # a constant repeats the activation
+    "clamp": lambda x, a: x.clamp(min=a), "clamp_max": lambda x, a: torch.clamp_max(x, a), "maximum": torch.maximum, "minimum": lambda x, a: torch.minimum(a, x),
+    "add": torch.add, "where": lambda x, a: torch.where(a > 0.5, x, a), "mask": lambda x, a: x.masked_fill(a > 0.5, 0.5),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", SPREAD)
+def test_a_constant_repeats_an_activation(name, method):
+    x, a = torch.rand(2, 1, 3), torch.rand(2, 3)
+    net = Called(lambda x: SPREAD[name](x * 1, a).flatten(1), 6)
+    lb, ub = bounds(net, x, x + 0.2, method)
+    for point in (x, x + 0.1, x + 0.2):
+        assert bool((lb <= net(point) + 1e-5).all() and (net(point) <= ub + 1e-5).all())
+    torch.testing.assert_close(bounds(net, x, x, method), (net(x), net(x)))
+    for high in (torch.rand(2, 2, 3), torch.rand(2, 1, 3)):  # it would repeat, or move, the two samples
+        wrong = Called(lambda x, a=high: SPREAD[name](x * 1, a).flatten(1))
+        with pytest.raises(ValueError, match="batch must stay in front|with the batch in front"):
+            bounds(wrong, torch.rand(2, 3), torch.rand(2, 3) + 1, method)

@@ -156,7 +156,15 @@ def clamp(x, low=None, high=None):
     if isinstance(low, Interval) or isinstance(high, Interval):
         raise Refused("an activation is the end of a range")
     one_sided = high is None and not isinstance(low, Tensor) and low == 0
-    return ReLU() if one_sided else Clamp(low, high)
+    return ReLU() if one_sided else _spread(x, Clamp(low, high), low, high)
+
+
+def _spread(x: Interval, layer: Curve, *ends: Any):
+    """The layer, behind one that repeats x where an end has more entries."""
+    shape = torch.broadcast_shapes(x.shape, *(end.shape for end in ends if isinstance(end, Tensor)))
+    if len(shape) != x.ndim or shape[0] != x.shape[0]:
+        raise Refused(f"it spreads {tuple(x.shape)} to {tuple(shape)}: the batch must stay in front")
+    return layer if shape == x.shape else [Move(lambda t: t.expand(shape)), layer]
 
 
 def elu(x, alpha=1, scale=1, input_scale=1):
@@ -187,7 +195,7 @@ def pair(kind: type) -> Callable:
         if isinstance(x, Interval) and isinstance(y, Interval):
             return kind()
         end = y if isinstance(x, Interval) else x
-        return Clamp(end, None) if kind is Maximum else Clamp(None, end)
+        return _spread(x if end is y else y, Clamp(end, None) if kind is Maximum else Clamp(None, end), end)
 
     return rule
 

@@ -91,7 +91,7 @@ def batch_norm(x, *args, names: Sequence[str], statistics: tuple[Tensor, Tensor]
     return (Scale(scale.view(-1, *ones), shift.view(-1, *ones)),)
 
 # %% ../../nbs/robust/00e_rules.ipynb #e5365bf8
-def add(x, y, *, alpha=1):
+def add(x, y, alpha=1):
     if isinstance(x, Interval) and isinstance(y, Interval):
         return Add(alpha)
     if isinstance(x, Interval):
@@ -99,12 +99,14 @@ def add(x, y, *, alpha=1):
     return Scale(None if alpha == 1 else alpha, x)
 
 
-def sub(x, y, *, alpha=1):
+def sub(x, y, alpha=1):
     return add(x, y, alpha=-alpha)
 
 
-def rsub(x, y, *, alpha=1):
-    return [Scale(-float(alpha), None), Scale(None, y)]
+def rsub(x, y, alpha=1):
+    if isinstance(x, Interval) and isinstance(y, Interval):
+        return [Add(-1 / alpha), Scale(-float(alpha), None)]
+    return [Scale(-float(alpha), None), Scale(None, y)] if isinstance(x, Interval) else sub(y, x, alpha)
 
 
 def mul(x, y):

@@ -90,7 +90,7 @@ def batch_norm(x, *args, names: Sequence[str], statistics: tuple[Tensor, Tensor]
     return (Scale(scale.view(-1, *ones), shift.view(-1, *ones)),)
 
 # %% ../../nbs/robust/00e_rules.ipynb #e5365bf8
-def add(x, y, *, alpha=1):
+def add(x, y, alpha=1):
     if isinstance(x, Interval) and isinstance(y, Interval):
         return Add(alpha)
     if isinstance(x, Interval):
@@ -98,12 +98,14 @@ def add(x, y, *, alpha=1):
     return Scale(None if alpha == 1 else alpha, x)
 
 
-def sub(x, y, *, alpha=1):
+def sub(x, y, alpha=1):
     return add(x, y, alpha=-alpha)
 
 
-def rsub(x, y, *, alpha=1):
-    return [Scale(-float(alpha), None), Scale(None, y)]
+def rsub(x, y, alpha=1):
+    if isinstance(x, Interval) and isinstance(y, Interval):
+        return [Add(-1 / alpha), Scale(-float(alpha), None)]
+    return [Scale(-float(alpha), None), Scale(None, y)] if isinstance(x, Interval) else sub(y, x, alpha)
 
 
 def mul(x, y):
@@ -155,7 +157,15 @@ def clamp(x, low=None, high=None):
     if isinstance(low, Interval) or isinstance(high, Interval):
         raise Refused("an activation is the end of a range")
     one_sided = high is None and not isinstance(low, Tensor) and low == 0
-    return ReLU() if one_sided else Clamp(low, high)
+    return ReLU() if one_sided else _spread(x, Clamp(low, high), low, high)
+
+
+def _spread(x: Interval, layer: Curve, *ends: Any):
+    """The layer, behind one that repeats x where an end has more entries."""
+    shape = torch.broadcast_shapes(x.shape, *(end.shape for end in ends if isinstance(end, Tensor)))
+    if len(shape) != x.ndim or shape[0] != x.shape[0]:
+        raise Refused(f"it spreads {tuple(x.shape)} to {tuple(shape)}: the batch must stay in front")
+    return layer if shape == x.shape else [Move(lambda t: t.expand(shape)), layer]
 
 
 def elu(x, alpha=1, scale=1, input_scale=1):
@@ -186,7 +196,7 @@ def pair(kind: type) -> Callable:
         if isinstance(x, Interval) and isinstance(y, Interval):
             return kind()
         end = y if isinstance(x, Interval) else x
-        return Clamp(end, None) if kind is Maximum else Clamp(None, end)
+        return _spread(x if end is y else y, Clamp(end, None) if kind is Maximum else Clamp(None, end), end)
 
     return rule
 
@@ -396,5 +406,5 @@ RULES: dict[str, Callable] = {
     "where": where, "masked_fill": masked_fill, "copy": copy, "fill": copy, "zero": lambda x: copy(x, 0.0), "constant_pad_nd": constant_pad,
     "mean": dims_of(aten.mean.dim), "sum": dims_of(aten.sum.dim_IntList), "flip": dims_of(aten.flip),
     "roll": lambda x, shifts, dims=None: dims_of(lambda t, d: t.roll(shifts, d))(x, dims),
-    **{name: images(getattr(aten, name)) for name in (*_INTERPOLATED, *_PADDED, "pixel_shuffle", "pixel_unshuffle")},
+    **{name: images(getattr(aten, name)) for name in (*_INTERPOLATED, *_PADDED, "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")},
 }

@@ -43,19 +43,26 @@ def _slope(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
 
-def _witnesses(model: nn.Module, x: Tensor, y: Tensor, eps: float, logits: Tensor) -> Tensor:
-    """What the real model says at three points of every box, and at x itself: (4, B, K). Contradiction where its reading differs."""
+def _witnesses(model: nn.Module, x: Tensor, y: Tensor, eps: float, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What the real model says at x and at three points of every box, (4, B, K); the last is the upper end where the mask, like x, says so.
+
+    Contradiction where the reading of the model differs.
+    """
     program, (lower, upper) = read(model, x), input_box(x, eps)
     check_reading(program, model, x, logits)
-    steepest = torch.where(_slope(model, x, y) > 0, upper, lower)
-    return torch.stack([logits, *(check_reading(program, model, point) for point in (*probes(lower, upper), steepest))])
+    rises = _slope(model, x, y) > 0
+    steepest = torch.where(rises, upper, lower)
+    return torch.stack([logits, *(check_reading(program, model, point) for point in (*probes(lower, upper), steepest))]), rises
 
 
-def _lower_margins(model: nn.Module, x: Tensor, y: Tensor, eps: float, seen: Tensor, method: str, engine: str) -> Tensor:
+def _lower_margins(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, seen: Tensor, rises: Tensor, method: str, engine: str
+) -> Tensor:
     """Lower bound of the worst margin of each sample, none of them above a margin that was `seen`; -inf where one is not finite."""
-    program, C = read(model, x), margin_matrix(y, seen.shape[2], dtype=x.dtype)
+    program, C, (lower, upper) = read(model, x), margin_matrix(y, seen.shape[2], dtype=x.dtype), input_box(x, eps)
     check_reading(program, model, x, seen[0])
-    lb, ub = bounds(model, *input_box(x, eps), method, C, engine, program=program)
+    check_reading(program, model, torch.where(rises, upper, lower), seen[-1])
+    lb, ub = bounds(model, lower, upper, method, C, engine, program=program)
     lb, ub = lb.masked_fill(~lb.isfinite(), -math.inf), ub.masked_fill(~ub.isfinite(), math.inf)
     for logits in seen:
         check_bounds(logits, lb, ub, C)
@@ -108,7 +115,8 @@ def verify(
         size = _batch(program, 1, "ibp", engine, batch_size)
         logits = torch.cat([ask(model, part) for part in x.split(size)])
         check_classes(logits, y)
-        seen = torch.cat([_witnesses(model, *part, eps, z) for *part, z in zip(x.split(size), y.split(size), logits.split(size), strict=True)], 1)
+        parts = [_witnesses(model, *part, eps, z) for *part, z in zip(x.split(size), y.split(size), logits.split(size), strict=True)]
+        seen, rises = torch.cat([said for said, _ in parts], 1), torch.cat([mask for _, mask in parts])
         clean, scale = worst_margin(logits, y) > 0, logits.abs().amax(1).clamp(min=1)
         unbroken = torch.stack([worst_margin(z, y) > 0 for z in seen]).all(0)
         worth = clean if robust is None else clean & robust
@@ -120,7 +128,7 @@ def verify(
             left, found = tried[method].nonzero().flatten(), torch.full_like(scale, -math.inf)
             for rows in left.split(_batch(program, logits.shape[1], method, engine, batch_size)):
                 if len(rows):
-                    found[rows] = _lower_margins(model, x[rows], y[rows], eps, seen[:, rows], method, engine)
+                    found[rows] = _lower_margins(model, x[rows], y[rows], eps, seen[:, rows], rises[rows], method, engine)
             check_order(clean, robust, found > 1e-4 * scale)
             found = torch.where(robust, found, found.clamp(max=0))  # a broken point outweighs rounding
             by_method[method], margins = found > 0, torch.maximum(margins, found)

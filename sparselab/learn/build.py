@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .augment import standard
 from .config import Config
-from .data import Data, load
+from .data import Data, load, to_float
 from .init import ibp_init_, kaiming_init_
 from .learner import Callback, Learner
 from .models import build
@@ -69,9 +69,10 @@ class Start:
     classes: Sequence[int] | None = None
 
 
-def sparsifier_options(config: Config, start: Start) -> dict[str, object]:
+def sparsifier_options(config: Config, start: Start, data: Data) -> dict[str, object]:
     """What `sparsify` is given for the method of `config` besides the names that all methods have."""
-    options = {"rounds": config.epochs} if "rounds" in method_options(config.method) else {}
+    offered = {"rounds": config.epochs, "example": to_float(data.train.images[:2])}
+    options = {name: value for name, value in offered.items() if name in method_options(config.method)}
     if config.distribution != "auto":
         options["distribution"] = config.distribution
     if start.masks is not None:
@@ -102,7 +103,7 @@ def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Star
     data = of_classes(data, start.classes) if start.classes is not None else data
     optimizer = make_optimizer(config.optimizer, model, peak_lr(config), config.weight_decay)
     steps = config.epochs * data.train.steps(config.batch_size)
-    sparsifier = sparsify(model, optimizer, config.method, config.sparsity, steps, config.seed, **sparsifier_options(config, start))
+    sparsifier = sparsify(model, optimizer, config.method, config.sparsity, steps, config.seed, **sparsifier_options(config, start, data))
     if scale:
         scale_to_fan_in_(sparsifier.masks)
     augment = standard(config.dataset) if config.augment else None

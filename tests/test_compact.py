@@ -1,5 +1,6 @@
 """compact: for networks of many forms, the same function as the masked network, with fewer parameters."""
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -7,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from sparselab.learn.models import MODELS, build
+from sparselab.learn.models import build
 from sparselab.sparse.channels import Channels, links
 from sparselab.sparse.compact import compact
+from sparselab.sparse.effective import effective
 from sparselab.sparse.masks import prunable
 from sparselab.sparse.sparsify import sparsify
 
@@ -131,11 +133,11 @@ def hooked() -> nn.Module:
 
 
 def lines(*layers: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(*layers)
+    return lambda: deepcopy(nn.Sequential(*layers))
 
 
 def function(forward: Callable, **parts: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: Model(forward, **parts)
+    return lambda: deepcopy(Model(forward, **parts))
 
 
 IMAGE, ROWS, TOKENS = (3, 2, 6, 6), (5, 7), (3, 4, 5)
@@ -145,13 +147,15 @@ SHRUNK: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "depthwise": (depthwise, IMAGE), "layer used twice": (layer_used_twice, IMAGE), "layer with two names": (two_names, ROWS), "tied": (tied, ROWS),
     "model used twice": (model_used_twice, ROWS), "autoencoder": (autoencoder, ROWS), "patches to tokens": (patches, IMAGE), "hooks": (hooked, IMAGE),
     "shortcut by padding": (shortcut_by_padding, IMAGE), "own parameters": (own_parameters, IMAGE),
-    "without padding": (lines(conv(2, 7, padding=0), nn.Sigmoid(), conv(7, 5, padding=0, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)), IMAGE),
+    "without padding": (lines(conv(2, 7, padding=0), nn.Sigmoid(), conv(7, 5, padding=0, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)),
+                        IMAGE),
     "in place": (lines(conv(2, 6), nn.BatchNorm2d(6), nn.ReLU(True), conv(6, 4), nn.ELU(inplace=True), nn.Flatten(), nn.Linear(144, 3)), IMAGE),
     "tokens, flatten": (lines(nn.Linear(5, 6), nn.Sigmoid(), nn.Linear(6, 7), nn.ReLU(), nn.Flatten(), nn.Linear(28, 3)), TOKENS),
     "tokens without bias": (lines(nn.Linear(5, 6), nn.Sigmoid(), nn.Linear(6, 7, bias=False), nn.ReLU(), nn.Linear(7, 3, bias=False)), TOKENS),
     "conv, flatten(2)": (lines(conv(2, 6), nn.ReLU(), nn.Flatten(2), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 4), nn.Flatten(), nn.Linear(24, 3)),
                          IMAGE),
-    "batchnorm over time": (lines(nn.Linear(5, 6), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)), TOKENS),
+    "batchnorm over time": (lines(nn.Linear(5, 6), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)),
+                            TOKENS),
     "conv over time": (lines(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.AvgPool1d(2, 1), nn.Conv1d(6, 5, 1), nn.Softplus(), nn.Flatten(),
                              nn.Linear(10, 3)), TOKENS),
     "sum over itself": (function(lambda m, x: m.c(m.a(x) + F.relu(m.b(m.a(x)))), a=nn.Linear(7, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 3)), ROWS),
@@ -184,7 +188,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "attention": (attention, TOKENS), "one layer": (lambda: nn.Linear(7, 3), ROWS),
     "grouped": (lines(conv(2, 6), nn.ReLU(), conv(6, 4, groups=2), nn.ReLU(), conv(4, 5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 3)), IMAGE),
     "multiplied channels": (lines(conv(2, 4), nn.ReLU(), conv(4, 8, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3)), IMAGE),
-    "slices": (function(lambda m, x: m.c(torch.cat([F.relu(m.a(x))[:, :3], F.tanh(m.a(x))[:, 2:]], 1)), a=nn.Linear(7, 6), c=nn.Linear(7, 3)), ROWS),
+    "slices": (function(lambda m, x: m.c(torch.cat([m.a(x)[:, :3], F.relu(m.a(x))[:, 2:]], 1)), a=nn.Linear(7, 6), c=nn.Linear(7, 3)), ROWS),
     "chunks": (function(lambda m, x: m.c(F.glu(m.a(x))), a=nn.Linear(7, 8), c=nn.Linear(4, 3)), ROWS),
     "norms over channels": (lines(conv(2, 6), nn.GroupNorm(2, 6), nn.ReLU(), conv(6, 4), nn.Flatten(), nn.Linear(144, 6), nn.LayerNorm(6),
                                   nn.Linear(6, 3)), IMAGE),
@@ -250,3 +254,143 @@ def test_the_compact_network_is_the_same_function(form):
         smaller.append(size(small) < size(model))
         assert size(small) <= size(model)
     assert sum(smaller) >= 8 or form in KEPT, f"{sum(smaller)} of 20 were smaller"
+
+
+def test_a_chain_keeps_exactly_the_weights_on_paths_from_input_to_output():
+    checked = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        act = [nn.Sigmoid(), nn.ReLU(), nn.Softplus()][seed % 3]
+        model = prune(nn.Sequential(nn.Linear(7, 9), act, nn.Linear(9, 8), act, nn.Linear(8, 6), act, nn.Linear(6, 3)))
+        on_path = effective(model, {name: weight != 0 for name, weight in prunable(model).items()}, (7,))
+        units = [int(mask.any(1).sum()) for mask in on_path.values()][:-1]
+        if min(units) > 0:  # else one unit of the layer is left
+            small, checked = compact(model, torch.randn(2, 7)), checked + 1
+            assert [len(weight) for weight in prunable(small).values()][:-1] == units, seed
+            for (name, weight), mask in zip(prunable(small).items(), on_path.values(), strict=True):
+                assert torch.equal(weight[weight != 0], prunable(model)[name][mask]), name
+    assert checked >= 20
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name.removesuffix(".weight"): tuple(weight.shape[:2]) for name, weight in prunable(model).items()}
+
+
+@torch.no_grad()
+def without(form: str, rows: dict[str, list[int]], columns: dict[str, list[int]]) -> tuple[nn.Module, Tensor]:
+    """The model with these rows and columns of its weights pruned, and no others."""
+    torch.manual_seed(0)
+    model, x = SHRUNK[form][0]().eval(), torch.randn(SHRUNK[form][1])
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.running_mean.uniform_(0.1, 1)
+            module.bias.uniform_(0.1, 1)
+    for name, gone in rows.items():
+        model.get_parameter(f"{name}.weight")[gone] = 0
+    for name, gone in columns.items():
+        model.get_parameter(f"{name}.weight")[:, gone] = 0
+    return model, x
+
+
+@pytest.mark.parametrize(("form", "rows", "columns", "expected"), [
+    # nobody reads channel 2 of the first layer
+    ("chain", {}, {"4": [2]}, {"0": (6, 2), "4": (6, 6), "9": (8, 54), "12": (3, 8)}),
+    # nor channel 1 of the second, of nine pixels each; the third reads the first no more
+    ("chain", {}, {"9": [*range(9, 18)]}, {"0": (7, 2), "4": (5, 7), "9": (8, 45), "12": (3, 8)}),
+    ("functional", {}, {"c": [*range(18)]}, {"a": (6, 2), "b": (3, 6), "c": (3, 27)}),
+    # dead, and constants that are not 0: the bias of the next layer takes them where there is no padding
+    ("chain", {"9": [0, 5]}, {}, {"0": (7, 2), "4": (6, 7), "9": (6, 54), "12": (3, 6)}),
+    ("chain", {"0": [3]}, {}, {"0": (7, 2), "4": (6, 7), "9": (8, 54), "12": (3, 8)}),
+    ("without padding", {"0": [3]}, {}, {"0": (6, 2), "2": (5, 6), "5": (3, 20)}),
+    ("tokens without bias", {"0": [1]}, {}, {"0": (5, 5), "2": (7, 5), "4": (3, 7)}),
+    # both summands, or none: channel 0 of the first sum has two makers and three readers
+    ("residual", {}, {"c1": [0], "c3": [0], "short": [0]},
+     {"stem": (5, 2), "c1": (5, 5), "c2": (5, 5), "c3": (4, 5), "c4": (7, 4), "short": (7, 5), "fc": (3, 28)}),
+    ("residual", {}, {"c1": [0], "c3": [0]}, None),
+    ("residual", {"c2": [0], "stem": [1]}, {}, None),
+    # channel 1 of a is column 1 + 2 of what follows
+    ("concat", {}, {"b": [3], "c": [*range(27, 36)]}, {"a": (4, 2), "b": (4, 6), "c": (3, 90)}),
+    ("concat", {}, {"b": [3]}, None),
+    ("depthwise", {}, {"5": [1, 4]}, {"0": (4, 2), "2": (4, 1), "5": (5, 4), "8": (3, 180)}),
+    ("tokens, flatten", {}, {"5": [t * 7 + 2 for t in range(4)]}, {"0": (6, 5), "2": (6, 6), "5": (3, 24)}),
+    ("tokens, flatten", {}, {"5": [*range(7)]}, None),
+    ("channels last, flatten", {}, {"c": [p * 6 + 2 for p in range(36)]}, {"a": (5, 2), "c": (3, 180)}),
+    ("tied", {"a": [2]}, {"a": [2], "c": [2]}, {"first": (5, 7), "a": (5, 5), "c": (3, 5)}),
+    ("autoencoder", {"a": [0, 3]}, {}, {"a": (4, 7)}),
+    ("conv over time", {}, {"4": [0]}, {"0": (5, 4), "4": (5, 5), "7": (3, 10)}),
+    ("transposed conv", {"5": []}, {"2": [1]}, {"0": (6, 2), "2": (6, 4), "5": (4, 3), "7": (3, 432)}),
+])
+def test_by_hand(form, rows, columns, expected):
+    model, x = without(form, rows, columns)
+    if form == "transposed conv":  # its weight is (inputs, outputs)
+        model[5].weight.data[1] = 0
+    small = compact(model, x)
+    assert shapes(small) == (expected or shapes(model))
+    assert torch.allclose(small(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(("forward", "sentence"), [
+    (lambda m, x: m.c(F.relu(m.a(x)).view(-1, 216)), "took channels out of a, c.*does not run.*size written into it.*x.flatten"),
+    (lambda m, x: m.c((F.relu(m.a(x)) / m.a(x).shape[1]).flatten(1)), "took channels out of a, c.*computes with the number of channels"),
+    (lambda m, x: m.c(F.relu(F.conv2d(x, m.a.weight, m.a.bias, padding=1)).flatten(1)[:, None].view(-1, 6, 36).flatten(1)), "written into it"),
+    (lambda m, x: m.c(F.relu(m.a(x)).flatten(1)) * float(x.sum()), "cannot be read"),
+])
+def test_what_cannot_be_compact_is_refused_in_a_sentence(forward, sentence):
+    torch.manual_seed(0)
+    model = Model(forward, a=conv(2, 6), c=nn.Linear(216, 3))
+    with torch.no_grad():
+        model.c.weight[:, 36:72] = 0
+    with pytest.raises(ValueError, match=sentence):
+        compact(model, torch.randn(IMAGE))
+
+
+def test_modes_hooks_and_sharing_are_those_of_the_model():
+    model, x = without("model used twice", {}, {"head": [1, 6]})
+    model.train()
+    model.body[0].weight.requires_grad_(False)
+    small = compact(model, x)
+    assert shapes(small) == {"body.0": (6, 7), "body.2": (4, 6), "head": (3, 8)}
+    assert small.training and small.body[0].training and model.training and not small.body[0].weight.requires_grad
+    assert (small.body[2].out_features, small.head.in_features) == (4, 8)
+    model, x = without("tied", {"a": [2]}, {"a": [2], "c": [2]})
+    small = compact(model, x)
+    assert small.b.weight is small.a.weight and len(list(small.parameters())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["lenet300", "cnn5", "cnn7_bn", "resnet5_bn", "resnet20", "vgg11_bn", "wrn22_2_bn"])
+def test_models_of_the_zoo(name):
+    torch.manual_seed(0)
+    model = build(name, (1, 16, 16), **{} if name == "lenet300" else {"width": 4})
+    model = prune(model)
+    x = torch.rand(2, 1, 16, 16)
+    small = compact(model, x)
+    assert size(small) < size(model)
+    assert torch.allclose(small(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(("form", "sparsity"), [("chain", 0.3), ("residual", 0.3), ("in place", 0.3), ("conv over time", 0.3), ("hooks", 0.3),
+                                                ("batchnorm first", 0.2), ("transposed conv", 0.06)])
+def test_slimming_masks_the_channels_that_compact_takes_out(form, sparsity):
+    torch.manual_seed(0)
+    model, x = SHRUNK[form][0](), torch.randn(SHRUNK[form][1])
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    slimming = sparsify(model, optimizer, "slimming", sparsity, 6, penalty=1e-2, example=x)
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        slimming.step()
+    small = compact(model, x)
+    assert sum(weight.numel() for weight in prunable(small).values()) == slimming.masks.nnz < slimming.masks.total
+    assert torch.allclose(small.eval()(x), model.eval()(x), atol=1e-5)
+
+
+def test_slimming_leaves_what_is_no_channel_of_one_layer():
+    found = links(Channels.of(residual(), torch.randn(IMAGE)))
+    assert [(link.producer, link.norm, list(link.readers)) for link in found] == [("c1", "bn1", ["c2"])], "a sum has two makers"
+    model, shape = SHRUNK["batchnorm over time"][0](), TOKENS
+    with pytest.raises(ValueError, match="none of 1 scales the channels that one layer makes"):
+        sparsify(model, torch.optim.SGD(model.parameters(), 0.1), "slimming", 0.5, 10, example=torch.randn(shape))
+    model, shape = depthwise(), IMAGE
+    with pytest.raises(ValueError, match="none of 3 scales the channels that one layer makes"):
+        sparsify(model, torch.optim.SGD(model.parameters(), 0.1), "slimming", 0.5, 10, example=torch.randn(shape))

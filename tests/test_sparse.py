@@ -191,7 +191,7 @@ def test_every_method_keeps_its_promise_with_every_optimizer(method, optimizer, 
     net, x = _network(kind)
     y = torch.arange(16) % 4
     opt = OPTIMIZERS[optimizer](net.parameters())
-    options = {name: value for name, value in {"update_every": 3, "rounds": 2}.items() if name in method_options(method)}
+    options = {name: value for name, value in {"update_every": 3, "rounds": 2, "example": x}.items() if name in method_options(method)}
     channels = CHANNELS[kind] if method == "slimming" else None
     assume(channels is None or budget(sparsity, channels["total"]) >= channels["total"] - channels["per"] * (channels["count"] - 1))
     sparsifier = sparsify(net, opt, method, sparsity, steps, seed, **options)
@@ -253,10 +253,12 @@ def test_static_takes_a_mask_that_was_found_elsewhere_and_refuses_one_that_break
 def test_slimming_says_which_models_and_sparsities_it_can_do():
     bare = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="this model has no BatchNorm between two layers; choose one that has"):
-        sparsify(bare, torch.optim.SGD(bare.parameters(), 0.1), "slimming", 0.5, 10)
-    net, _ = _network("mlp")
+        sparsify(bare, torch.optim.SGD(bare.parameters(), 0.1), "slimming", 0.5, 10, example=torch.rand(2, 4))
+    net, x = _network("mlp")
     with pytest.raises(ValueError, match="keeps 3 weights, but one channel in each layer .* 16; the largest feasible .* 0.95"):
-        sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "slimming", 0.99, 10)
+        sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "slimming", 0.99, 10, example=x)
+    with pytest.raises(ValueError, match="give it a small batch of inputs"):
+        sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "slimming", 0.5, 10)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -265,7 +267,7 @@ def test_saved_in_the_middle_a_method_continues_to_the_same_bits(method):
         torch.manual_seed(0)
         net, x = _network("cnn")
         opt = torch.optim.Adam(net.parameters(), 1e-2)
-        options = {k: v for k, v in {"update_every": 4, "accumulate": 3}.items() if k in method_options(method)}
+        options = {k: v for k, v in {"update_every": 4, "accumulate": 3, "example": x}.items() if k in method_options(method)}
         return net, x, opt, sparsify(net, opt, method, 0.3 if method == "slimming" else 0.8, 24, **options)
 
     def run(net, x, opt, sparsifier, steps):

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .augment import standard
 from .config import Config
-from .data import Data, load, torch_seed
+from .data import Data, load, to_float, torch_seed
 from .find import called
 from .init import ibp_init_, kaiming_init_
 from .learner import Callback, Learner
@@ -72,9 +72,10 @@ class Start:
     classes: Sequence[int] | None = None
 
 
-def sparsifier_options(config: Config, start: Start) -> dict[str, object]:
+def sparsifier_options(config: Config, start: Start, data: Data) -> dict[str, object]:
     """What `sparsify` is given for the method of `config` besides the names that all methods have."""
-    options = {"rounds": config.epochs} if "rounds" in method_options(config.method) else {}
+    offered = {"rounds": config.epochs, "example": to_float(data.train.images[:2])}
+    options = {name: value for name, value in offered.items() if name in method_options(config.method)}
     if config.distribution != "auto":
         options["distribution"] = config.distribution
     if start.masks is not None:
@@ -114,7 +115,7 @@ def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Star
     check_batches(model, config.batch_size, len(data.train))
     optimizer = make_optimizer(config.optimizer, model, peak_lr(config), config.weight_decay)
     steps = config.epochs * data.train.steps(config.batch_size)
-    sparsifier = sparsify(model, optimizer, config.method, config.sparsity, steps, config.seed, **sparsifier_options(config, start))
+    sparsifier = sparsify(model, optimizer, config.method, config.sparsity, steps, config.seed, **sparsifier_options(config, start, data))
     if scale:
         scale_to_fan_in_(sparsifier.masks)
     augment = standard(called(config.dataset)) if config.augment else None

@@ -244,7 +244,7 @@ def move_state(channels: Channels, node: fx.Node, given: dict[str, Any]) -> Stat
     dims = [torch.zeros(size, dtype=torch.long) for size in value.shape]
     for dim, units in enumerate(state.dims):
         index = torch.arange(len(units)).view(-1, *[1] * (state.value.ndim - dim - 1)).expand(state.value.shape)
-        index = channels.value(node, given | {"self": index})
+        index = channels.value(node, given | {"self": index.contiguous()})
         found = [place for place in range(index.ndim) if varies(index, place)]
         if len(units) == 1:
             channels.units.pin(units)

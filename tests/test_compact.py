@@ -132,6 +132,13 @@ def hooked() -> nn.Module:
     return model
 
 
+def mixer() -> nn.Module:
+    def run(m, x):
+        x = x + m.b(F.gelu(m.a(x.transpose(1, 2)))).transpose(1, 2)
+        return m.c((x + m.e(F.gelu(m.d(x)))).mean(1))
+    return Model(run, a=nn.Linear(4, 7), b=nn.Linear(7, 4), d=nn.Linear(5, 8), e=nn.Linear(8, 5), c=nn.Linear(5, 3))
+
+
 def lines(*layers: nn.Module) -> Callable[[], nn.Module]:
     return lambda: deepcopy(nn.Sequential(*layers))
 
@@ -146,6 +153,8 @@ SHRUNK: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "chain": (chain, IMAGE), "functional": (functional, IMAGE), "residual": (residual, IMAGE), "concat": (concat, IMAGE), "gate": (gate, IMAGE),
     "depthwise": (depthwise, IMAGE), "layer used twice": (layer_used_twice, IMAGE), "layer with two names": (two_names, ROWS), "tied": (tied, ROWS),
     "model used twice": (model_used_twice, ROWS), "autoencoder": (autoencoder, ROWS), "patches to tokens": (patches, IMAGE), "hooks": (hooked, IMAGE),
+    "mixer": (mixer, TOKENS), "flipped": (function(lambda m, x: m.c(F.relu(m.a(x)).flip(1)), a=nn.Linear(7, 6), c=nn.Linear(6, 3)), ROWS),
+    "where": (function(lambda m, x: m.c(torch.where(m.a(x) > 0, m.b(x), m.a(x))), a=nn.Linear(7, 6), b=nn.Linear(7, 6), c=nn.Linear(6, 3)), ROWS),
     "shortcut by padding": (shortcut_by_padding, IMAGE), "own parameters": (own_parameters, IMAGE),
     "without padding": (lines(conv(2, 7, padding=0), nn.Sigmoid(), conv(7, 5, padding=0, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)),
                         IMAGE),
@@ -202,7 +211,11 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
                                            nn.Linear(5, 3)), ROWS),
     "outer product": (function(lambda m, x: m.c((m.a(x)[:, :, None] * F.relu(m.b(x))[:, None]).flatten(1)), a=nn.Linear(7, 4), b=nn.Linear(7, 5),
                                c=nn.Linear(20, 3)), ROWS),
-    "random constants": (function(lambda m, x: m.c(F.relu(m.a(x)) + torch.linspace(0, 1, 6)), a=nn.Linear(7, 6), c=nn.Linear(6, 3)), ROWS),
+    "constants": (function(lambda m, x: m.c(F.relu(m.a(x)) + torch.linspace(0, 1, 6)), a=nn.Linear(7, 6), c=nn.Linear(6, 3)), ROWS),
+    "rolled": (function(lambda m, x: m.c(F.relu(m.a(x)).roll(1, 1)), a=nn.Linear(7, 6), c=nn.Linear(6, 3)), ROWS),
+    "index": (function(lambda m, x: m.c(F.relu(m.a(x))[:, [5, 4, 3, 2, 1, 0]]), a=nn.Linear(7, 6), c=nn.Linear(6, 3)), ROWS),
+    "einsum": (function(lambda m, x: m.c(torch.einsum("bi,oi->bo", F.relu(m.a(x)), m.b.weight)), a=nn.Linear(7, 6), b=nn.Linear(6, 5),
+                        c=nn.Linear(5, 3)), ROWS),
     "log sigmoid": (lines(nn.Linear(7, 6), nn.LogSigmoid(), nn.Linear(6, 3)), ROWS),
     "tokens stacked": (function(lambda m, x: m.c(torch.stack([m.a(x), F.relu(m.b(x))], 1)).flatten(1), a=nn.Linear(7, 6), b=nn.Linear(7, 6),
                                 c=nn.Linear(6, 3)), ROWS),

@@ -106,7 +106,7 @@ def common(units: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     matrix = by_index(units, dim)
     return matrix[:, 0], (matrix == matrix[:, :1]).all(1)
 
-# %% ../../nbs/sparse/07f_channels.ipynb #9c8b39b4
+# %% ../../nbs/sparse/07f_channels.ipynb #c2fbb11f
 RULES: dict[str, Callable] = {}
 
 
@@ -160,8 +160,9 @@ class Channels:
         given = fx.map_arg(arguments(node), self.known.__getitem__)
         found = RULES.get(name, pointwise if torch.Tag.pointwise in node.target.tags else unknown)(self, node, given)
         found = unknown(self, node, given) if found is None else found
-        for part in tree_leaves(found):
-            if isinstance(part, Known) and sum(varies(self.units.roots(part.units), dim) for dim in range(part.units.ndim)) > 1:
+        for part in (part for part in tree_leaves(found) if isinstance(part, Known)):
+            part.units = self.units.roots(part.units)
+            if sum(varies(part.units, dim) for dim in range(part.units.ndim)) > 1:
                 self.pin(part)  # no index of a dimension is the place of a unit
         return found
 
@@ -243,7 +244,7 @@ def move_state(channels: Channels, node: fx.Node, given: dict[str, Any]) -> Stat
     dims = [torch.zeros(size, dtype=torch.long) for size in value.shape]
     for dim, units in enumerate(state.dims):
         index = torch.arange(len(units)).view(-1, *[1] * (state.value.ndim - dim - 1)).expand(state.value.shape)
-        index = channels.value(node, given | {"self": index})
+        index = channels.value(node, given | {"self": index.contiguous()})
         found = [place for place in range(index.ndim) if varies(index, place)]
         if len(units) == 1:
             channels.units.pin(units)
@@ -298,7 +299,7 @@ def pad(channels: Channels, node: fx.Node, given: dict[str, Any]) -> Known | Non
             units = units * inside.view(-1, *[1] * (units.ndim - dim - 1))
     return Known(channels.value(node, given), units, torch.ops.aten.constant_pad_nd(x.live, widths, 0))
 
-# %% ../../nbs/sparse/07f_channels.ipynb #8a0b2955
+# %% ../../nbs/sparse/07f_channels.ipynb #b567a7a7
 @rule("_prelu_kernel", "hardswish", "_to_copy")  # torch tags the others
 def pointwise(channels: Channels, node: fx.Node, given: dict[str, Any]) -> Known | None:
     """The units of the operand that has the shape of the result, to which the others are tied."""
@@ -319,12 +320,12 @@ def pointwise(channels: Channels, node: fx.Node, given: dict[str, Any]) -> Known
 def tie_stretched(units: Units, whole: Tensor, other: Tensor) -> None:
     """Tie `other`, stretched to the shape of `whole`, to it; where it is stretched over several units it stays."""
     other = other.view(*[1] * (whole.ndim - other.ndim), *other.shape)
-    stretched = [dim for dim in range(whole.ndim) if other.shape[dim] == 1]
-    if not any(varies(units.roots(whole), dim) for dim in stretched):
+    varying = [dim for dim in range(whole.ndim) if varies(whole, dim)]
+    if all(other.shape[dim] > 1 for dim in varying):
         units.tie(whole, other.expand(whole.shape))
         return
     units.pin(other)
-    if any(varies(units.roots(whole), dim) for dim in range(whole.ndim) if dim not in stretched):
+    if any(other.shape[dim] > 1 for dim in varying):
         units.pin(whole)
 
 

@@ -286,6 +286,61 @@ def test_an_operation_across_the_batch_is_refused():
             bounds(Net(middle), torch.zeros(5, 4), torch.ones(5, 4))
 
 
+class Apart(nn.Module):
+    """Two index tensors that are not neighbours put what they pick in front of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.i, self.j = nn.Linear(6, 3), torch.tensor([0, 1]), torch.tensor([1, 0])
+
+    def forward(self, x):
+        return self.fc(x.view(-1, 2, 3, 2)[:, self.i, :, self.j].flatten(1))
+
+
+def test_what_one_sample_gets_from_another_is_never_proved():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.fc(x - x.mean(0))
+
+    class Sized(Centred):
+        def forward(self, x):
+            return self.fc(x) * (1 if len(x) > 1 else -1)
+
+    for net in (Apart(), Centred(), Sized()):
+        x = torch.rand(2, 12)
+        for engine in ("native", "auto_lirpa"):
+            for method in METHODS:
+                with pytest.raises(ValueError):
+                    bounds(net, x, x + 0.1, method, engine=engine)
+            with pytest.raises(ValueError):
+                verify(net, x, net(x).argmax(1), 0.01, engine=engine)
+
+
+def test_a_plain_tensor_that_is_changed_in_place_is_read_again():
+    net, x = Net(_plain), torch.rand(3, 4)
+    for engine in ("native", "auto_lirpa"):
+        before = bounds(net, x, x + 0.1, engine=engine)[0]
+        net.plain.mul_(3)
+        after = bounds(net, x, x + 0.1, engine=engine)[0]
+        assert not torch.equal(before, after)
+    last = LastReading()
+    looked = Net(lambda self, h: h * self.plain[0].item())
+    assert last(looked, x)[1] and last(looked, x)[1], "the value of a constant was read in Python"
+
+
+def test_rows_of_batch_and_tokens_are_no_output():
+    class Rows(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(0, 1))
+
+    with pytest.raises(Unreadable, match="batch must stay in front"):
+        bounds(Rows(3, 2), torch.zeros(4, 2, 3), torch.ones(4, 2, 3))
+
+
 def test_a_forward_that_python_makes_random_has_no_bounds():
     net = Net(lambda self, h: h * random.uniform(1, 2))
     with pytest.raises(ValueError, match="not a fixed function of its input"):

@@ -1,1 +1,1 @@
-"""Bounds, attacks, neuron stability and verification of any traced network."""
+"""Bounds, attacks, neuron stability and verification of any network that can be read."""

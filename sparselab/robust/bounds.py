@@ -15,7 +15,7 @@ from .crown import crown_ibp, crown_pass
 from .graph import Statistics, training_norms
 from .ibp import interval_pass, middle
 from .lirpa import lirpa_bounds
-from .replay import check_bounds, check_reading, probes
+from .replay import check_alone, check_bounds, check_reading, probes
 
 # %% ../../nbs/robust/05_bounds.ipynb #279c1075
 _all_ = ["input_box", "margin_matrix"]
@@ -37,7 +37,7 @@ def bounds(
 ) -> tuple[Tensor, Tensor]:  # lb, ub: (B, K), or (B, S) with C
     """Lower and upper bounds of the model's output, or of C times it, on the boxes; differentiable, also twice.
 
-    The model is read anew by every call, and the real model is asked at two points of every box. A loop that bounds one
+    The model is read anew by every call, and the real model is asked at three points of every box. A loop that bounds one
     model many times may read it once and pass `program`; it then vouches that nothing but weights and buffers changes.
     Raises Unreadable for a model that cannot be read, UnsupportedLayer for an operation without bounds in the native
     engine, Contradiction where the model and its bounds disagree, ImportError when auto_LiRPA is asked for and missing,
@@ -60,4 +60,5 @@ def bounds(
         check_bounds(known.value, lb, ub, C)  # at the middle of the box, where the model was read
         for point in probes(lower.detach(), upper.detach()):
             check_bounds(check_reading(known, model, point), lb, ub, C)
+        check_alone(model, middle(lower, upper), known.value)
     return lb, ub

@@ -107,12 +107,6 @@ class Interval:
     dtype = property(lambda self: self._known.dtype)
     device = property(lambda self: self._known.device)
 
-    def dim(self) -> int:
-        return self._known.dim()
-
-    def size(self, *dim: int) -> torch.Size | int:
-        return self._known.size(*dim)
-
 # %% ../../nbs/robust/00a_boxes.ipynb #8ee88e52
 def margin_matrix(
     labels: Tensor,  # (B,) integers in [0, classes)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..program import Program, Unreadable, arguments, fetch, operation
-from .rules import BATCH_NORMS, CONVOLUTIONS, RULES, Refused
+from ..program import BATCH_NORMS, Program, Unreadable, arguments, fetch, operation
+from .boxes import Refused
+from .rules import CONVOLUTIONS, RULES
 
 # %% ../../nbs/robust/00g_graph.ipynb #35e77f1b
 ONLY_LIRPA = {"sin", "cos"}  # ATen operations that auto_LiRPA bounds and the native engine does not

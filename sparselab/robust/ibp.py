@@ -144,6 +144,9 @@ def carry(pass_: IntervalPass, model: nn.Module, statistics: Statistics | None, 
     for node in graph.layers:
         with naming(graph, node):
             values[node] = _through(pass_, graph, node, values, statistics or [])
+    if isinstance(values[graph.program.output], Merged):
+        raise UnsupportedLayer(graph.program.names[graph.program.output], operation(graph.program.output),
+                               "its output has batch and tokens in one dimension: the batch must stay in front")
     if not pass_.steps:  # a model that returns its input
         pass_.advance("output", Scale(None, None), pass_.intervals)
     return pass_

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .boxes import Interval, written_precision
+from .boxes import Interval, Refused, written_precision
 
 # %% ../../nbs/robust/00b_layers.ipynb #0c5dddf5
 class Affine:
@@ -76,9 +76,9 @@ class Linear(Affine):
 # %% ../../nbs/robust/00b_layers.ipynb #13ef393d
 def _check_batch(before: torch.Size, after: torch.Size, same_rank: bool = True) -> None:
     if before[:1] != after[:1] or (same_rank and len(before) != len(after)):
-        raise ValueError(
-            f"It turns a batch of shape {tuple(before)} into {tuple(after)}: sample i of the output must be made of "
-            "sample i of the input. Give both operands the same number of dimensions, with the batch in front."
+        raise Refused(
+            f"it turns a batch of shape {tuple(before)} into {tuple(after)}, but sample i of the output must be made of "
+            "sample i of the input; give both operands the same number of dimensions, with the batch in front"
         )
 
 
@@ -136,9 +136,9 @@ class MatMul(Affine):
 
     def interval(self, x: Interval) -> Interval:
         if self.weight.dim() < 2 or self.left and x.ndim < 3:
-            raise ValueError(
-                f"A {'left' if self.left else 'right'} factor of shape {tuple(self.weight.shape)} would mix the samples of "
-                f"a batch of shape {tuple(x.shape)}: a matrix acts on the last two dimensions, a left one after the batch."
+            raise Refused(
+                f"a {'left' if self.left else 'right'} factor of shape {tuple(self.weight.shape)} would mix the samples of "
+                f"a batch of shape {tuple(x.shape)}: a matrix acts on the last two dimensions, a left one after the batch"
             )
         y = super().interval(x)
         _check_batch(x.shape, y.shape)

@@ -6,8 +6,9 @@
 __all__ = ['FAMILIES', 'SILENT', 'engine_table']
 
 # %% ../../nbs/robust/05b_support.ipynb #877222ee
+from ..program import BATCH_NORMS
 from .lirpa import SOUND, always
-from .rules import BATCH_NORMS, RULES
+from .rules import RULES, same, to_copy
 
 # %% ../../nbs/robust/05b_support.ipynb #8fb70556
 FAMILIES = {
@@ -36,12 +37,12 @@ FAMILIES = {
     "chunk, split, index, flip, roll, repeat, expand": "split split_with_sizes unbind index index_select flip roll repeat expand",
     "padding with a constant": "constant_pad_nd",
     "padding by reflection and replication": " ".join(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
-    "upsampling, pixel shuffle": ("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
-                                  "pixel_shuffle pixel_unshuffle"),
-    "writing into a part, choosing by a constant mask": "slice_scatter select_scatter where masked_fill copy zero fill",
+    "upsampling, pixel and channel shuffle": ("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
+                                  "pixel_shuffle pixel_unshuffle channel_shuffle"),
+    "writing into a part, choosing by a constant mask": "slice_scatter select_scatter where masked_fill copy fill",
     "sine and cosine": "sin cos",
 }
-SILENT = {"clone", "detach", "alias", "lift_fresh", "contiguous", "_to_copy"}  # operations without a name for a user
+SILENT = {name for name, rule in RULES.items() if rule in (same, to_copy)}  # operations without a name for a user
 
 
 def engine_table() -> str:

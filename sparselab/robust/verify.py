@@ -17,7 +17,7 @@ from ..program import Program, read
 from .attack_losses import gradient
 from .bounds import METHODS, bounds, input_box, margin_matrix
 from .modes import check_classes, check_labels, eval_mode, full_precision, worst_margin
-from .replay import ask, check_bounds, check_reading, probes
+from .replay import ask, check_alone, check_bounds, check_reading, probes
 from .verification import Verification, check_order
 
 # %% ../../nbs/robust/08b_verify.ipynb #e1996744
@@ -50,6 +50,7 @@ def _witnesses(model: nn.Module, x: Tensor, y: Tensor, eps: float, logits: Tenso
     """
     program, (lower, upper) = read(model, x), input_box(x, eps)
     check_reading(program, model, x, logits)
+    check_alone(model, x, logits)
     rises = _slope(model, x, y) > 0
     steepest = torch.where(rises, upper, lower)
     return torch.stack([logits, *(check_reading(program, model, point) for point in (*probes(lower, upper), steepest))]), rises

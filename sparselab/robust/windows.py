@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .boxes import Interval
+from .boxes import Interval, Refused
 from .layers import Affine
 
 # %% ../../nbs/robust/00c_windows.ipynb #ee4f46a5
@@ -47,9 +47,9 @@ class Conv(Affine):
 
     def interval(self, x: Interval) -> Interval:
         if x.ndim != self.weight.dim():
-            raise ValueError(
-                f"A convolution with a weight of shape {tuple(self.weight.shape)} takes {self.weight.dim()} dimensions, "
-                f"the batch and the channels in front; {tuple(x.shape)} has {x.ndim}."
+            raise Refused(
+                f"a convolution with a weight of shape {tuple(self.weight.shape)} takes {self.weight.dim()} dimensions, "
+                f"the batch and the channels in front; {tuple(x.shape)} has {x.ndim}"
             )
         return super().interval(x)
 
@@ -170,7 +170,7 @@ class MaxPool:
             along = (torch.arange(k, device=device) * d).view(1, k, 1, 1) + torch.arange(o, device=device) * s - p
             valid = (along >= 0) & (along < n)
             if not bool(valid.any(1).all()):
-                raise ValueError(f"Max pooling of {tuple(before)}, {self}, has a window that lies wholly in the padding.")
+                raise Refused(f"max pooling of {tuple(before)}, {self}, has a window that lies wholly in the padding")
             place = (place[:, None, :, None] * n + along).flatten(2).flatten(0, 1)
             inside = (inside[:, None, :, None] & valid).flatten(2).flatten(0, 1)
         return place.masked_fill(~inside, -1)

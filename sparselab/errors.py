@@ -19,8 +19,10 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> ValueError:
 
 
 def attempt(read: Callable[[], object]) -> tuple[object, str]:
-    """(what `read` returns, "") or (None, a sentence that says why it could not)."""
+    """(what `read` returns, "") or (None, a sentence that says why it could not): for what files do, not for what code does."""
     try:
         return read(), ""
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
-        return None, str(error) if isinstance(error, (ValueError, RuntimeError)) else f"It cannot be read: {error!r}."
+    except ValueError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"It cannot be read: {error}."

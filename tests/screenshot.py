@@ -2,8 +2,8 @@
 
 `python tests/screenshot.py [target.png]`; needs chromium and playwright.
 """
+import argparse
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -32,4 +32,6 @@ def main(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "images" / "explorer.png")
+    parser = argparse.ArgumentParser(description="Make the picture of the workbench that the README shows.")
+    parser.add_argument("target", nargs="?", type=Path, default=ROOT / "images" / "explorer.png", help="the file to write (default: %(default)s)")
+    main(parser.parse_args().target)

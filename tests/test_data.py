@@ -17,6 +17,7 @@ from sparselab.learn import find as find_module
 from sparselab.learn.augment import STANDARD, Augment, standard
 from sparselab.learn.data import Split, load, to_float
 from sparselab.learn.find import candidates, find, roots
+from sparselab.learn.fingerprint import fingerprint
 from sparselab.learn.folders import read_parquet_folder, read_picture_folder
 from sparselab.learn.images import decode
 from sparselab.learn.sources import KNOWN, digits, read_idx
@@ -347,6 +348,40 @@ def test_the_hub_reader_on_a_local_folder_in_its_format(nowhere):
     assert raw.source.startswith("hub:") and (nowhere / "cache").is_dir()
     data = load(f"hub:{nowhere / 'repository'}")
     assert data.shape == (3, 6, 6) and data.classes == 3
+    first = fingerprint(f"hub:{nowhere / 'repository'}")
+    (nowhere / "repository").rename(nowhere / "moved")
+    assert fingerprint(f"hub:{nowhere / 'moved'}") == first
+    write_parquet(nowhere / "other", "train", [picture(c, (6, 6)) for c in levels], [0, 1, 2, 1])
+    write_parquet(nowhere / "other", "test", [picture(c, (6, 6)) for c in levels], [0, 1, 2, 0])
+    assert fingerprint(f"hub:{nowhere / 'other'}") != first
+
+
+def test_a_fingerprint_is_of_what_is_read_and_of_nothing_else(nowhere):
+    folder = nowhere / "shapes"
+    for part in ("train/cat/0.png", "train/dog/0.png", "test/cat/0.png", "test/dog/0.jpg"):
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        (folder / part).write_bytes(part.encode())  # nothing is decoded
+    first = fingerprint("shapes", nowhere)
+    for beside in ("README", "train/notes.txt", "train/cat/.DS_Store", "extra/x.png"):
+        (folder / beside).parent.mkdir(exist_ok=True)
+        (folder / beside).touch()
+        assert fingerprint("shapes", nowhere) == first
+    changes = [lambda: (folder / "train/dog").rename(folder / "train/wolf"), lambda: (folder / "train/cat/1.png").touch(),
+               lambda: (folder / "train/empty").mkdir(), lambda: (folder / "test/cat/0.png").write_bytes(b"other"),
+               lambda: (folder / "test").rename(folder / "val")]
+    seen = {first}
+    for change in changes:
+        change()
+        seen.add(fingerprint("shapes", nowhere))
+    assert len(seen) == 1 + len(changes)
+    for split in ("train", "test"):
+        (nowhere / "table").mkdir(exist_ok=True)
+        (nowhere / "table" / f"{split}.parquet").write_bytes(split.encode())
+    first = fingerprint("table", nowhere)
+    (nowhere / "table" / "validation.parquet").touch()  # test is there, so this is not read
+    assert fingerprint("table", nowhere) == first
+    (nowhere / "table" / "test.parquet").write_bytes(b"Test")
+    assert fingerprint("table", nowhere) != first
 
 
 # Tensors -------------------------------------------------------------------------------------------------------------
@@ -395,7 +430,7 @@ def test_an_epoch_has_every_sample_once(n, size, seed, epoch, drop):
     batches = list(split.batches(size, seed, epoch, drop_last=drop))
     seen = torch.cat([y for _, y in batches]).tolist()
     assert len(batches) == split.steps(size, drop) and len(set(seen)) == len(seen) == (n // size * size if drop else n)
-    assert all(len(y) == size for _, y in batches[:-1])
+    assert all(len(y) == size for _, y in batches[:-1]) and (drop or len(batches[-1][1]) > 1 or 1 in (n, size))
     assert all(torch.equal(x.flatten() * 255, y.float()) for x, y in batches)  # images stay with their labels
     again = torch.cat([y for _, y in split.batches(size, seed, epoch, drop_last=drop)]).tolist()
     assert again == seen

@@ -1,6 +1,7 @@
 """What every committed notebook keeps to, and what the README promises about them."""
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -175,14 +176,63 @@ def test_papermill_lines_of_the_readme_name_real_parameters():
         assert named <= set(inspect_notebook(str(ROOT / notebook))), line
 
 
-def test_links_of_the_documents_lead_somewhere():
+def markdown(path: Path) -> str:
+    """The text of a document, or of the Markdown cells of a notebook."""
+    if path.suffix != ".ipynb":
+        return path.read_text(encoding="utf-8")
+    return "\n\n".join(source(cell) for cell in load(path)["cells"] if cell["cell_type"] == "markdown")
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link may name after #: the headings as code hosts write them, and as JupyterLab does."""
+    text = re.sub(r"^```.*?^```", "", markdown(path), flags=re.M | re.S)
+    heads = [re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", head).strip() for head in re.findall(r"^#+ (.+)$", text, re.M)]
+    hosts = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
+    return {*hosts, *(head.replace(" ", "-") for head in heads), *re.findall(r'<a (?:id|name)="([^"]+)"', text)}
+
+
+def links(path: Path) -> list[str]:
+    """Targets inside the project that a document or a notebook links to or shows."""
+    text = re.sub(r"^```.*?^```", "", markdown(path), flags=re.M | re.S)
+    text = re.sub(r"`[^`\n]*`", "", text)
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    return [target for target in found if not re.match(r"[a-z]+:", target)]
+
+
+def broken_links(path: Path) -> list[str]:
     broken = []
-    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        text = (ROOT / document).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text):
-            if not re.match(r"https?:", target) and not (ROOT / target).exists():
-                broken.append(f"{document}: {target}")
-    assert broken == []
+    for target in links(path):
+        name, _, anchor = target.partition("#")
+        place = (path.parent / name).resolve() if name else path
+        if not place.exists() or (anchor and anchor not in anchors(place)):
+            broken.append(target)
+    return broken
+
+
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "data").glob("*.md")), *NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if links(path)], ids=relative)
+def test_links_lead_somewhere(path):
+    assert broken_links(path) == []
+
+
+def test_a_broken_link_is_noticed(tmp_path):
+    (tmp_path / "a.md").write_text("# A `b` c!\n[1](a.md#a-b-c) [2](a.md#a-b) [3](c.md) [4](#a-b-c) `[5](d.md)` [6](https://x.org/e.md)")
+    assert broken_links(tmp_path / "a.md") == ["a.md#a-b", "c.md"]
+
+
+@pytest.mark.parametrize("script", ["nbs/run.py", "nbs/papers/table.py", "nbs/example/make.py", "tests/screenshot.py"])
+def test_a_script_that_is_asked_for_help_helps_and_does_nothing(script):
+    before = {path: path.stat().st_mtime_ns for path in tracked()}
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.lower().startswith("usage: "), done.stderr
+    assert {path: path.stat().st_mtime_ns for path in tracked()} == before
+
+
+def test_root_may_open_jupyterlab():
+    lab = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "-m jupyterlab" in lab and ("--allow-root" in lab) == (os.getuid() == 0)
 
 
 def test_python_of_the_readme_runs(tmp_path):

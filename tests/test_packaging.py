@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("plotly", "ipywidgets", "anywidget", "papermill", "auto_LiRPA", "nbdev", "fastcore", "datasets", "IPython",
-            "pyarrow", "PIL", "pytest", "kaleido")
+            "pyarrow", "PIL", "pytest", "kaleido", "matplotlib")
 HEAVY = ("torch", "numpy", "sklearn", *OPTIONAL)
 # what a user imports from sparselab itself, and the wing that defines it
 PUBLIC = {"Masks": "sparse", "Sparsifier": "sparse", "sparsify": "sparse", "bounds": "robust", "verify": "robust",
@@ -98,7 +98,7 @@ def test_the_wheel_says_who_it_is(packed):
     assert packed.metadata.get_all("Provides-Extra") == ["lab", "hub", "lirpa", "dev"]
     assert any(file.name == "LICENSE" for file in packed.files)
     plain = [Requirement(line) for line in packed.requires if "extra ==" not in line]
-    assert sorted(requirement.name for requirement in plain) == ["joblib", "numpy", "safetensors", "scikit-learn", "torch"]
+    assert sorted(requirement.name for requirement in plain) == ["filelock", "joblib", "numpy", "safetensors", "scikit-learn", "scipy", "torch"]
 
 
 def test_runtime_requirements_suffice(bare, tmp_path):

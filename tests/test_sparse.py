@@ -1,5 +1,10 @@
 """Invariants of masks, budgets, selection, history and methods, for whatever hypothesis thinks of."""
+import copy
+import gc
+import io
 import math
+from functools import partial
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -7,12 +12,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from sparselab.sparse.distributions import DISTRIBUTIONS, budget, layer_budgets, share_out
 from sparselab.sparse.drop_grow import drop_and_grow
 from sparselab.sparse.history import MaskHistory, pack_sorted, unpack_sorted
 from sparselab.sparse.history_files import from_tensors, load, save, to_tensors
-from sparselab.sparse.masks import prunable
+from sparselab.sparse.masks import Masks, assign, mask_gradients, mask_weights, new_state, prunable
 from sparselab.sparse.schedules import CubicSparsity, Periodic
 from sparselab.sparse.scores import top
 from sparselab.sparse.sparsify import METHODS, method_options, sparsify
@@ -184,7 +191,7 @@ def test_every_method_keeps_its_promise_with_every_optimizer(method, optimizer, 
     net, x = _network(kind)
     y = torch.arange(16) % 4
     opt = OPTIMIZERS[optimizer](net.parameters())
-    options = {name: value for name, value in {"update_every": 3, "rounds": 2}.items() if name in method_options(method)}
+    options = {name: value for name, value in {"update_every": 3, "rounds": 2, "example": x}.items() if name in method_options(method)}
     channels = CHANNELS[kind] if method == "slimming" else None
     assume(channels is None or budget(sparsity, channels["total"]) >= channels["total"] - channels["per"] * (channels["count"] - 1))
     sparsifier = sparsify(net, opt, method, sparsity, steps, seed, **options)
@@ -246,10 +253,12 @@ def test_static_takes_a_mask_that_was_found_elsewhere_and_refuses_one_that_break
 def test_slimming_says_which_models_and_sparsities_it_can_do():
     bare = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="this model has no BatchNorm between two layers; choose one that has"):
-        sparsify(bare, torch.optim.SGD(bare.parameters(), 0.1), "slimming", 0.5, 10)
-    net, _ = _network("mlp")
+        sparsify(bare, torch.optim.SGD(bare.parameters(), 0.1), "slimming", 0.5, 10, example=torch.rand(2, 4))
+    net, x = _network("mlp")
     with pytest.raises(ValueError, match="keeps 3 weights, but one channel in each layer .* 16; the largest feasible .* 0.95"):
-        sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "slimming", 0.99, 10)
+        sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "slimming", 0.99, 10, example=x)
+    with pytest.raises(ValueError, match="give it a small batch of inputs"):
+        sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "slimming", 0.5, 10)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -258,7 +267,7 @@ def test_saved_in_the_middle_a_method_continues_to_the_same_bits(method):
         torch.manual_seed(0)
         net, x = _network("cnn")
         opt = torch.optim.Adam(net.parameters(), 1e-2)
-        options = {k: v for k, v in {"update_every": 4, "accumulate": 3}.items() if k in method_options(method)}
+        options = {k: v for k, v in {"update_every": 4, "accumulate": 3, "example": x}.items() if k in method_options(method)}
         return net, x, opt, sparsify(net, opt, method, 0.3 if method == "slimming" else 0.8, 24, **options)
 
     def run(net, x, opt, sparsifier, steps):
@@ -301,3 +310,618 @@ def test_a_model_without_prunable_layers_is_refused():
     net = nn.BatchNorm1d(3)
     with pytest.raises(ValueError, match="BatchNorm1d has no Linear or Conv layer"):
         sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "static", 0.5, 10)
+
+
+# ---- whoever steps: the weights are counted, not the masks
+
+TORCH_OPTIMIZERS = {name: kind for name, kind in vars(torch.optim).items()
+                    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer}
+STEPS = 10
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation as commonly written: up the gradient, a second gradient there, back, and an ordinary step."""
+
+    def __init__(self, params, base, **options):
+        super().__init__(params, {"rho": 0.05})
+        self.base = base([p for group in self.param_groups for p in group["params"]], **options)
+
+    @torch.no_grad()
+    def step(self, closure):
+        loss = torch.enable_grad()(closure)()
+        moved = [(p, p.clone()) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p, _ in moved]).norm()
+        for p, _ in moved:
+            p.add_(p.grad, alpha=0.05 / float(norm + 1e-12))
+        torch.enable_grad()(closure)()
+        for p, before in moved:
+            p.data = before
+        self.base.step()
+        return loss
+
+
+def _tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 4))
+
+
+IMAGES, LABELS = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+
+
+def _sparsified(method: str, net: nn.Module, optimizer, steps: int = STEPS, sparsity: float | None = None, **options):
+    small = {"update_every": 4, "accumulate": 2, "rounds": 3, "iterations": 3, "record_every": 4}
+    options = {name: value for name, value in small.items() if name in method_options(method)} | options
+    sparsity = (0.3 if method == "slimming" else 0.7) if sparsity is None else sparsity
+    return sparsify(net, optimizer, method, sparsity, steps, **options)
+
+
+def _loss(net: nn.Module) -> torch.Tensor:
+    return nn.functional.cross_entropy(net(IMAGES.to(next(net.parameters()))), LABELS)
+
+
+def _closure(net, *optimizers):
+    def closure():
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = _loss(net)
+        loss.backward()
+        return loss
+    return closure
+
+
+def _check(sparsifier, what: str = "") -> None:
+    """Nothing is alive outside the masks, the promise holds, and the optimizers treat pruned weights as new ones."""
+    net, masks = sparsifier.model, sparsifier.masks
+    for name, weight in prunable(net).items():
+        assert not bool((weight.detach() != 0)[~masks[name]].any()), f"{what}: {name} lives outside its mask"
+        assert not bool(weight.detach().signbit()[~masks[name]].any()), f"{what}: {name} holds -0.0"
+        for optimizer in sparsifier.optimizers:
+            group = next((g for g in optimizer.param_groups if any(p is weight for p in g["params"])), {})
+            for key, value in optimizer.state.get(weight, {}).items():
+                if torch.is_tensor(value) and value.shape == weight.shape:
+                    slack = group.get("eps", 0.0) if key == "exp_inf" else 0.0  # Adamax adds eps to every |gradient|
+                    off = value[~masks[name]] - new_state(key, group)
+                    assert bool((off.abs() <= slack).all()), f"{what}: {key} of {name}"
+    assert masks.nnz == sum(masks.counts.values()) == sparsifier.budget, what
+
+
+def _train(net, optimizer, sparsifier, steps: int = STEPS) -> None:
+    for _ in range(steps):
+        sparsifier.see_loss(lambda: _loss(net))
+        _closure(net, optimizer)()
+        optimizer.step()
+        sparsifier.step()
+        _check(sparsifier)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_optimizer_of_torch_keeps_every_mask(method):
+    for number, (name, kind) in enumerate(sorted(TORCH_OPTIMIZERS.items()), sorted(METHODS).index(method)):
+        if name == "SparseAdam":
+            continue
+        closed = name == "LBFGS" or number % 2 == 0  # the next method has it the other way round
+        net = _tiny()
+        matrices = [p for p in net.parameters() if p.dim() == 2]
+        optimizers = [kind(matrices if name == "Muon" else net.parameters(), lr=0.05)]
+        if name == "Muon":  # it takes matrices only: a second optimizer has the others
+            optimizers.append(torch.optim.SGD([p for p in net.parameters() if p.dim() != 2], 0.05))
+        sparsifier = _sparsified(method, net, optimizers[0])
+        closure = _closure(net, *optimizers)
+        for _ in range(STEPS):
+            sparsifier.see_loss(lambda net=net: _loss(net))
+            if not closed:
+                closure()
+            for optimizer in optimizers:
+                optimizer.step(closure) if closed else optimizer.step()
+            sparsifier.step()
+            _check(sparsifier, f"{name}, {closed=}")
+
+
+def test_sparse_adam_is_refused_by_name():
+    net = _tiny()
+    with pytest.raises(ValueError, match="SparseAdam takes sparse gradients"):
+        sparsify(net, torch.optim.SparseAdam(list(net.parameters())), "rigl", 0.5, 10)
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}, {"maximize": True}], ids=str)
+def test_every_implementation_of_adam_keeps_the_mask(options):
+    net = _tiny()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2, **options)
+    _train(net, optimizer, _sparsified("rigl", net, optimizer))
+
+
+def _sam(net, sparsifier, optimizer):
+    optimizer = SAM(net.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9)
+    for _ in range(STEPS):
+        sparsifier.see_loss(lambda: _loss(net))
+        optimizer.step(_closure(net, optimizer))
+        sparsifier.step()
+        _check(sparsifier)
+
+
+def _two_steps(net, sparsifier, optimizer):
+    for _ in range(STEPS):
+        sparsifier.see_loss(lambda: _loss(net))
+        for _ in range(2):
+            _closure(net, optimizer)()
+            optimizer.step()
+            _check(sparsifier)
+        sparsifier.step()
+        _check(sparsifier)
+
+
+def _accumulated(net, sparsifier, optimizer):
+    for _ in range(STEPS):
+        sparsifier.see_loss(lambda: _loss(net))
+        optimizer.zero_grad()
+        for _ in range(3):
+            (_loss(net) / 3).backward()
+        optimizer.step()
+        sparsifier.step()
+        _check(sparsifier)
+
+
+def _two_optimizers(net, sparsifier, optimizer):
+    optimizers = [torch.optim.AdamW(net[:3].parameters(), 1e-2), torch.optim.SGD(net[3:].parameters(), 0.1, 0.9)]
+    for _ in range(STEPS):
+        sparsifier.see_loss(lambda: _loss(net))
+        _closure(net, *optimizers)()
+        for optimizer in optimizers:
+            optimizer.step()
+            _check(sparsifier)
+        sparsifier.step()
+        _check(sparsifier)
+
+
+def _late_backward(net, sparsifier, optimizer):
+    for _ in range(STEPS):
+        sparsifier.see_loss(lambda: _loss(net))
+        _closure(net, optimizer)()
+        sparsifier.mask_gradients()
+        _loss(net).backward()
+        optimizer.step()
+        _check(sparsifier)
+        sparsifier.step()
+        _check(sparsifier)
+
+
+def _scaled(net, sparsifier, optimizer, fused=False):
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
+    for i in range(STEPS):
+        factor = torch.inf if i in (0, 3, 7) else 1.0
+        optimizer.zero_grad()
+        sparsifier.see_loss(lambda factor=factor: factor * _loss(net))
+        scaler.scale(factor * _loss(net)).backward()
+        if i % 2:
+            scaler.unscale_(optimizer)
+            sparsifier.mask_gradients()  # as a loop does that clips
+        scaler.step(optimizer)
+        scaler.update()
+        sparsifier.step()
+        _check(sparsifier)
+
+
+def _averaged(net, sparsifier, optimizer):
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=False)
+    for i in range(STEPS):
+        _train(net, optimizer, sparsifier, 1)
+        average.update_parameters(net)
+        if i % 4 == 2:  # trained on from the average, whose weights are those of all masks so far
+            update_bn([IMAGES], average)
+            net.load_state_dict(average.module.state_dict())
+            assert sparsifier.masks.nnz == sum(sparsifier.masks.counts.values())
+    for mine, theirs in zip(net.parameters(), average.module.parameters(), strict=True):
+        mine.data.copy_(theirs)  # by hand: nobody hears of it, and nnz counts what is there
+    alive = sum(int(w.count_nonzero()) for w in prunable(net).values())
+    assert sparsifier.masks.nnz >= alive
+    sparsifier.mask_weights()
+    _check(sparsifier)
+
+
+def _copied(net, sparsifier, optimizer):
+    _train(net, optimizer, sparsifier, 5)
+    net2, optimizer2, sparsifier2 = copy.deepcopy((net, optimizer, sparsifier))
+    _train(net, optimizer, sparsifier, STEPS - 5)
+    _train(net2, optimizer2, sparsifier2, STEPS - 5)
+    for a, b in zip(net.parameters(), net2.parameters(), strict=True):
+        assert torch.equal(a, b) and a is not b
+
+
+def _pickled(net, sparsifier, optimizer):
+    for _ in range(3):
+        file = io.BytesIO()
+        torch.save((net, optimizer, sparsifier), file)
+        file.seek(0)
+        net, optimizer, sparsifier = torch.load(file, weights_only=False)  # our own file, made a line before
+        _train(net, optimizer, sparsifier, 4)
+
+
+def _alone(net, sparsifier, optimizer):
+    _train(net, optimizer, sparsifier, 5)
+    copied = copy.deepcopy(net)
+    _train(net, optimizer, sparsifier, 2)
+    other = torch.optim.SGD(copied.parameters(), 0.5)
+    _closure(copied, other)()
+    other.step()
+    if sparsifier.budget < sparsifier.masks.total and type(sparsifier).__name__ != "Slimming":  # a channel that is gone has no gradient
+        assert sum(int(w.count_nonzero()) for w in prunable(copied).values()) > sparsifier.masks.nnz
+    _check(sparsifier)
+
+
+def _new_optimizer(net, sparsifier, optimizer):
+    _train(net, optimizer, sparsifier, 5)
+    _train(net, torch.optim.AdamW(net.parameters(), 1e-2), sparsifier, STEPS - 5)
+
+
+def _older_state(net, sparsifier, optimizer):
+    _train(net, optimizer, sparsifier, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    _train(net, optimizer, sparsifier, 7)
+    optimizer.load_state_dict(state)
+    for _ in range(STEPS - 8):  # moments of another mask: they move pruned weights, unless somebody masks these
+        sparsifier.see_loss(lambda: _loss(net))
+        _closure(net, optimizer)()
+        optimizer.step()
+        sparsifier.step()
+        assert sparsifier.masks.nnz == sparsifier.budget
+
+
+def _infinite(net, sparsifier, optimizer):
+    _train(net, optimizer, sparsifier, 1)
+    _closure(net, optimizer)()
+    net[3].weight.grad.fill_(torch.inf)
+    optimizer.step()
+    for name, weight in prunable(net).items():
+        assert bool((weight[~sparsifier.masks[name]] == 0).all()), name
+
+
+def _double(net, sparsifier, optimizer):
+    _train(net, optimizer, sparsifier, 5)
+    net.double()
+    _train(net, torch.optim.Adam(net.parameters(), 1e-2), sparsifier, STEPS - 5)
+
+
+@pytest.mark.parametrize("loop", [_sam, _two_steps, _two_optimizers, _accumulated, _late_backward, _scaled, partial(_scaled, fused=True), _averaged,
+                                  _copied, _pickled, _alone, _new_optimizer, _older_state, _infinite, _double],
+                         ids=lambda loop: getattr(loop, "__name__", "_scaled_fused").strip("_"))
+def test_every_method_keeps_its_masks_in_loops_that_are_not_ours(loop):
+    for method in sorted(METHODS):
+        net = _tiny()
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        loop(net, _sparsified(method, net, optimizer), optimizer)
+
+
+def _bits(net: nn.Module) -> list[bytes]:
+    return [value.numpy().tobytes() for value in net.state_dict().values()]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_model_optimizer_and_sparsifier_are_restored_in_any_order(method):
+    whole = [_tiny()]
+    whole.append(torch.optim.Adam(whole[0].parameters(), 1e-2))
+    whole.append(_sparsified(method, *whole))
+    _train(*whole, 6)
+    saved = io.BytesIO()
+    torch.save([part.state_dict() for part in whole], saved)
+    _train(*whole, STEPS - 6)
+    for order in permutations(("sparsify", 0, 1, 2)):
+        if order.index("sparsify") > order.index(2):
+            continue  # there is nothing to load into yet
+        parts = [_tiny()]
+        with torch.no_grad():
+            for parameter in parts[0].parameters():
+                parameter += 0.1  # not the weights that the saved training began with
+        parts.append(torch.optim.Adam(parts[0].parameters(), 1e-2))
+        saved.seek(0)
+        states = torch.load(saved)
+        for what in order:
+            if what == "sparsify":
+                parts.append(_sparsified(method, *parts, seed=1))
+                parts[-1].seed = whole[-1].seed
+            else:
+                parts[what].load_state_dict(states[what])
+        _train(*parts, STEPS - 6)
+        assert _bits(parts[0]) == _bits(whole[0]), order
+        assert parts[2].history.flow() == whole[2].history.flow(), order
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    if torch.is_tensor(value):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [t for part in parts for t in _tensors(part)]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_state_shares_memory_with_nobody(method):
+    net = _tiny()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    sparsifier = _sparsified(method, net, optimizer)
+    for steps in (2, 3, 5):
+        _train(net, optimizer, sparsifier, steps)
+        state = sparsifier.state_dict()
+        before = [t.clone() for t in _tensors(state)]
+        loaded = copy.deepcopy(state)
+        sparsifier.load_state_dict(loaded)
+        _train(net, optimizer, sparsifier, 1)
+        for kept in (state, loaded):
+            assert all(torch.equal(a, b) for a, b in zip(before, _tensors(kept), strict=True))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_skipped_step_postpones_what_needs_gradients_and_nothing_is_lost(method):
+    for skipped in ({0}, {3}, {0, 1, 2, 3, 4}):
+        net = _tiny()
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        sparsifier = _sparsified(method, net, optimizer)
+        for i in range(STEPS):
+            factor = torch.inf if i in skipped else 1.0
+            sparsifier.see_loss(lambda net=net, factor=factor: factor * _loss(net))
+            _closure(net, optimizer)()
+            if i not in skipped:
+                optimizer.step()
+            sparsifier.step()
+            _check(sparsifier)
+        total = sparsifier.masks.total
+        assert method in ("dense", "slimming") or sparsifier.masks.nnz == budget(sparsifier.sparsity, total)
+
+
+class _Partly(nn.Module):
+    """A layer that is frozen, one that no output depends on, or one of size zero, among others."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 10), nn.Linear(10, 10), nn.Linear(10, 4)
+        if kind == "frozen":
+            self.b.weight.requires_grad_(False)
+        if kind == "unused":
+            self.head = nn.Linear(5, 7)
+        if kind == "empty":
+            self.head = nn.Linear(5, 7)
+            self.head.weight = nn.Parameter(torch.empty(0, 5))
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"slimming"}))
+@pytest.mark.parametrize("kind", ["frozen", "unused", "empty"])
+def test_layers_without_gradients_are_pruned_all_the_same_or_kept_whole(kind, method):
+    torch.manual_seed(0)
+    net = _Partly(kind)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    if kind == "frozen":
+        with pytest.raises(ValueError, match=r"b.weight is frozen .*dense=\['b.weight'\]"):
+            _sparsified(method, net, optimizer)
+    sparsifier = _sparsified(method, net, optimizer, sparsity=0.3, **{"dense": ["b.weight"]} if kind == "frozen" else {})
+    _train(net, optimizer, sparsifier)
+    assert kind != "frozen" or sparsifier.masks.counts["b.weight"] == 100
+    assert kind != "empty" or "head.weight" not in sparsifier.masks
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_dense_layer_is_whole_at_every_step(method):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 4))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    sparsifier = _sparsified(method, net, optimizer, sparsity=0.3, dense=["5.weight"])
+    for _ in range(STEPS):
+        _train(net, optimizer, sparsifier, 1)
+        assert sparsifier.masks.counts["5.weight"] == 32 == int(net[5].weight.count_nonzero())
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_channels_last_changes_no_bit_of_the_masks(method, when):
+    def trained(last: bool):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4))
+        net = net.to(memory_format=torch.channels_last) if last and when == "before" else net
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
+        sparsifier = _sparsified(method, net, optimizer, sparsity=0.3)
+        net = net.to(memory_format=torch.channels_last) if last and when == "after" else net
+        x = torch.rand(8, 3, 6, 6)
+        for _ in range(6):
+            sparsifier.see_loss(lambda: nn.functional.cross_entropy(net(x), LABELS))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), LABELS).backward()
+            optimizer.step()
+            sparsifier.step()
+            _check(sparsifier)
+        return sparsifier
+    assert trained(True).masks.nnz == trained(False).masks.nnz
+
+
+def _tied(how: str) -> nn.Module:
+    net = nn.Sequential(nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 6, bias=False))
+    weight = net[0].weight
+    if how == "buffer":
+        net[1].register_buffer("view", weight.detach()[2:4])
+    elif how == "rows":  # next to each other in one memory: no conflict
+        both = torch.rand(12, 6)
+        net[0].weight, net[2].weight = nn.Parameter(both[:6]), nn.Parameter(both[6:])
+    elif how == "expanded":
+        net[0].weight = nn.Parameter(torch.rand(1, 6).expand(6, 6))
+    else:
+        net[2].weight = {"same": weight, "transposed": nn.Parameter(weight.t()), "copied": nn.Parameter(weight.detach()),
+                         "part": nn.Parameter(weight.detach().view(-1)[6:].view(5, 6))}[how]
+    return net
+
+
+@pytest.mark.parametrize("how", ["same", "rows", "transposed", "copied", "part", "buffer", "expanded"])
+def test_tied_weights_are_one_weight_or_refused_by_name(how):
+    net = _tied(how)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    if how not in ("same", "rows"):
+        with pytest.raises(ValueError, match="0.weight .*memory"):
+            sparsify(net, optimizer, "rigl", 0.5, 8)
+        return
+    sparsifier = sparsify(net, optimizer, "rigl", 0.5, 8, update_every=2)
+    for _ in range(8):
+        optimizer.zero_grad()
+        net(torch.rand(4, 6)).square().mean().backward()
+        optimizer.step()
+        sparsifier.step()
+        _check(sparsifier)
+    assert sparsifier.masks.total == (36 if how == "same" else 72)
+
+
+@pytest.mark.parametrize("how", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal, weight_norm,
+                                 spectral_norm, partial(prune.random_unstructured, name="weight", amount=0.3)],
+                         ids=lambda how: f"{how.__module__}.{how.__name__}" if hasattr(how, "__name__") else "prune")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_computed_is_refused_by_name_at_construction_and_later(how):
+    net = _tiny()
+    how(net[0])
+    with pytest.raises(ValueError, match="0.weight is no parameter: it is computed from others"):
+        sparsify(net, torch.optim.Adam(net.parameters()), "static", 0.5, 10)
+    net = _tiny()
+    optimizer = torch.optim.Adam(net.parameters())
+    sparsifier = _sparsified("rigl", net, optimizer)
+    how(net[0])
+    with pytest.raises(ValueError, match="0.weight of the model is not the parameter that is masked"):
+        _train(net, optimizer, sparsifier)
+
+
+def test_a_lazy_layer_is_refused_until_it_knows_its_shape():
+    net = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="0.weight has no shape yet"):
+        sparsify(net, torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1), "static", 0.5, 10)
+
+
+def test_what_was_replaced_is_said_at_the_next_step():
+    def replace(what: str):
+        net = _tiny()
+        optimizer = torch.optim.Adam(net.parameters())
+        sparsifier = _sparsified("rigl", net, optimizer)
+        if what == "layer":
+            net[3] = nn.Linear(10, 4)
+        elif what == "parameter":
+            net[3].weight = nn.Parameter(torch.rand(4, 10))
+        elif what == "gone":
+            net[3] = nn.Identity()
+        elif what == "assigned":
+            net.load_state_dict(_tiny().state_dict(), assign=True)
+            assert sparsifier.masks.nnz == sparsifier.budget >= int(net[3].weight.count_nonzero() + net[0].weight.count_nonzero())
+        elif what == "sparsifier":
+            _sparsified("set", net, optimizer)
+        sparsifier.step()
+    for what in ("layer", "parameter", "gone"):
+        with pytest.raises(ValueError, match="3.weight of the model is not the parameter that is masked"):
+            replace(what)
+    with pytest.raises(ValueError, match=r"load_state_dict\(assign=True\) has replaced 0.weight"):
+        replace("assigned")
+    with pytest.raises(ValueError, match="0.weight is masked by another sparsifier that was made after this one"):
+        replace("sparsifier")
+
+
+def test_a_refused_sparsifier_leaves_the_weights_as_they_were():
+    net = _tiny()
+    before = [p.detach().clone() for p in net.parameters()]
+    nothing = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in prunable(net).items()}
+    with pytest.raises(ValueError, match="begin holds 0 weights"):
+        sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "static", 0.5, 10, begin=nothing)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_masks_are_kept_when_nobody_remembers_the_sparsifier_but_its_optimizer():
+    net = _tiny()
+    optimizer = torch.optim.SGD(net.parameters(), 0.5)
+    promised = sparsify(net, optimizer, "static", 0.7, STEPS).budget
+    gc.collect()
+    for _ in range(3):
+        _closure(net, optimizer)()
+        optimizer.step()
+    assert sum(int(w.count_nonzero()) for w in prunable(net).values()) == promised
+
+
+def test_two_parts_of_a_model_have_a_sparsifier_each_under_one_optimizer():
+    net = _tiny()
+    optimizer = torch.optim.SGD(net.parameters(), 0.5)
+    promised = [sparsify(part, optimizer, "static", 0.7, STEPS).budget for part in (net[:1], net[3:])]
+    gc.collect()
+    for _ in range(3):
+        optimizer.step(_closure(net, optimizer))
+    assert [int(net[i].weight.count_nonzero()) for i in (0, 3)] == promised
+
+
+def test_the_gradients_that_growth_sees_are_unscaled_also_by_a_fused_optimizer():
+    def grown(scale: float | None, fused: bool):
+        net = _tiny()
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, fused=fused)
+        sparsifier = _sparsified("rigl", net, optimizer, accumulate=4)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, growth_interval=2, enabled=scale is not None)
+        for _ in range(8):  # the scale doubles within a window of gradients that are added up
+            optimizer.zero_grad()
+            scaler.scale(_loss(net)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            sparsifier.step()
+        return {name: mask.tolist() for name, mask in sparsifier.masks.items()}
+    assert grown(None, False) == grown(256.0, False) == grown(256.0, True)
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "snfs", "ctre_sim", "edst", "sparsevlr"])
+def test_the_warm_up_of_grown_weights_bounds_their_steps_and_is_resumed(method):
+    def start(warmup: int):
+        net = _tiny()
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2, betas=(0.9, 0.999))
+        for _ in range(200):  # late in a training, when the correction of the bias has gone
+            _closure(net, optimizer)()
+            optimizer.step()
+        return net, optimizer, _sparsified(method, net, optimizer, steps=40, regrow_warmup=warmup)
+
+    def largest(net, optimizer, sparsifier) -> float:
+        """The largest step that any weight has taken at its first chance, as a multiple of the learning rate."""
+        found, before = 0.0, {}
+        for _ in range(20):
+            sparsifier.see_loss(lambda: _loss(net))
+            _closure(net, optimizer)()
+            optimizer.step()
+            for name, (old, weight) in before.items():
+                grown = sparsifier.masks[name] & ~old
+                moved = (sparsifier.masks.weights[name].detach() - weight)[grown].abs()
+                found = max(found, float(moved.max()) / 1e-2 if moved.numel() else 0.0)
+            before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+            sparsifier.step()
+            before = {name: (old, sparsifier.masks.weights[name].detach().clone()) for name, old in before.items()}
+            _check(sparsifier)
+        return found
+    naive, clock, warm = (largest(*start(warmup)) for warmup in (0, 1, 10))
+    assert naive > 1.3 and clock <= 1.01 and warm <= 0.11
+
+    whole, again = start(10), start(10)
+    _train(*whole, 10)
+    states = copy.deepcopy([part.state_dict() for part in whole])
+    _train(*whole, 10)
+    for part, state in zip(again, states, strict=True):
+        part.load_state_dict(state)
+    _train(*again, 10)
+    assert _bits(again[0]) == _bits(whole[0])
+
+
+def test_the_warm_up_is_refused_where_it_mends_nothing():
+    net = _tiny()
+    with pytest.raises(ValueError, match="mends how Adam and AdamW begin with a grown weight; SGD does not begin so"):
+        sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "rigl", 0.5, 10, regrow_warmup=5)
+    for value in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="regrow_warmup is a whole number of steps, 0 for none"):
+            sparsify(net, torch.optim.Adam(net.parameters()), "rigl", 0.5, 10, regrow_warmup=value)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_precision_is_masked_to_positive_zero(kind):
+    net = nn.Linear(5, 4).to(kind)
+    masks = Masks(prunable(net))
+    net.weight.grad = torch.full_like(net.weight, torch.nan)
+    assign(masks, "weight", torch.rand(4, 5) < 0.5)
+    mask_gradients(masks)
+    with torch.no_grad():
+        net.weight.fill_(-torch.inf)
+    assert masks.nnz == 20
+    mask_weights(masks)
+    off = ~masks["weight"]
+    for tensor in (net.weight.detach(), net.weight.grad):
+        assert bool((tensor[off] == 0).all()) and not bool(tensor[off].signbit().any()) and not bool(tensor[~off].isfinite().any())
+    assert masks.nnz == masks.counts["weight"]

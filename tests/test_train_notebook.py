@@ -3,6 +3,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import papermill
 import pytest
 
 from sparselab.learn.config import Config
+from sparselab.learn.files import locked
 from sparselab.learn.runs import Run, runs_in
-from sparselab.learn.train import ALL_METHODS
+from sparselab.learn.train import ALL_METHODS, dense_partner
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "nbs" / "train.ipynb"
@@ -77,11 +80,52 @@ def test_every_method_runs_through_papermill(tmp_path, method, objective):
     assert run.summary["nnz"] == expected or method == "slimming" and abs(run.summary["nnz"] - expected) < 0.1 * run.summary["total"]
 
 
+QUICK = ("-p", "epochs", "2", "-p", "objective", "natural", "-p", "model", "mlp", "-p", "test_samples", "10", "-p", "sparsity", "0.5")
+
+
+def test_the_dense_partner_that_another_process_trains_is_waited_for(tmp_path):
+    config = Config(epochs=2, objective="natural", model="mlp", test_samples=10, sparsity=0.5)
+    sparse, dense = (tmp_path / "runs" / each.run_id for each in (config, dense_partner(config)))
+    with ThreadPoolExecutor() as pool:
+        with locked(dense):  # as another notebook does whose dense network is being trained
+            running = pool.submit(run_papermill, tmp_path, *QUICK)
+            while not (sparse / "summary.json").exists() and not running.done():
+                time.sleep(0.1)
+            time.sleep(2)
+            assert not running.done()
+        done = running.result()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Run(sparse).finished and Run(dense).finished
+    assert "is being trained by another process: waiting for it to end, to use it" in "".join(map(json.dumps, outputs(tmp_path / "out.ipynb")))
+
+
+def test_without_the_dense_network_none_is_trained(tmp_path):
+    done = run_papermill(tmp_path, *QUICK, "-p", "with_dense", "false", "--inject-paths")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [run.config.method for run in runs_in(tmp_path / "runs")] == ["sparsevlr"]
+
+
 def test_a_misspelt_parameter_stops_the_notebook_with_a_sentence(tmp_path):
     done = run_papermill(tmp_path, "-p", "sparsty", "0.9")
     assert done.returncode == 1
-    assert "There is no parameter called 'sparsty'. Did you mean 'sparsity'?" in done.stderr
+    sentence = next(line for line in done.stderr.splitlines() if line.startswith("ValueError: "))
+    assert sentence.startswith("ValueError: There is no parameter called 'sparsty'. Did you mean 'sparsity'?")
+    assert "sparselab/learn" not in done.stderr, "no way through the library around the sentence"
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("notebook, wrong, sentence", [
+    ("train", ("-p", "sparsty", "0.9"), "Did you mean 'sparsity'?"), ("train", ("-p", "dataset", "mnits"), "'mnits'"),
+    ("train", ("-p", "sparsity", "99"), "got 99.0"), ("papers/acdc", ("-p", "scale", "fulll"), "Did you mean 'full'?")])
+def test_the_launcher_shows_the_sentence_alone(tmp_path, notebook, wrong, sentence):
+    launcher, path = ROOT / "nbs" / "run.py", ROOT / "nbs" / f"{notebook}.ipynb"
+    done = subprocess.run([sys.executable, launcher, path, "out.ipynb", "-p", "runs_dir", "runs", *wrong],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "WARNING" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(r"\w+Error: ", last) and sentence in last
+    shown = [output for output in outputs(tmp_path / "out.ipynb") if output["output_type"] == "error"]
+    assert len(shown) == 1 and len(shown[0]["traceback"]) == 1 and sentence in shown[0]["traceback"][0]
 
 
 def test_every_parameter_is_a_field_with_its_default_and_a_description():

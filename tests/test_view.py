@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from collections import Counter
 from html import unescape
 from itertools import combinations
 
@@ -280,44 +281,44 @@ def test_many_layers_show_the_busiest_below_the_sum():
 # --- training, stability, results -------------------------------------------------------------------------------------
 
 def test_curves_skip_what_rows_lack_and_sort_by_step():
-    rows = [{"step": 30, "loss": 1.0, "clean": 0.5, "eps": 0.1},
+    rows = [{"step": 30, "loss": 1.0, "clean": 0.5, "train_eps": 0.1},
             {"step": 10, "loss": 3.0, "verified": 0.25, "clean": None},
-            {"step": 20, "nnz": 7, "sparsity": 0.5, "eps": 0.0}]
+            {"step": 20, "nnz": 7, "sparsity": 0.5, "train_eps": 0.0}]
     drawn = {trace.name: (list(trace.x), list(trace.y)) for trace in training_curves(rows).data}
     assert drawn == {"loss": ([10, 30], [3.0, 1.0]), "clean": ([30], [0.5]), "verified": ([10], [0.25]),
-                     "eps": ([20, 30], [0.0, 0.1]), "nnz": ([20], [7])}
+                     "train_eps": ([20, 30], [0.0, 0.1]), "nnz": ([20], [7])}
 
 
-@pytest.mark.parametrize("present", [c for n in range(1, 5) for c in combinations(("loss", "clean", "nnz", "eps"), n)])
+@pytest.mark.parametrize("present", [c for n in range(1, 5) for c in combinations(("loss", "clean", "nnz", "train_eps"), n)])
 def test_curves_of_any_choice_of_columns_and_one_row(present):
     row = {"step": 1, **dict.fromkeys(present, 0.5)}
-    if present == ("eps",):
+    if present == ("train_eps",):
         with pytest.raises(ValueError, match="nothing to draw in 1 rows"):
             training_curves([row])
         return
     panels = len({"loss", "clean", "nnz"} & set(present))
     fig = training_curves([row])
     assert len([axis for axis in fig.layout if axis.startswith("xaxis")]) == panels
-    assert {t.name for t in fig.data} == set(present) - ({"eps"} if "clean" not in present else set())
+    assert {t.name for t in fig.data} == set(present) - ({"train_eps"} if "clean" not in present else set())
 
 
 @pytest.mark.parametrize("eps", [None, 0.0, 0.1])
 def test_every_quantity_has_its_own_panel(eps):
-    rows = [{"step": i, "loss": 1.0, "clean": 0.5, "verified": 0.5, "nnz": 9, "eps": eps} for i in range(3)]
+    rows = [{"step": i, "loss": 1.0, "clean": 0.5, "verified": 0.5, "nnz": 9, "train_eps": eps} for i in range(3)]
     fig = training_curves(rows)
     axes = {trace.name: fig.layout["yaxis" + trace.yaxis[1:]] for trace in fig.data}
     domain = {name: (fig.layout["yaxis" + axis.overlaying[1:]] if axis.overlaying else axis).domain
               for name, axis in axes.items()}
-    assert ("eps" in axes) == bool(eps) and domain["clean"] == domain["verified"] == domain.get("eps", domain["clean"])
+    assert ("train_eps" in axes) == bool(eps) and domain["clean"] == domain["verified"] == domain.get("train_eps", domain["clean"])
     assert domain["nnz"][1] < domain["clean"][0] < domain["clean"][1] < domain["loss"][0]
     if eps:  # an axis that lies over another needs traces below it
-        assert axes["clean"].overlaying == next(trace.yaxis for trace in fig.data if trace.name == "eps")
+        assert axes["clean"].overlaying == next(trace.yaxis for trace in fig.data if trace.name == "train_eps")
     else:
         assert not axes["clean"].overlaying
 
 
 def test_curves_survive_a_diverged_run_and_refuse_an_empty_one():
-    fig = training_curves([{"step": 1, "loss": 2.0, "clean": 0.1, "eps": 0.0}, {"step": 2, "loss": float("nan")}])
+    fig = training_curves([{"step": 1, "loss": 2.0, "clean": 0.1, "train_eps": 0.0}, {"step": 2, "loss": float("nan")}])
     assert np.isnan(fig.data[0].y[1]) and json.loads(fig.to_json())
     with pytest.raises(ValueError, match="nothing to draw in 0 rows"):
         training_curves([])
@@ -414,7 +415,7 @@ def test_the_table_holds_the_numbers_and_escapes_names():
 
 @pytest.fixture
 def no_browser(monkeypatch):
-    monkeypatch.setattr(theme, "picture", lambda fig: None)
+    monkeypatch.setattr(theme, "_photograph", lambda fig, width, timeout: None)
 
 
 def test_every_figure_wears_the_theme(no_browser):
@@ -424,8 +425,33 @@ def test_every_figure_wears_the_theme(no_browser):
                 accuracy_bars({"a": summary(1, 1, 1)})):
         assert fig.layout.template.layout.paper_bgcolor == theme.CLEAR and fig.layout.width is None
         bundle = theme.mimebundle(fig)
-        assert bundle["text/plain"] == f"Figure: {fig.layout.meta['title']}" and "image/png" not in bundle
+        assert bundle["text/plain"] == f"Figure: {fig.layout.meta['title']}"
+        png = base64.b64decode(bundle.pop("image/png"))
+        assert struct.unpack(">II", png[16:24]) == (900, fig.layout.height) and len(png) < 40_000
         assert len(json.dumps(bundle)) < 40_000  # plotly's own template alone would be 7 kB of each figure
+
+
+def colours_in(png):
+    """Colour -> how many pixels of an indexed PNG have it."""
+    palette = np.frombuffer(chunks(png)[b"PLTE"], np.uint8).reshape(-1, 3)
+    return Counter("#" + bytes(palette[i]).hex().upper() for i in decode(png).ravel())
+
+
+def test_a_picture_without_a_browser_shows_the_numbers(no_browser):
+    rows = [{"step": i, "loss": 1 / (i + 1), "clean": i / 9} for i in range(9)]
+    drawn = colours_in(theme.picture(training_curves(rows)))
+    assert {theme.COLORS["loss"], theme.COLORS["clean"]} <= set(drawn) and theme.COLORS["pgd"] not in drawn
+    taller = [colours_in(theme.picture(accuracy_bars({"a": summary(share, share / 2, 0.1)})))[theme.COLORS["clean"]] for share in (0.4, 0.8)]
+    assert 1.9 < taller[1] / taller[0] < 2.1, "a bar twice as high has twice the pixels"
+    history, _ = random_history()
+    mask = theme.picture(mask_image(history, "fc1.weight"))
+    assert theme.COLORS["grown"] in colours_in(mask) and theme.COLORS["dropped"] in colours_in(mask)
+
+
+def test_a_figure_of_which_less_than_all_can_be_drawn_has_no_picture(no_browser):
+    fig = theme.titled(go.Figure(go.Pie(values=[1, 2])), "shares")
+    with pytest.warns(UserWarning, match="without a picture.*pie"):
+        assert "image/png" not in theme.mimebundle(fig)
 
 
 def test_the_flipbook_has_the_frames_of_the_figure(no_browser):
@@ -447,8 +473,9 @@ def test_show_does_nothing_in_tests_and_displays_otherwise(no_browser, monkeypat
     assert shown == []
     monkeypatch.delenv("IN_TEST")
     theme.show(fig)
-    (bundle, raw), = shown
-    assert raw and "application/vnd.plotly.v1+json" in bundle
+    theme.show(fig, still=True)
+    (bundle, raw), (still, _) = shown
+    assert raw and "application/vnd.plotly.v1+json" in bundle and set(still) == {"image/png", "text/plain"}
 
 
 def test_a_browser_that_never_answers_is_given_up_once(monkeypatch):
@@ -466,9 +493,9 @@ def test_a_browser_that_never_answers_is_given_up_once(monkeypatch):
     monkeypatch.setattr(theme, "_camera", lambda process: (loop, Stuck()))
     monkeypatch.setattr(theme, "_blind", set())
     fig = training_curves([{"step": 1, "loss": 1.0}])
-    with pytest.warns(UserWarning, match="failed.*without a picture"):
-        assert theme.picture(fig, timeout=0.2) is None
-    assert theme.picture(fig) is None and Stuck.calls == 1
+    with pytest.warns(UserWarning, match="failed.*matplotlib draws"):
+        png = theme.picture(fig, timeout=0.2)
+    assert png == theme.picture(fig) and png.startswith(b"\x89PNG") and Stuck.calls == 1
     loop.call_soon_threadsafe(loop.stop)
 
 

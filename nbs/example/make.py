@@ -2,6 +2,7 @@
 
 Two methods on scikit-learn's digits, seed 0, 95 % sparse under IBP at eps 0.05. Checkpoints are not kept.
 """
+import argparse
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ def make(name: str) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Train the runs of this folder anew and put them in the place of those that are here.").parse_args()
     os.chdir(HERE)  # so that the runs do not remember whose machine it was
     for name in RUNS:
         make(name)

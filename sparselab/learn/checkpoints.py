@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from .files import write_file
+from .files import read_tensors, write_tensors
 
 # %% ../../nbs/learn/10b_checkpoints.ipynb #eb085311
 def _plant(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -45,16 +44,16 @@ def save_state(path: str | Path, state: dict) -> None:
     """Write a nested state of tensors, numbers, strings, dicts, lists and tuples to one safetensors file, atomically."""
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_plant(state, tensors))
-    write_file(path, save(tensors or {"empty": torch.empty(0)}, metadata={"tree": tree}))
+    write_tensors(path, save, tensors or {"empty": torch.empty(0)}, {"tree": tree})
 
 
 def load_state(path: str | Path) -> dict:
-    """The state that `save_state` wrote. Raises ValueError when the file is damaged."""
+    """The state that `save_state` wrote. Raises ValueError when one byte of the file is not as it was written."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return _grow(json.loads(file.metadata()["tree"]), {name: file.get_tensor(name) for name in file.keys()})
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({error}); it may have been cut short.") from error
+        tensors, texts = read_tensors(path, load)
+        return _grow(json.loads(texts["tree"]), tensors)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint ({error}); it was cut short or changed.") from error
 
 # %% ../../nbs/learn/10b_checkpoints.ipynb #d1018298
 def save_checkpoint(folder: str | Path, step: int, state: dict) -> None:

@@ -8,11 +8,14 @@ __all__ = ['CHOICES', 'Config']
 # %% ../../nbs/learn/00b_config.ipynb #9087df49
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import get_type_hints
 
 from ..errors import unknown
+from .find import called
+from .fingerprint import fingerprint
+from .parameters import read_parameters
 from .values import READERS
 
 # %% ../../nbs/learn/00b_config.ipynb #7db0778e
@@ -58,6 +61,8 @@ class Config:
             object.__setattr__(self, name, reader(name, getattr(self, name)))
         for name in ("epochs", "batch_size"):
             _at_least(name, getattr(self, name), 1)
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is a whole number from 0 to 2**64 - 1; got {self.seed!r}.")
         for name in ("eps", "lr", "weight_decay", "grad_clip", "train_samples", "test_samples"):
             _at_least(name, getattr(self, name), 0)
         for name, allowed in CHOICES.items():
@@ -82,27 +87,33 @@ class Config:
         return cls(**values)
 
     @classmethod
-    def from_notebook(cls, namespace: Mapping[str, object], besides: Sequence[str] = ()) -> "Config":
-        """A Config from the globals of a notebook whose parameters cell has run: its plain values are the parameters.
+    def from_notebook(cls, namespace: MutableMapping[str, object], besides: Sequence[str] = ()) -> "Config":
+        """A Config from the globals of a notebook whose parameters cell has run; they are read, see `read_parameters`.
 
         `besides` names parameters of the notebook that are none of the configuration.
         """
-        plain = (str, int, float, bool, list, dict, tuple, type(None))
-        hidden = {"In", "Out", "exit", "quit", *besides}
-        return cls.read({name: value for name, value in namespace.items()
-                         if isinstance(value, plain) and not name.startswith("_") and name not in hidden})
+        return cls.read({name: value for name, value in read_parameters(namespace).items() if name not in besides})
 
     def changed(self) -> dict:
         """The fields that differ from their defaults and that change the result: not where things lie, nor the seed."""
         places = {"runs_dir", "data_dir", "resume", "seed"}
-        default = asdict(Config())
-        return {name: value for name, value in asdict(self).items() if name not in places and value != default[name]}
+        default, values = asdict(Config()), asdict(self) | {"dataset": called(self.dataset)}
+        return {name: value for name, value in values.items() if name not in places and value != default[name]}
+
+    @property
+    def fingerprint(self) -> str:
+        """What the data are, see `learn.fingerprint`. Raises ValueError or FileNotFoundError when there are none."""
+        return fingerprint(self.dataset, self.data_dir or None)
 
     @property
     def run_id(self) -> str:
-        """A name for the run: method, data set, a short hash of the non-default fields, and the seed."""
-        digest = hashlib.blake2b(json.dumps(self.changed(), sort_keys=True).encode(), digest_size=4).hexdigest()
-        return f"{self.method}-{self.dataset.replace(':', '-').replace('/', '-')}-{digest}-s{self.seed}"
+        """A name for the run: method, data set, a short hash of the non-default fields and the data, and the seed.
+
+        Raises what `fingerprint` raises.
+        """
+        what = json.dumps([self.changed(), self.fingerprint], sort_keys=True)
+        digest = hashlib.blake2b(what.encode(), digest_size=4).hexdigest()
+        return f"{self.method}-{called(self.dataset).replace(':', '-').replace('/', '-')}-{digest}-s{self.seed}"
 
 
 def _at_least(name: str, value: float, least: float) -> None:

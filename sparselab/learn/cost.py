@@ -11,18 +11,28 @@ from functools import singledispatch
 
 from .flops import layer_flops, loss_multiple, sparse_flops
 from .learner import Learner
+from ..sparse.acdc import ACDC
 from ..sparse.at_init import AtInit, GraSP
 from ..sparse.ctre import CTRE
 from ..sparse.drop_grow import SET
+from ..sparse.gibbs import Gibbs
 from ..sparse.jackpots import Jackpots
 from ..sparse.momentum import SNFS
+from ..sparse.pruning import GMP, Dense, Static, VLRProjection
 from ..sparse.scores import random
+from ..sparse.slimming import Slimming
 from ..sparse.sparsifier import Sparsifier
 
 # %% ../../nbs/learn/12b_cost.ipynb #e79f6c0a
 @singledispatch
 def overhead(sparsifier: Sparsifier, step: int, sparse: float, dense: float) -> float:
-    """FLOPs per image that the method adds to the 3 f_S of step number `step` (the first is 1)."""
+    """FLOPs per image that the method adds to the 3 f_S of step number `step` (the first is 1). Raises TypeError for a method that does not say."""
+    raise TypeError(f"What a step of {type(sparsifier).__name__} costs beside its forward and backward pass is not known, and is not taken for "
+                    "nothing: register it with sparselab.learn.cost.overhead.register.")
+
+
+@overhead.register
+def _(sparsifier: Dense | Static | GMP | ACDC | Gibbs | Slimming | VLRProjection, step: int, sparse: float, dense: float) -> float:
     return 0.0
 
 

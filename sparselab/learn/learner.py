@@ -89,7 +89,7 @@ class Learner:
             raise FloatingPointError(f"the loss is {loss}")
         self.epoch, self.losses = self.epoch + 1, 0.0
         moment = self.objective.ramp(self.step / self.total_steps)
-        self.row = {"step": self.step, "epoch": self.epoch, "eps": moment.eps, "kappa": moment.kappa,
+        self.row = {"step": self.step, "epoch": self.epoch, "train_eps": moment.eps, "kappa": moment.kappa,
                     "lr": self.optimizer.param_groups[0]["lr"], "loss": loss,
                     "nnz": self.sparsifier.masks.nnz, "sparsity": self.sparsifier.masks.sparsity}
 
@@ -104,8 +104,8 @@ class Learner:
         self.sparsifier.see_loss(lambda: self.objective(self.model, x, y, progress))
         loss = self.objective(self.model, x, y, progress)
         loss.backward()
-        self.sparsifier.mask_gradients()
         if self.grad_clip:
+            self.sparsifier.mask_gradients()  # so that the norm is that of the sparse network
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()
         self.sparsifier.step()

@@ -16,12 +16,13 @@ from torch.nn.functional import cross_entropy
 
 from .ramps import Moment, Ramp
 from .regularizers import balance, tightness
-from ..robust.attacks import pgd
-from ..robust.boxes import input_box, margin_matrix
 from ..program import LastReading, Program
+from ..robust.attacks import pgd
 from ..robust.bounds import bounds
+from ..robust.boxes import input_box, margin_matrix
 from ..robust.ibp import interval_pass, recorded_statistics
 from ..robust.replay import check_point
+from ..sparse.scores import generator_for
 
 # %% ../../nbs/learn/09a_losses.ipynb #bc28ed1c
 def robust_cross_entropy(margins: Tensor) -> Tensor:
@@ -51,13 +52,15 @@ class Batch:
 class Objective:
     """kappa L_nat + (1 - kappa) L_rob along a ramp; L_rob is that of clean images unless a subclass defines a robust one.
 
-    `eps` is the radius to be robust at, `train_eps` the multiple of it that training ends at; `warmup`, `until`, `shape`,
-    `kappa_start`, `kappa_end`: see `Ramp`; `regularizer`: weight of the warm-up regularisers (native engine only).
+    `eps` is the radius to be robust at, `train_eps_factor` what it is multiplied by where training ends; `warmup`, `until`, `shape`,
+    `kappa_start`, `kappa_end`: see `Ramp`; `regularizer`: weight of the warm-up regularisers (native engine only);
+    `seed`: of the noise that attacks start from.
     """
 
     eps: float
     engine: str = "native"
-    train_eps: float = 1.5
+    seed: int = 0
+    train_eps_factor: float = 1.5
     warmup: float = 0.0
     until: float = 0.3
     shape: str = "smooth"
@@ -67,7 +70,7 @@ class Objective:
 
     def __post_init__(self):
         self.last = LastReading()
-        self.ramp = Ramp(self.eps * self.train_eps, self.warmup, self.until, self.shape, self.kappa_start, self.kappa_end)
+        self.ramp = Ramp(self.eps * self.train_eps_factor, self.warmup, self.until, self.shape, self.kappa_start, self.kappa_end)
         if self.regularizer and self.engine != "native":
             raise ValueError(f"The warm-up regularisers need engine='native'; with engine={self.engine!r} "
                              "set objective_options to {'regularizer': 0}.")
@@ -132,13 +135,13 @@ def untouched_statistics(model: nn.Module) -> Iterator[None]:
 class PGD(Objective):
     """Cross-entropy at the point an attack finds (arXiv 1706.06083); BatchNorm keeps the clean statistics."""
 
-    train_eps: float = 1.0
+    train_eps_factor: float = 1.0
     kappa_end: float = 0.0
     attack_steps: int = 8
 
     def attack(self, batch: Batch) -> Tensor:
-        """The attacked images; the random start depends on the moment, not on how the run got there."""
-        generator = torch.Generator().manual_seed(round(batch.moment.progress * 2**40))
+        """The attacked images; the random start follows from the run's seed and the moment, not from how the run got there."""
+        generator = generator_for(self.seed, "attack", batch.moment.progress)
         return pgd(batch.model, batch.x, batch.y, batch.moment.eps, self.attack_steps, loss="ce", generator=generator)
 
     def robust_loss(self, batch: Batch) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import unknown
 from .arrays import Unavailable, read_arrays, write_arrays
+from .data import torch_seed
 from ..robust.attacks import pgd
 from ..robust.bounds import METHODS, bounds
 from ..robust.boxes import input_box, margin_matrix
@@ -64,7 +65,7 @@ def margins_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, methods: tupl
     """Margins of `model`, in eval mode, on images `x` (N, C, H, W) in [0, 1] with labels `y`, from 0 to 2 `eps`."""
     grid, lb, left_out = np.linspace(0, 2 * eps, radii), {}, {}
     with eval_mode(model):
-        attacks = pgd(model, x, y, eps, generator=torch.Generator(x.device).manual_seed(seed))
+        attacks = pgd(model, x, y, eps, generator=torch.Generator(x.device).manual_seed(torch_seed(seed)))
         with torch.no_grad():
             logits, attacked = model(x), model(attacks).argmax(1)
             C = margin_matrix(y, logits.shape[1], logits.dtype)

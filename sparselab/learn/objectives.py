@@ -79,12 +79,12 @@ OBJECTIVES: dict[str, type[Objective]] = {"natural": Natural, "pgd": PGD, "ibp":
                                           "sabr": SABR, "mtl_ibp": MTLIBP}
 
 
-def objective(name: str, eps: float, engine: str = "native", **options: object) -> Objective:
-    """The objective called `name` at radius `eps`. Raises ValueError for unknown names and options."""
+def objective(name: str, eps: float, engine: str = "native", seed: int = 0, **options: object) -> Objective:
+    """The objective called `name` at radius `eps`; the noise of its attacks follows from `seed`. Raises ValueError for unknown names and options."""
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
-    known = [f.name for f in fields(OBJECTIVES[name]) if f.name not in ("eps", "engine")]
+    known = [f.name for f in fields(OBJECTIVES[name]) if f.name not in ("eps", "engine", "seed")]
     for option in options:
         if option not in known:
             raise unknown(f"option of objective {name}", option, known)
-    return OBJECTIVES[name](eps=eps, engine=engine, **options)
+    return OBJECTIVES[name](eps=eps, engine=engine, seed=seed, **options)

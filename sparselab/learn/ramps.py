@@ -61,9 +61,11 @@ class Ramp:
 
     def __call__(self, progress: float) -> Moment:
         """The moment at `progress`, the share of training done, in [0, 1]."""
-        if progress >= self.until:
+        if progress >= self.until:  # first, so that a ramp without length is a step
             ramped = 1.0
+        elif progress <= self.warmup:
+            ramped = 0.0
         else:
-            ramped = RAMPS[self.shape](max(0.0, progress - self.warmup) / (self.until - self.warmup))
+            ramped = RAMPS[self.shape]((progress - self.warmup) / (self.until - self.warmup))
         kappa = self.kappa_start + (self.kappa_end - self.kappa_start) * ramped
         return Moment(progress, self.eps * ramped, kappa, ramped)

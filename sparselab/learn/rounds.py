@@ -7,7 +7,7 @@ __all__ = ['Procedure', 'first_weights', 'all_ones', 'nnz_of', 'sparsity_of']
 
 # %% ../../nbs/learn/14e_rounds.ipynb #922024ea
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -20,10 +20,9 @@ from .build import Start, load_data, make_learner, new_model
 from .callbacks import Progress
 from .config import Config
 from .data import Data
-from .files import write_json
 from .learner import Callback, Learner
 from .runs import Run
-from .training import complete, train_in, watchers
+from .training import begin, complete, train_in, watchers
 from ..sparse.masks import prunable
 from ..sparse.sparsify import METHODS, method_options
 
@@ -41,6 +40,7 @@ class Procedure:
     callbacks: Sequence[Callback] = ()
     rest: dict = field(default_factory=dict)
     rounds: list[Run] = field(default_factory=list)
+    untrained: Learner | None = None  # that of a single training, once it has been checked
 
     @classmethod
     def own_options(cls) -> dict[str, object]:
@@ -70,7 +70,8 @@ class Procedure:
 
     def check(self) -> None:
         """Raise ValueError, before anything is written, for what cannot be."""
-        make_learner(self.changed(self.inner, method_options=self.rest) if self.inner else self.config, data=self.data)
+        checked = make_learner(self.changed(self.inner, method_options=self.rest) if self.inner else self.config, data=self.data)
+        self.untrained = None if self.inner else checked
 
     def round(self, name: str, config: Config, start: Start | None = None, callbacks: Sequence[Callback] = ()) -> Run:
         """Train `config` in rounds/`name`, unless that has been done."""
@@ -91,9 +92,10 @@ class Procedure:
 
     def train(self) -> Run:
         """All rounds, and the last in the run folder, which is locked."""
-        write_json(self.folder / "config.json", asdict(self.config))
+        begin(self.folder, self.config)
         config, start = self.last()
-        learner = make_learner(config, watchers(self.folder, self.config, self.callbacks), start, self.data)
+        learner = self.untrained or make_learner(config, (), start, self.data)
+        learner.callbacks = watchers(self.folder, self.config, self.callbacks)
         return complete(self.folder, learner, self.config, self.also)
 
 # %% ../../nbs/learn/14e_rounds.ipynb #cac14944

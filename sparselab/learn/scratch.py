@@ -50,7 +50,7 @@ class ScratchE(Procedure):
     def last(self) -> tuple[Config, Start]:
         pruned = self.round("pruned", self.pruned)
         masks = {name: pruned.history.mask(-1, name) for name in pruned.history.names}
-        fresh = new_model(self.config, self.data, self.config.seed + 1000).state_dict()
+        fresh = new_model(self.config, self.data, (self.config.seed + 1000) % 2**64).state_dict()
         config = self.changed("static", sparsity=sparsity_of(masks), distribution="auto", epochs=self.epochs_of(pruned.summary["flops"]))
         return config, Start(fresh, masks)
 
@@ -85,7 +85,7 @@ class DSTEnsemble(Procedure):
     def last(self) -> tuple[Config, Start]:
         config = self.changed("rigl", method_options=self.rest)
         for i in range(1, self.members):
-            self.round(f"member-{i}", replace(config, seed=config.seed + 1000 * i))
+            self.round(f"member-{i}", replace(config, seed=(config.seed + 1000 * i) % 2**64))
         return config, Start()
 
     def also(self, learner: Learner, summary: dict) -> dict:

@@ -6,18 +6,27 @@
 __all__ = ['some', 'of_classes', 'with_label_noise']
 
 # %% ../../nbs/learn/02b_subsets.ipynb #0597118e
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from .data import Data, Split
+from .data import Data, Split, torch_seed
 
 # %% ../../nbs/learn/02b_subsets.ipynb #517ee0ed
 def some(data: Data, count: int, seed: int) -> Data:
-    """The same data with `count` training images, drawn from `seed`; all of them if there are not more."""
-    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    return replace(data, train=data.train.take(chosen.to(data.train.labels.device)))
+    """The same data with `count` training images, drawn from `seed`, and the same share of the validation images.
+
+    All of them if there are not more.
+    """
+    rng = torch.Generator().manual_seed(torch_seed(seed))
+    share = min(1.0, count / max(1, len(data.train)))
+
+    def drawn(split: Split, wanted: int) -> Split:
+        return split.take(torch.randperm(len(split), generator=rng)[:wanted].sort().values.to(split.labels.device))
+
+    return replace(data, train=drawn(data.train, count), valid=drawn(data.valid, math.ceil(share * len(data.valid))))
 
 
 def of_classes(data: Data, classes: Sequence[int]) -> Data:
@@ -34,7 +43,7 @@ def of_classes(data: Data, classes: Sequence[int]) -> Data:
 
 def with_label_noise(data: Data, share: float, seed: int) -> Data:
     """The same data with round(share * N) wrong training labels, drawn from `seed`."""
-    rng, labels = torch.Generator().manual_seed(seed), data.train.labels.cpu().clone()
+    rng, labels = torch.Generator().manual_seed(torch_seed(seed)), data.train.labels.cpu().clone()
     wrong = torch.randperm(len(labels), generator=rng)[:round(share * len(labels))]
     labels[wrong] = (labels[wrong] + torch.randint(1, data.classes, (len(wrong),), generator=rng)) % data.classes
     return replace(data, train=Split(data.train.images, labels.to(data.train.labels.device)))

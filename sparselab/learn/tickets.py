@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from .build import Start, make_learner
 from .config import Config
+from .files import read_tensors
 from .learner import Callback, Learner
 from .rounds import Procedure, all_ones, first_weights, nnz_of, sparsity_of
 from .training import write_model
@@ -94,7 +95,7 @@ class IMP(Tickets):
         for number, count in enumerate(falling(nnz_of(masks), self.target, self.rate)):
             keep = [Keep(rewound, self.rewind_epochs)] if number == 0 and self.rewind_epochs else []
             run = self.round(f"{number:02d}", self.ticket(masks), Start(weights, masks), keep)
-            weights = load_file(rewound) if keep else weights
+            weights = read_tensors(rewound, load)[0] if keep else weights
             masks = highest_overall(magnitudes(run.weights, masks), count)
         return self.ticket(masks), Start(weights, masks)
 

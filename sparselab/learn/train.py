@@ -49,20 +49,28 @@ def _put_aside(folder: Path) -> None:
     print(f"the earlier run is kept as {old}")
 
 
-def train(config: Config, callbacks: Sequence[Callback] = (Progress(),)) -> Run:
+def train(config: Config, callbacks: Sequence[Callback] = (Progress(),), wait: bool = False) -> Run:
     """Train `config` in its run folder, or continue, or return the run if it has finished.
 
-    `callbacks` run after those that look, stop and record; by default they print. Raises ValueError for a configuration
-    that cannot be, TrainingStopped when training has failed, OSError when the folder cannot be written.
+    `callbacks` run after those that look, stop and record; by default they print. `wait`: if another process is training
+    this run, wait for it and return what it leaves. Raises ValueError for a configuration that cannot be, RuntimeError when
+    another process trains this run, TrainingStopped when training has failed, OSError when the folder cannot be written.
     """
     procedure = procedure_of(config, callbacks)
-    procedure.check()
     folder = procedure.folder
+    if config.resume and (folder / "summary.json").exists():
+        return _finished(folder, config)
+    procedure.check()
     if folder.exists() and not config.resume:
         with locked(folder):
             _put_aside(folder)
-    with locked(folder):
+    with locked(folder, f"{folder} is being trained by another process: waiting for it to end, to use it" if wait else ""):
         if Run(folder).finished:
-            print(f"{folder} has finished before; resume=False trains it anew")
-            return Run(folder)
+            return _finished(folder, config)
         return procedure.train()
+
+
+def _finished(folder: Path, config: Config) -> Run:
+    run = Run(folder).of(config)
+    print(f"{folder} has finished before; resume=False trains it anew")
+    return run

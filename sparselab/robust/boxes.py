@@ -7,9 +7,9 @@ __all__ = ['input_box', 'check_box', 'flat', 'Refused', 'written_precision', 'In
 
 # %% ../../nbs/robust/00a_boxes.ipynb #0994deb6
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cached_property, wraps
 
 import numpy as np
 import torch
@@ -63,14 +63,19 @@ class Refused(ValueError):
     """What has no bounds, as the end of a sentence about the layer; `graph` adds the layer's name."""
 
 
-@contextmanager
-def written_precision() -> Iterator[None]:
-    """Inside, bounds are computed in the precision of their tensors: autocast is off."""
-    with ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
+def written_precision(function: Callable) -> Callable:
+    """The function, in the precision of its tensors: autocast is off while it runs."""
+    @wraps(function)
+    def in_full(*args, **kwargs):
+        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not kinds:
+            return function(*args, **kwargs)
+        with ExitStack() as stack:
+            for kind in kinds:
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+            return function(*args, **kwargs)
+
+    return in_full
 
 # %% ../../nbs/robust/00a_boxes.ipynb #e8939f2f
 class Interval:

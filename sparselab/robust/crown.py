@@ -24,7 +24,7 @@ from .relu import ReLU
 LINEAR = Affine | Add | Concat | Move  # layers that a linear function passes through unchanged
 
 
-@written_precision()
+@written_precision
 def backward(pass_: IntervalPass, A: Tensor, place: int, both: bool = True) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds, each (B, S), of A y for A (B or 1, S, *y), where y is the activation at `place`.
 
@@ -127,7 +127,7 @@ def crown_pass(
 ) -> CrownPass:
     """Bound every activation of `model` over the boxes [lower, upper], the inputs of nonlinear layers by CROWN."""
     check_box(lower, upper)
-    return carry(CrownPass(Interval.ends(*full(lower, upper))), model, statistics, Graph(program or read(model, middle(lower, upper))))
+    return carry(CrownPass(Interval.ends(*full(lower, upper))), model, statistics, Graph.of(program or read(model, middle(lower, upper))))
 
 
 def crown(

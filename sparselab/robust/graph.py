@@ -6,7 +6,6 @@
 __all__ = ['ONLY_LIRPA', 'Statistics', 'UnsupportedLayer', 'Graph', 'training_norms', 'build', 'of_batch', 'naming']
 
 # %% ../../nbs/robust/00g_graph.ipynb #587ffb2f
-import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..program import Program, Unreadable, arguments, fetch, operation
-from .boxes import Interval
-from .rules import BATCH_NORMS, CONVOLUTIONS, ROW_BY_ROW, RULES, Merged, Refused
+from .rules import BATCH_NORMS, CONVOLUTIONS, RULES, Refused
 
-# %% ../../nbs/robust/00g_graph.ipynb #130d0cac
-ONLY_LIRPA = {"_softmax", "bmm", "sin", "cos"}  # ATen operations that auto_LiRPA bounds and the native engine does not
+# %% ../../nbs/robust/00g_graph.ipynb #35e77f1b
+ONLY_LIRPA = {"sin", "cos"}  # ATen operations that auto_LiRPA bounds and the native engine does not
 
 
 class UnsupportedLayer(Unreadable):
@@ -55,6 +53,13 @@ class Graph:
                 raise UnsupportedLayer(self.program.names[node], operation(node))
             if operation(node) in BATCH_NORMS and operation(before := node.args[0]) in CONVOLUTIONS and len(before.users) == 1:
                 self.norms[before] = node
+
+    @classmethod
+    def of(cls, program: Program) -> "Graph":
+        """The graph of a program, made once."""
+        if "graph" not in program.kept:
+            program.kept["graph"] = cls(program)
+        return program.kept["graph"]
 
     def constants(self, model: nn.Module) -> dict[fx.Node, Any]:
         """The value of every node that does not depend on the input, with the weights of `model`; at least single precision."""

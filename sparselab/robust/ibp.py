@@ -60,7 +60,7 @@ class IntervalPass:
         """The boxes that a layer is given."""
         return [self.intervals[place] for place in step.inputs]
 
-    @written_precision()
+    @written_precision
     def at(self, place: int) -> Interval:
         """The box at a place: 0 is the input, `len(self.steps)` the output."""
         if place == len(self.intervals):
@@ -76,7 +76,7 @@ class IntervalPass:
         inputs = {step.name: self.inputs(step)[0] for step in self.steps if isinstance(step.layer, ReLU)}
         return {name: (x.lb, x.ub) for name, x in inputs.items()}
 
-    @written_precision()
+    @written_precision
     def output(self, C: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(lb, ub) of the model's output, or of C z with C (B, S, K), merged into the last layer when it is linear."""
         step, z = self.steps[-1], self.at(len(self.steps))
@@ -125,7 +125,7 @@ def interval_pass(
     statistics, Unreadable for a model that cannot be read, UnsupportedLayer for an operation without bounds.
     """
     check_box(lower, upper)
-    return carry(IntervalPass([Interval.ends(*full(lower, upper))]), model, statistics, Graph(program or read(model, middle(lower, upper))))
+    return carry(IntervalPass([Interval.ends(*full(lower, upper))]), model, statistics, Graph.of(program or read(model, middle(lower, upper))))
 
 
 def middle(lower: Tensor, upper: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def full(*ends: Tensor) -> list[Tensor]:
     return [end.float() if end.dtype in (torch.float16, torch.bfloat16) else end for end in ends]
 
 
-@written_precision()
+@written_precision
 def carry(pass_: IntervalPass, model: nn.Module, statistics: Statistics | None, graph: Graph) -> IntervalPass:
     """Take the pass, which has the input's box, through all operations of the graph."""
     values = graph.constants(model) | {graph.program.input: pass_.intervals[0]}

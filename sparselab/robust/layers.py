@@ -47,7 +47,7 @@ class _AbsoluteLinear(Function):
         return F.linear(r, size)
 
     @staticmethod
-    @written_precision()
+    @written_precision
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         r, weight, size = ctx.saved_tensors
         if torch.is_grad_enabled():

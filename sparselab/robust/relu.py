@@ -57,7 +57,7 @@ class _Lines(Function):
         return slopes, flat(twice.mul_(depth.unsqueeze(1)), 2).sum(2)
 
     @staticmethod
-    @written_precision()
+    @written_precision
     def backward(ctx, g: Tensor, gc: Tensor) -> tuple[Tensor | None, ...]:
         A, mid, rad, y0, place, chord, alpha, half, depth = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -85,7 +85,7 @@ class _Box(Function):
         return ub.sub_(radius), radius
 
     @staticmethod
-    @written_precision()
+    @written_precision
     def backward(ctx, grad_mid: Tensor, grad_rad: Tensor) -> tuple[Tensor, Tensor]:
         ub_open, lb_open = ctx.saved_tensors
         grad_ub, grad_lb = (grad_mid + grad_rad).mul_(ub_open), (grad_mid - grad_rad).mul_(lb_open)

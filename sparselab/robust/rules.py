@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from .boxes import Interval, Refused
-from .curves import (ELU, GELU, Clamp, Curve, Exp, Hardsigmoid, Hardswish, Leaky, Log, Mish, Power, Sigmoid, SiLU,
-                                     Softplus, Tanh)
+from .curves import ELU, GELU, Clamp, Curve, Exp, Hardsigmoid, Hardswish, Leaky, Log, Mish, Power, Sigmoid, SiLU, Softplus, Tanh
 from .layers import Add, Concat, Linear, MatMul, Move, Reshape, Scale
 from .products import Maximum, Minimum, Product
 from .relu import ReLU
@@ -396,7 +395,8 @@ RULES: dict[str, Callable] = {
     "clamp_min": clamp, "clamp_max": lambda x, high: clamp(x, None, high), "hardtanh": lambda x, low=-1.0, high=1.0: clamp(x, low, high),
     "threshold": threshold, "hardsigmoid": curve(Hardsigmoid), "hardswish": curve(Hardswish), "sigmoid": curve(Sigmoid),
     "tanh": curve(Tanh), "silu": curve(SiLU), "mish": curve(Mish), "gelu": lambda x, *, approximate="none": GELU(approximate),
-    "elu": elu, "celu": lambda x, alpha=1.0: ELU(float(alpha), 1.0, 1 / alpha), "softplus": softplus, "exp": curve(Exp), "log": curve(Log), "pow": power, "sqrt": lambda x: Power(0.5),
+    "elu": elu, "celu": lambda x, alpha=1.0: ELU(float(alpha), 1.0, 1 / alpha), "softplus": softplus, "exp": curve(Exp),
+    "log": curve(Log), "pow": power, "sqrt": lambda x: Power(0.5),
     "rsqrt": lambda x: Power(-0.5), "reciprocal": lambda x: Power(-1.0), "maximum": pair(Maximum), "minimum": pair(Minimum),
     **dict.fromkeys(["clone", "detach", "alias", "lift_fresh", "contiguous"], same), "_to_copy": to_copy,
     "view": view, "_unsafe_view": view, "reshape": view, "permute": permute, "transpose": transpose, "unsqueeze": unsqueeze,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .distributions import budget
-from .masks import assign
+from .masks import assign, new_state
 from .pruning import check_share
 from .sparsifier import Sparsifier, keep_highest
 
@@ -80,7 +80,9 @@ class ACDC(Sparsifier):
         """All weights take part again; those that were pruned start at 0, and the optimizer starts afresh."""
         for name, mask in self.masks.items():
             assign(self.masks, name, torch.ones_like(mask))
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                if torch.is_tensor(value):
-                    value.zero_()
+        for optimizer in self.optimizers:
+            groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    if torch.is_tensor(value):
+                        value.fill_(new_state(key, groups.get(id(parameter), {})))

@@ -27,7 +27,7 @@ def _share(shape: Sequence[int], distribution: str) -> float:
     """The relative density of a layer, before scaling; `shape` as PyTorch stores it: out, in, kernel."""
     if distribution == "uniform":
         return 1.0
-    dims = shape if distribution == "erk" else (shape[0], math.prod(shape[1:]))
+    dims = shape if distribution == "erk" else shape[:2]
     return sum(dims) / math.prod(dims)
 
 
@@ -61,9 +61,14 @@ def layer_budgets(shapes: Mapping[str, Sequence[int]], sparsity: float, distribu
                   dense: Sequence[str] = ()) -> dict[str, int]:
     """Layer name -> nnz; the values sum to round((1 - S) N) exactly and lie between 1 and the layer's size.
 
-    `shapes`: weight shapes (out, in, *kernel). `distribution`: "uniform", "er" (arXiv 1707.04780), "erk" (1911.11134)
-    or "global" (as uniform: a start for methods that move weights between layers). Raises ValueError when infeasible.
+    `shapes`: weight shapes (out, in, *kernel). `distribution`: "uniform", "er" (arXiv 1707.04780; of a convolution it counts the
+    channels), "erk" (1911.11134) or "global" (as uniform: a start for methods that move weights between layers). Raises ValueError
+    when infeasible, without a layer, or with one that has no weights.
     """
+    if not shapes:
+        raise ValueError("There is no layer to share weights out to: the model has no Linear or Conv weight that could be pruned.")
+    if empty := [name for name, shape in shapes.items() if not math.prod(shape)]:
+        raise ValueError(f"Layer {empty[0]} of shape {tuple(shapes[empty[0]])} has no weights; leave it out.")
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution {distribution!r} is unknown; choose one of {', '.join(DISTRIBUTIONS)}.")
     if unknown := set(dense) - set(shapes):

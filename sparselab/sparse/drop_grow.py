@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
 
 from .distributions import budget, layer_budgets
 from .masks import assign
 from .pruning import check_share
+from .regrowth import Regrowth
 from .schedules import CosineDrop, Periodic
 from .scores import Score, generator_for, gradient, magnitude, random, top
-from .sparsifier import Sparsifier, random_masks
+from .sparsifier import Sparsifier, cloned, random_masks
 
 # %% ../../nbs/sparse/08_drop_grow.ipynb #e3c74f00
 @torch.no_grad()
@@ -40,7 +42,9 @@ class SET(Sparsifier):
 
     `update_every` steps, from the first until the share `end` of training, replace `drop_fraction` of the weights,
     falling to 0 along a cosine. `accumulate`: steps whose dense gradients are added up for the growth score. `across`:
-    rank all layers together, so that only the total is fixed.
+    rank all layers together, so that only the total is fixed. An update waits for the next step when it has no gradient to grow
+    by, as its own step was skipped. `regrow_warmup`: over how many steps Adam's steps of a grown weight rise to their full size, on
+    the weight's own clock (see `Regrowth`); 0 leaves them to Adam.
     """
 
     update_every: int = 100
@@ -48,6 +52,7 @@ class SET(Sparsifier):
     end: float = 0.75
     accumulate: int = 1
     across: bool = False
+    regrow_warmup: int = 0
     grow: Score = random
 
     def start(self) -> None:
@@ -55,10 +60,18 @@ class SET(Sparsifier):
         check_share("end", self.end)
         if not 1 <= self.accumulate <= self.update_every:
             raise ValueError(f"accumulate is from 1 to update_every = {self.update_every}; got {self.accumulate!r}.")
+        if isinstance(self.regrow_warmup, bool) or not isinstance(self.regrow_warmup, int) or self.regrow_warmup < 0:
+            raise ValueError(f"regrow_warmup is a whole number of steps, 0 for none; got {self.regrow_warmup!r}.")
+        if self.regrow_warmup and not isinstance(self.optimizer, Adam | AdamW):
+            raise ValueError(f"regrow_warmup mends how Adam and AdamW begin with a grown weight; {type(self.optimizer).__name__} does "
+                             f"not begin so. Leave it at 0; got {self.regrow_warmup!r}.")
+        self.regrowth = Regrowth(self.regrow_warmup)
         last = round(self.end * self.total_steps)
         self.updates = Periodic(self.update_every, self.update_every, last)
         self.fraction = CosineDrop(self.drop_fraction, last)
         self.gradients: dict[str, Tensor] = {}
+        self.waiting: int | None = None  # the step of an update that has no gradients to grow by yet
+        self.updated = 0  # the step of the last update
         random_masks(self, self.sparsity_now)
 
     @property
@@ -71,17 +84,16 @@ class SET(Sparsifier):
         return budget(self.sparsity_now, self.masks.total)
 
     def see_gradients(self) -> None:
-        if self.grow is random or not any(self.updates.due(self.steps + 1 + ahead) for ahead in range(self.accumulate)):
+        ahead = range(self.accumulate)
+        if self.grow is random or self.waiting is None and not any(self.updates.due(self.steps + 1 + n) for n in ahead):
             return
-        for name, weight in self.masks.weights.items():
-            if name not in self.gradients:
-                self.gradients[name] = torch.zeros_like(weight)
-            self.gradients[name] += weight.grad
+        for name, slope in (self.dense_gradients() or {}).items():
+            self.gradients[name] = slope + self.gradients[name] if name in self.gradients else slope.clone()
 
     @property
     def replaced(self) -> float:
-        """The share of the weights that the update of this step replaces."""
-        return self.fraction(self.steps)
+        """The share of the weights that the update of this step, or the one that waits, replaces."""
+        return self.fraction(self.waiting or self.steps)
 
     def groups(self) -> list[tuple[list[str], int, int]]:
         """(layers that are ranked together, weights they keep in the update of this step, weights they hold after it)."""
@@ -93,21 +105,27 @@ class SET(Sparsifier):
         return [(names, count - int(self.replaced * count), count) for names, count in groups]
 
     def update(self) -> bool:
-        if not self.updates.due(self.steps):
+        if self.updates.due(self.steps):
+            self.waiting = self.steps
+        if self.waiting is None or not (self.grow is random or self.gradients or not self.replaced):
             return False
+        self.updated = self.steps
+        old = {name: mask.clone() for name, mask in self.masks.items()} if self.regrow_warmup else {}
         for names, keep, count in self.groups():
             self.update_group(names, keep, count)
-        self.gradients = {}
+        if self.regrow_warmup:
+            self.regrowth.grew(self.masks, old, self.optimizers)
+        self.gradients, self.waiting = {}, None
         return True
 
     def grow_scores(self, name: str) -> Tensor:
         """What the weights of a layer are grown by at this step."""
-        rng = generator_for(self.seed, "grow", self.steps, name)
-        return self.grow(self.masks.weights[name], self.gradients.get(name), rng)
+        weight, rng = self.masks.weights[name], generator_for(self.seed, "grow", self.steps, name)
+        return self.grow(weight, self.gradients[name] if name in self.gradients else torch.zeros_like(weight), rng)
 
     def update_group(self, names: list[str], keep: int, count: int) -> None:
         """Give the layers `names`, ranked together, their next masks: `keep` weights stay, `count` are active after it."""
-        masks, weights = ([part[name].view(-1) for name in names] for part in (self.masks, self.masks.weights))
+        masks, weights = ([part[name].reshape(-1) for name in names] for part in (self.masks, self.masks.weights))
         drop_scores = [magnitude(weight[mask], None, None) for weight, mask in zip(weights, masks, strict=True)]
         grow_scores = [self.grow_scores(name).reshape(-1) for name in names]
         new = self.next_mask(*map(_joined, (masks, drop_scores, grow_scores)), keep, count)
@@ -118,12 +136,24 @@ class SET(Sparsifier):
         """The mask that follows `mask`; see `drop_and_grow`."""
         return drop_and_grow(mask, drop_scores, grow_scores, keep, count)
 
+    def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self.regrowth.before_step(self.masks, optimizer)
+        return super().before_step(optimizer, args, kwargs)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        self.regrowth.after_step(self.masks, optimizer)
+        super().after_step(optimizer)
+
     def state_dict(self) -> dict:
-        return super().state_dict() | {"gradients": dict(self.gradients)}
+        own = {part: getattr(self, part) for part in ("gradients", "waiting", "updated")}
+        return super().state_dict() | cloned(own | {"born": self.regrowth.born})
 
     def load_state_dict(self, state) -> None:
         super().load_state_dict(state)
-        self.gradients = {name: g.to(self.masks[name].device) for name, g in state["gradients"].items()}
+        self.gradients = {name: g.to(self.masks[name].device, copy=True) for name, g in state["gradients"].items()}
+        self.waiting, self.updated = state["waiting"], state["updated"]
+        self.regrowth.born = cloned(state["born"])
+        self.regrowth.look(self.masks)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -50,7 +50,7 @@ class EDST(RigL):
 
     @property
     def replaced(self) -> float:
-        return self.escape if self.steps in self.escapes else super().replaced
+        return self.escape if (self.waiting or self.steps) in self.escapes else super().replaced
 
     def lr_share(self, progress: float) -> float:
         if progress < self.end:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..errors import unknown
 from .distributions import layer_budgets
-from .masks import assign, clear_moments
+from .masks import assign
 from .pruning import check_share
 from .scores import generator_for, random, top
-from .sparsifier import Sparsifier
+from .sparsifier import Sparsifier, cloned
 
 # %% ../../nbs/sparse/07d_gibbs.ipynb #b74e33ef
 STRUCTURES = {"weight": 0, "kernel": 2, "filter": 1}  # name -> how many leading dimensions of a convolution name a group
@@ -113,13 +113,12 @@ class Gibbs(Sparsifier):
         if self.steps > self.last:
             return False
         for name, weight in self.masks.weights.items():
-            self.shadow[name][self.masks[name]] = weight[self.masks[name]]
+            self.shadow[name] = weight.where(self.masks[name], self.shadow[name].to(weight))
         self.draw()
-        clear_moments(self.masks, self.optimizer)
         return self.steps == self.last or self.steps % self.record_every == 0
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"shadow": dict(self.shadow)}
+        return super().state_dict() | cloned({"shadow": self.shadow})
 
     def load_state_dict(self, state) -> None:
         super().load_state_dict(state)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .masks import assign, clear_moments
+from .masks import assign
 from .pruning import check_share
 from .scores import top
-from .sparsifier import Sparsifier, highest
+from .sparsifier import Sparsifier, cloned, highest
 
 # %% ../../nbs/sparse/07e_jackpots.ipynb #82bbd77b
 NEAR = 0.99  # score of the weights outside the first mask; 1 inside
@@ -60,26 +60,29 @@ class Jackpots(Sparsifier):
         """Every parameter as it was trained; pruned weights zero."""
         for name, parameter in self.model.named_parameters():
             trained = self.frozen[name]
-            parameter.copy_(trained.masked_fill(~self.masks[name], 0) if name in self.masks else trained)
+            parameter.copy_(trained.masked_fill(~self.masks[name].to(trained.device), 0) if name in self.masks else trained)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Whatever `optimizer` has done to a parameter is undone."""
+        self.restore()
 
     @torch.no_grad()
     def see_gradients(self) -> None:
         share = (1 + math.cos(math.pi * self.steps / self.total_steps)) / 2
-        for name, weight in self.masks.weights.items():
-            slope = weight.grad * self.frozen[name] + self.mask_decay * self.scores[name]
-            self.momenta[name].mul_(self.mask_momentum).add_(slope)
-            self.scores[name] -= self.mask_lr * share * self.momenta[name]
+        for name, gradient in (self.dense_gradients() or {}).items():
+            frozen, score, momentum = (part[name].to(gradient) for part in (self.frozen, self.scores, self.momenta))
+            momentum = self.momenta[name] = momentum.mul_(self.mask_momentum).add_(gradient * frozen + self.mask_decay * score)
+            self.scores[name] = score.sub_(self.mask_lr * share * momentum)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()
 
     def update(self) -> bool:
         self.show()
-        clear_moments(self.masks, self.optimizer)
         return self.steps % self.record_every == 0 or self.steps == self.total_steps
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {part: dict(getattr(self, part)) for part in ("frozen", "scores", "momenta", "kept")}
+        return super().state_dict() | cloned({part: getattr(self, part) for part in ("frozen", "scores", "momenta", "kept")})
 
     def load_state_dict(self, state) -> None:
         super().load_state_dict(state)

@@ -34,10 +34,9 @@ class SNFS(SET):
 
     @torch.no_grad()
     def see_gradients(self) -> None:
-        for name, weight in self.masks.weights.items():
-            if name not in self.gradients:
-                self.gradients[name] = torch.zeros_like(weight)
-            self.gradients[name].lerp_(weight.grad, 1 - self.decay)
+        for name, slope in (self.dense_gradients() or {}).items():
+            average = self.gradients[name].to(slope) if name in self.gradients else torch.zeros_like(slope)
+            self.gradients[name] = average.lerp_(slope, 1 - self.decay)
 
     def groups(self) -> list[tuple[list[str], int, int]]:
         free = {name: count for name, count in self.masks.counts.items() if name not in self.dense}

@@ -100,13 +100,15 @@ class VLRProjection(Sparsifier):
     def _project(self) -> None:
         scores = {name: w.detach().abs() for name, w in self.masks.weights.items()}
         keep_highest(self, scores, self.sparsity)
+        self.projected = True
 
     @property
     def budget(self) -> int:
-        return super().budget if self.steps == 0 or self.steps in self.projections else self.masks.total
+        return super().budget if self.projected else self.masks.total
 
     def see_gradients(self) -> None:
-        if self.steps == 0 or self.steps in self.projections:
+        if self.projected:
+            self.projected = False
             for name, mask in self.masks.items():
                 assign(self.masks, name, torch.ones_like(mask))
 
@@ -115,3 +117,10 @@ class VLRProjection(Sparsifier):
             return False
         self._project()
         return True
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"projected": self.projected}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        super().load_state_dict(state)
+        self.projected = bool(state["projected"])

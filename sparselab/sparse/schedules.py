@@ -64,7 +64,9 @@ class CubicSparsity:
     end: int
 
     def __call__(self, step: int) -> float:
-        if step >= self.end:
+        if step >= self.end:  # first, so that a cubic without length is a step
             return self.final
-        progress = max(0.0, (step - self.start) / (self.end - self.start))
+        if step <= self.start:
+            return self.initial
+        progress = (step - self.start) / (self.end - self.start)
         return self.final + (self.initial - self.final) * (1 - progress) ** 3

@@ -39,4 +39,4 @@ class SparseVLR(RigL):
 
     @property
     def sparsity_now(self) -> float:
-        return self.schedule(self.updates.last(self.steps))
+        return self.schedule(self.updated)

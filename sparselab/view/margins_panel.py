@@ -64,7 +64,7 @@ def _sorted(fig: go.Figure, margins: Margins, lb: np.ndarray) -> None:
     place[order] = np.arange(len(lb))
     broken = right & (margins.attacked != margins.labels)
     for name, some, hue in (("proved", right & (lb > 0), COLORS["verified"]), ("broken by PGD", broken, COLORS["pgd"]),
-                            ("not proved", right & ~(lb > 0) & ~broken, COLORS["eps"]),
+                            ("not proved", right & ~(lb > 0) & ~broken, COLORS["train_eps"]),
                             ("misclassified", ~right, OKABE_ITO["vermillion"])):
         some = np.flatnonzero(some)
         words = [f"sample {i}: label {margins.labels[i]}, predicted {margins.predictions[i]}, "

@@ -64,7 +64,7 @@ def accuracy_bars(runs: Runs, dense: str | None = None) -> go.Figure:
         text = [_bar_text(h, height[dense] if dense not in (None, name) else None, upright)
                 for name, h in height.items()]
         spread = [stdev(v) if len(v) > 1 else 0 for v in values.values()]
-        whisker = {"type": "data", "array": spread, "color": COLORS["eps"], "visible": any(s > 0 for s in spread)}
+        whisker = {"type": "data", "array": spread, "color": COLORS["train_eps"], "visible": any(s > 0 for s in spread)}
         fig.add_bar(x=list(groups), y=list(height.values()), name=label, marker_color=COLORS[key], error_y=whisker,
                     text=text, textposition="inside", insidetextanchor="start",
                     textangle=0 if upright else -90, hovertemplate=label + " %{y:.2%}<extra></extra>")

@@ -14,7 +14,7 @@ from .panels import Panel, call_of, now_line
 from .theme import COLORS, titled
 
 # %% ../../nbs/view/11_strip.ipynb #38001a2c
-ROWS = {"share": ("clean", "pgd", "verified", "unstable"), "loss": ("loss",), "eps": ("eps",), "weights": ("nnz",)}
+ROWS = {"share": ("clean", "pgd", "verified", "unstable"), "loss": ("loss",), "train_eps": ("train_eps",), "weights": ("nnz",)}
 
 
 def measured(run) -> list[dict]:
@@ -70,7 +70,7 @@ def _said(rows: list[dict], step: float) -> str:
 
 
 def metrics_strip(run, step: float | None = None) -> Panel:
-    """Accuracies, unstable neurons, loss, eps and nnz of `run` by step, with a marker at `step`, by default the last.
+    """Accuracies, unstable neurons, loss, training radius and nnz of `run` by step, with a marker at `step`, by default the last.
 
     Raises Unavailable when the run has measured nothing yet.
     """

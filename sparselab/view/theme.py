@@ -31,7 +31,7 @@ COLORS = {
     # what a neuron can do inside the box of inputs
     "active": _hue["blue"], "unstable": _hue["orange"], "inactive": _hue["sky"], "dead": _hue["grey"],
     # what is measured on samples
-    "clean": _hue["sky"], "pgd": _hue["orange"], "verified": _hue["blue"], "loss": _hue["purple"], "eps": _hue["grey"],
+    "clean": _hue["sky"], "pgd": _hue["orange"], "verified": _hue["blue"], "loss": _hue["purple"], "train_eps": _hue["grey"],
     "nnz": _hue["green"],
 }
 TEXT, GRID, CLEAR = "#767676", "rgba(128,128,128,0.25)", "rgba(0,0,0,0)"
@@ -88,9 +88,9 @@ def _camera(process: int):
 _blind: set[int] = set()  # processes whose browser did not answer: not asked again
 
 
-def picture(fig: go.Figure, width: int = 900, timeout: float = 90) -> bytes | None:
-    """PNG of `fig`, `width` pixels wide; None without kaleido, browser, or answer in `timeout` s."""
-    pid, options = os.getpid(), {"format": "png", "width": width, "height": fig.layout.height or 420, "scale": 1}
+def _photograph(fig: go.Figure, width: int, timeout: float) -> bytes | None:
+    """PNG of `fig` by the browser; None where there is none or it gives no answer in `timeout` s."""
+    pid, options = os.getpid(), {"format": "png", "width": fig.layout.width or width, "height": fig.layout.height or 420, "scale": 1}
     try:
         if pid in _blind or _camera(pid) is None:
             return None
@@ -101,7 +101,22 @@ def picture(fig: go.Figure, width: int = 900, timeout: float = 90) -> bytes | No
     except Exception as error:
         _blind.add(pid)
         warnings.warn(f"The browser that draws PNG pictures failed ({error!r}); "
-                      "figures are shown without a picture from here on.", stacklevel=2)
+                      "matplotlib draws them from here on.", stacklevel=3)
+        return None
+
+
+def picture(fig: go.Figure, width: int = 900, timeout: float = 90) -> bytes | None:
+    """PNG of `fig`, `width` pixels wide unless its layout says how wide: by Chrome, or plainer by matplotlib where no Chrome answers in `timeout` s.
+
+    None, with a warning that says why, for a figure of which matplotlib draws less than all.
+    """
+    if (png := _photograph(fig, width, timeout)) is not None:
+        return png
+    from sparselab.view.drawing import draw
+    try:
+        return draw(fig, width)
+    except Exception as error:  # an experiment of hours must not stop at its pictures
+        warnings.warn(f"The figure is shown without a picture. {error}", stacklevel=2)
         return None
 
 # %% ../../nbs/view/01_theme.ipynb #34863af3
@@ -130,7 +145,8 @@ def flipbook(fig: go.Figure) -> str | None:
 def mimebundle(fig: go.Figure) -> dict:
     """`fig` in every form a reader of a notebook may know: plotly JSON, HTML when frames are pictures, PNG, text."""
     figure = json.loads(fig.to_json()) | {"config": {"displaylogo": False}}
-    bundle = {"application/vnd.plotly.v1+json": figure, "text/plain": f"Figure: {fig.layout.meta['title']}"}
+    title = fig.layout.meta["title"] if fig.layout.meta else fig.layout.title.text
+    bundle = {"application/vnd.plotly.v1+json": figure, "text/plain": f"Figure: {title}" if title else "Figure"}
     if book := flipbook(fig):
         bundle["text/html"] = book
     if (png := picture(fig)) is not None:
@@ -138,9 +154,11 @@ def mimebundle(fig: go.Figure) -> dict:
     return bundle
 
 
-def show(fig: go.Figure) -> None:
-    """Displays `fig` in the notebook: interactive in JupyterLab, a picture elsewhere. Does nothing under IN_TEST=1."""
+def show(fig: go.Figure, still: bool = False) -> None:
+    """Displays `fig` in the notebook: interactive in JupyterLab, a picture elsewhere; `still`: a picture alone. Does nothing under IN_TEST=1."""
     if os.environ.get("IN_TEST"):
         return
     from IPython.display import display
-    display(mimebundle(fig), raw=True)
+    bundle = mimebundle(fig)
+    kept = ("image/png", "text/plain") if still and "image/png" in bundle else bundle
+    display({form: bundle[form] for form in kept}, raw=True)

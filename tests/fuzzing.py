@@ -1302,7 +1302,7 @@ def main() -> int:
             total, breaks, seconds = total + found, breaks + part, seconds + spent
             for fault in found.faults + part.faults:
                 print(fault, flush=True)
-            if total.networks % 1000 == 0:
+            if total.networks % 500 == 0:
                 print(f"{total.networks} networks, {len(total.faults) + len(breaks.faults)} faults, {seconds:.0f} s", flush=True)
     print(total)
     print("readers broken on purpose:", breaks)

@@ -1251,7 +1251,7 @@ def broken(seed: int) -> Report:
                 if not differs(wrong(net, x), net, points, seen):
                     report.outcomes[f"{name}: the same network"] += 1
                     return report
-            except (RuntimeError, IndexError, KeyError):  # a program that does not run: `verify` runs it first
+            except (RuntimeError, LookupError, AttributeError):  # a program that does not run: `verify` runs it first
                 report.outcomes[f"{name}: no program"] += 1
                 return report
             stack.enter_context(mock.patch.object(verify_module, "read", lambda model, x: (read if next(calls) < 0 else wrong)(model, x)))

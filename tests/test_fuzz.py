@@ -1,16 +1,16 @@
 """Random networks against their bounds, broken readers against `verify`, and what the two have found."""
+
 import itertools
 from unittest import mock
 
 import pytest
 import torch
+from fuzzing import BROKEN_READERS, OTHER_DEVICES, PARTS, REPLACED, Report, broken, examine, shrunk_rule
 from torch import Tensor, nn
 
-from fuzzing import BROKEN_READERS, OTHER_DEVICES, PARTS, REPLACED, Report, broken, examine, shrunk_rule
 from sparselab.robust.bounds import METHODS, bounds
 from sparselab.robust.rules import RULES
 from sparselab.robust.verify import verify
-
 
 NETWORKS = 40  # of each block; `python tests/fuzzing.py 100000` examines more
 
@@ -66,6 +66,7 @@ class Called(nn.Module):
 
 # --- what the fuzz found: each function grows with every input, so that its range is known --------------------------------
 
+
 def written(h: Tensor, value) -> Tensor:
     h = h * 1
     h[:, 0] = value(h) if callable(value) else value
@@ -85,8 +86,11 @@ def copied(h: Tensor) -> Tensor:
 
 
 RISING = {
-    "a column from another": lambda h: written(h, lambda h: h[:, -1] * 0.5), "a column from a row": lambda h: written(h, h.new_full(h.shape[2:], 0.25)),
-    "a column is a number": lambda h: written(h, 0.5), "zeros and numbers": zeroed, "a new tensor": copied,
+    "a column from another": lambda h: written(h, lambda h: h[:, -1] * 0.5),
+    "a column from a row": lambda h: written(h, h.new_full(h.shape[2:], 0.25)),
+    "a column is a number": lambda h: written(h, 0.5),
+    "zeros and numbers": zeroed,
+    "a new tensor": copied,
 }
 
 
@@ -100,8 +104,13 @@ def test_what_is_written_over_has_gone(name, shape, method):
 
 
 ONE_NUMBER = {  # an activation (B,) of one number per sample
-    "select": lambda x: x[:, 0].unsqueeze(1) + x, "relu": lambda x: (x[:, 0] - 0.5).relu(), "sum": lambda x: x.sum(1).sigmoid(), "maximum": lambda x: torch.maximum(x[:, 0], x[:, 1]),
-    "square": lambda x: (x[:, 0] + 1) ** 2, "product": lambda x: (x[:, 0] + 1) * (x[:, 1] + 1), "linear": lambda x: x[:, 0] * 2 + x[:, 1],
+    "select": lambda x: x[:, 0].unsqueeze(1) + x,
+    "relu": lambda x: (x[:, 0] - 0.5).relu(),
+    "sum": lambda x: x.sum(1).sigmoid(),
+    "maximum": lambda x: torch.maximum(x[:, 0], x[:, 1]),
+    "square": lambda x: (x[:, 0] + 1) ** 2,
+    "product": lambda x: (x[:, 0] + 1) * (x[:, 1] + 1),
+    "linear": lambda x: x[:, 0] * 2 + x[:, 1],
 }
 
 
@@ -112,7 +121,6 @@ def test_one_number_for_each_sample(name, method):
     lb, ub = bounds(net, x - 0.1, x + 0.1, method)
     assert bool((lb <= net(x - 0.1) + 1e-6).all() and (net(x + 0.1) <= ub + 1e-6).all()) and lb.shape == net(x).shape
     torch.testing.assert_close(bounds(net, x, x, method), (net(x), net(x)))
-
 
 
 def overwritten(x: Tensor) -> Tensor:
@@ -158,8 +166,13 @@ def test_what_takes_the_shape_of_an_activation_and_not_its_values_is_a_constant(
 
 
 SPREAD = {  # a constant repeats the activation
-    "clamp": lambda x, a: x.clamp(min=a), "clamp_max": lambda x, a: torch.clamp_max(x, a), "maximum": torch.maximum, "minimum": lambda x, a: torch.minimum(a, x),
-    "add": torch.add, "where": lambda x, a: torch.where(a > 0.5, x, a), "mask": lambda x, a: x.masked_fill(a > 0.5, 0.5),
+    "clamp": lambda x, a: x.clamp(min=a),
+    "clamp_max": lambda x, a: torch.clamp_max(x, a),
+    "maximum": torch.maximum,
+    "minimum": lambda x, a: torch.minimum(a, x),
+    "add": torch.add,
+    "where": lambda x, a: torch.where(a > 0.5, x, a),
+    "mask": lambda x, a: x.masked_fill(a > 0.5, 0.5),
 }
 
 
@@ -179,8 +192,12 @@ def test_a_constant_repeats_an_activation(name, method):
 
 
 SUBTRACTIONS = {
-    "a number": lambda x: torch.rsub(x, 0.5, alpha=2), "another": lambda x: torch.rsub(x, x.flip(1).tanh(), alpha=2), "from a constant": lambda x: torch.rsub(x.new_full((3,), 0.3), x, alpha=2),
-    "plain": lambda x: 1 - x, "added": lambda x: torch.add(x, 1, alpha=0.3), "by position": lambda x: torch.ops.aten.sub.Scalar(x, 0.4, 2),
+    "a number": lambda x: torch.rsub(x, 0.5, alpha=2),
+    "another": lambda x: torch.rsub(x, x.flip(1).tanh(), alpha=2),
+    "from a constant": lambda x: torch.rsub(x.new_full((3,), 0.3), x, alpha=2),
+    "plain": lambda x: 1 - x,
+    "added": lambda x: torch.add(x, 1, alpha=0.3),
+    "by position": lambda x: torch.ops.aten.sub.Scalar(x, 0.4, 2),
 }
 
 

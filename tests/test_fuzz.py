@@ -12,7 +12,7 @@ from sparselab.robust.bounds import METHODS, bounds
 from sparselab.robust.rules import RULES
 from sparselab.robust.verify import verify
 
-NETWORKS = 63  # of each block, so that every part comes twice; `python tests/fuzzing.py 100000` examines more
+NETWORKS = 40  # of each block, so that every part comes at least once; `python tests/fuzzing.py 100000` examines more
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_the_networks_have_every_operation_that_has_a_rule(reports):
     if len(reports) < 5:
         pytest.skip("needs all blocks of the test above")
     found = sum(reports, Report())
-    assert found.networks >= 2 * len(PARTS) and set(RULES) - REPLACED - OTHER_DEVICES <= set(found.operations)
+    assert found.networks >= len(PARTS) and set(RULES) - REPLACED - OTHER_DEVICES <= set(found.operations)
 
 
 @pytest.mark.parametrize("name", ["tanh", "max_pooling", "stack", "number_in_place"])

@@ -44,7 +44,7 @@ from sparselab.robust.verify import verify
 aten = torch.ops.aten
 CLASSES = 3
 LARGEST = 64  # entries of an activation
-REPLACED = {"reshape", "contiguous", "lift_fresh", "_native_batch_norm_legit"}  # by torch, before a reader sees them on an activation
+REPLACED = {"reshape", "contiguous", "lift_fresh", "zero", "_native_batch_norm_legit"}  # by torch or the reader, before they act on an activation
 OTHER_DEVICES = {"cudnn_batch_norm", "miopen_batch_norm"}
 
 

@@ -12,7 +12,7 @@ from sparselab.robust.bounds import METHODS, bounds
 from sparselab.robust.rules import RULES
 from sparselab.robust.verify import verify
 
-NETWORKS = 40  # of each block; `python tests/fuzzing.py 100000` examines more
+NETWORKS = 40  # of each block, so that every part comes at least once; `python tests/fuzzing.py 100000` examines more
 
 
 @pytest.fixture(scope="module")

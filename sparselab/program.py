@@ -8,7 +8,9 @@ __all__ = ['aten', 'BATCH_NORMS', 'Unreadable', 'Program', 'operation', 'argumen
 
 # %% ../nbs/00e_program.ipynb #a4cbe63d
 import operator
+import random
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -129,6 +131,7 @@ class _Recorder(TorchDispatchMode):
         self.of_input: set[fx.Node] = set()
         self.of_state: set[fx.Node] = set()
         self.places: dict[fx.Node, str] = {}
+        self.written: set[fx.Node] = set()  # parameters and buffers that get another value
         self.ends: set[int] = set()  # the input and the buffers, which get their new values when forward is over
 
     def know(self, tensor: Tensor, node: fx.Node) -> None:
@@ -153,6 +156,8 @@ class _Recorder(TorchDispatchMode):
         if function in _OF_SHAPE:
             return function(*args, **kwargs)  # a constant
         self.steady &= not (on_state and reads_values(function, args))
+        if function is aten.copy_.default:
+            self.written.add(self.node(args[0]))
         result = function(*args, **kwargs)
         node = self.graph.call_function(function, *tree_map_only(Tensor, self.node, (args, kwargs)))
         self.write(node, result, on_input, on_state)
@@ -245,13 +250,41 @@ def plain(device: torch.device) -> Iterator[None]:
         yield
 
 
+_READING = threading.RLock()  # a model that is being read holds stand-ins of its parameters
+
+
 def read(model: nn.Module, x: Tensor) -> Program:
     """Run `model`, in the mode that it is in, on the batch `x` and write down its operations.
 
-    The program is for inputs of the shape of `x`. The model, its buffers and torch's generators stay as they are. Raises
-    Unreadable, naming the layer, for what cannot be written down, and where the model does not return one tensor that
-    depends on `x`.
+    The program is for inputs of the shape of `x`. The model, its buffers and all generators stay as they are; no other
+    thread may use the model meanwhile. Raises Unreadable, naming the layer, for what cannot be written down, and where the
+    model does not return one tensor that depends on `x`.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise Unreadable(f"The model ({type(model).__name__}) has scripted or traced parts, whose parameters cannot be lent: "
+                         "use what they were made of.")
+    with _READING:
+        _warm(model, x)
+        return _read(model, x)
+
+
+def _warm(model: nn.Module, x: Tensor) -> None:
+    """Run the model as it is, once, so that what it keeps from call to call is made of plain tensors; no dice but torch's."""
+    before = random.getstate(), np.random.get_state()
+    try:
+        with plain(x.device), restored(model), torch.random.fork_rng(enabled=True, devices=[]):
+            model(x.detach().clone())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # reading will say what is wrong, and where
+        pass
+    after = random.getstate(), np.random.get_state()
+    if before[0] != after[0] or any(not np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True)):
+        random.setstate(before[0]), np.random.set_state(before[1])
+        raise Unreadable(f"The model ({type(model).__name__}) cannot be read: it draws random numbers from Python or NumPy, so its output is random.")
+
+
+def _read(model: nn.Module, x: Tensor) -> Program:
     held = dict(model.named_parameters()) | dict(model.named_buffers())
     buffers = set(dict(model.named_buffers()))
     state = {name: tensor.detach().clone() if name in buffers else tensor.detach() for name, tensor in held.items()}
@@ -305,11 +338,15 @@ def _finish(recorder: _Recorder, state: dict[fx.Node, str], source: fx.Node, val
     if not isinstance(value, Tensor):
         raise Unreadable(f"The model ({kind}) returns a {type(value).__name__}: it must return one tensor. Wrap it in a module that picks one.")
     output = recorder.known.get(id(value))
+    if not value.is_floating_point():
+        raise Unreadable(f"The model ({kind}) returns {value.dtype}: bounds are of floating-point numbers.")
     if output not in recorder.of_input:
         raise Unreadable(f"The output of the model ({kind}) does not depend on its input.")
     recorder.graph.output(output)
     recorder.graph.eliminate_dead_code(lambda node: node is source or node.op == "output")
     nodes = [node for node in recorder.graph.nodes if node.op != "output"]
+    if changed := [name for node, name in state.items() if node in nodes and node in recorder.written and not model.training]:
+        raise Unreadable(f"The output of the model ({kind}) depends on '{changed[0]}', which every call changes: no two calls are alike.")
     return Program(nodes, source, output, {n: name for n, name in state.items() if n in nodes},
                    {n: tensor for n, tensor in recorder.constants.items() if n in nodes},
                    recorder.of_input & set(nodes), _names(recorder, nodes), value, recorder.steady)

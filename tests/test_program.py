@@ -1,7 +1,9 @@
 """What is read is what runs: hooks, in-place operations, aliases, flags, wrappers; and what cannot be read is refused."""
 import copy
+import os
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from sparselab.program import LastReading, Unreadable, read, run, structure
 from sparselab.robust.bounds import METHODS, bounds
 from sparselab.robust.ibp import interval_pass, recorded_statistics
 from sparselab.robust.verify import verify
+from sparselab.sparse.sparsify import sparsify
 
 
 class Net(nn.Module):
@@ -342,11 +345,83 @@ def test_rows_of_batch_and_tokens_are_no_output():
 
 
 def test_a_forward_that_python_makes_random_has_no_bounds():
-    net = Net(lambda self, h: h * random.uniform(1, 2))
-    with pytest.raises(ValueError, match="not a fixed function of its input"):
+    net = Net(lambda self, h: h * (1 + os.urandom(1)[0]))
+    with pytest.raises(ValueError, match="not a fixed function of its input|depends on the others"):
         bounds(net, torch.zeros(5, 4), torch.ones(5, 4))
-    with pytest.raises(ValueError, match="not a fixed function of its input"):
+    with pytest.raises(ValueError, match="not a fixed function of its input|depends on the others"):
         verify(net, torch.rand(5, 4), torch.zeros(5, dtype=torch.int64), 0.1)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+def test_dice_of_python_and_numpy_are_noticed_and_put_back(draw):
+    net = Net(lambda self, h: h if draw() < 0.9 else -h)
+    states = random.getstate(), np.random.get_state()[1].copy()
+    for _ in range(10):
+        with pytest.raises(Unreadable, match="random numbers from Python or NumPy"):
+            read(net, torch.rand(2, 4))
+    assert random.getstate() == states[0] and np.array_equal(np.random.get_state()[1], states[1])
+
+
+def test_an_output_that_depends_on_a_buffer_that_every_call_changes_is_refused():
+    class Turning(Net):
+        def forward(self, x):
+            self.shift += 1
+            return super().forward(x)
+
+    net = Turning(_buffer).eval()
+    with pytest.raises(Unreadable, match="depends on 'shift', which every call changes"):
+        verify(net, torch.rand(2, 4), torch.zeros(2, dtype=torch.int64), 0.01)
+    assert not net.shift.any()
+
+
+def test_what_a_model_keeps_from_call_to_call_stays_plain():
+    class Keeping(Net):
+        def forward(self, x):
+            if "grid" not in self.table:
+                self.table["grid"] = torch.arange(8.0) * 2
+            return super().forward(x)
+
+    net, x = Keeping(lambda self, h: h + self.table["grid"]), torch.rand(2, 4)
+    bounds(net, x, x + 0.1)
+    verify(net, x, net(x).argmax(1), 0.01)
+    assert net.table["grid"].tolist() == [2.0 * i for i in range(8)] and net(x).detach().numpy().shape == (2, 3)
+    copy.deepcopy(net)
+
+
+def test_eval_mode_is_what_the_model_makes_of_it():
+    class Stubborn(Net):
+        def train(self, mode=True):
+            super().train(mode)
+            self.twice = mode
+            return self
+
+    net, x = Stubborn(_flag).train(), torch.rand(20, 4)
+    labels = copy.deepcopy(net).eval()(x).argmax(1)
+    assert verify(net, x, labels, 1e-4).clean.all() and net.training and net.twice
+
+    class Dicing(nn.Dropout):
+        def train(self, mode=True):
+            return super().train(True)
+
+    with pytest.raises(Unreadable, match="random"):
+        verify(nn.Sequential(nn.Linear(4, 8), Dicing(), nn.Linear(8, 3)), x, labels, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_parts_are_refused():
+    net = nn.Sequential(torch.jit.script(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(Unreadable, match="scripted"):
+        bounds(net, torch.zeros(2, 4), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="scripted"):
+        sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "static", 0.5, 10)
+
+
+def test_outputs_that_are_not_real_numbers_are_refused():
+    for middle in (lambda self, h: h * 1j, lambda self, h: h > 0):
+        net = Net(middle)
+        net.last = nn.Identity()
+        with pytest.raises(Unreadable, match="floating-point"):
+            bounds(net, torch.zeros(2, 4), torch.ones(2, 4))
 
 
 def test_a_model_that_returns_more_than_one_tensor_is_told_what_to_do():

@@ -15,7 +15,7 @@ from .crown import crown_ibp, crown_pass
 from .graph import Statistics, training_norms
 from .ibp import interval_pass, middle
 from .lirpa import lirpa_bounds
-from .replay import check_alone, check_bounds, check_reading, probes
+from .replay import check_alone, check_bounds, check_point, check_reading, probes
 
 # %% ../../nbs/robust/05_bounds.ipynb #279c1075
 _all_ = ["input_box", "margin_matrix"]
@@ -47,6 +47,8 @@ def bounds(
         raise unknown("bound method", method, METHODS)
     if engine not in ENGINES:
         raise unknown("bound engine", engine, ENGINES)
+    if not all(isinstance(end, Tensor) for end in (lower, upper)):
+        raise ValueError(f"The ends of a box are tensors, not {type(lower).__name__} and {type(upper).__name__}.")
     check_box(lower, upper)
     known = program or read(model, middle(lower, upper))
     if engine == "auto_lirpa":
@@ -57,6 +59,9 @@ def bounds(
         pass_ = interval_pass(model, lower, upper, statistics, known)
         lb, ub = pass_.output(C) if method == "ibp" else crown_ibp(pass_, C)
     if program is None and not training_norms(known):  # in train mode every batch is another network
+        if engine == "auto_lirpa":  # it reads the model in a way of its own
+            centre = middle(lower, upper)
+            check_point(known.value, *lirpa_bounds(model, centre, centre, "ibp", None, statistics, known))
         check_bounds(known.value, lb, ub, C)  # at the middle of the box, where the model was read
         for point in probes(lower.detach(), upper.detach()):
             check_bounds(check_reading(known, model, point), lb, ub, C)

@@ -99,14 +99,15 @@ def _only(**wanted: Any) -> Callable[..., str]:
 
 
 SOUND: dict[str, Callable[..., str]] = {  # ATen operation -> a function of its arguments: what is not sound, or ""
-    **dict.fromkeys(["mm", "t", "relu", "sigmoid", "tanh", "exp", "abs", "sin", "cos", "neg", "add", "sub", "rsub", "mul",
+    **dict.fromkeys(["mm", "t", "relu", "sigmoid", "tanh", "exp", "abs", "sin", "cos", "neg", "mul",
                      "native_batch_norm", "_native_batch_norm_legit_no_training", "clone", "detach", "view", "_unsafe_view", "permute",
-                     "transpose", "unsqueeze", "squeeze", "slice", "select", "cat", "stack", "mean", "sum"], always),
+                     "transpose", "unsqueeze", "squeeze", "slice", "select", "mean", "sum"], always),
     "convolution": lambda stride, **_: "" if len(stride) == 2 else "a convolution that is not of images",
     "_adaptive_avg_pool2d": _only(output_size=[1, 1]),
+    **dict.fromkeys(["add", "sub", "rsub"], _only(alpha=1)),
     "addmm": _only(alpha=1, beta=1), "avg_pool2d": _pool, "max_pool2d_with_indices": _pool, "constant_pad_nd": _only(value=0),
     "leaky_relu": lambda negative_slope=0.01, **_: "" if 0 <= negative_slope <= 1 else f"a slope of {negative_slope}",
-    "pow": _only(exponent=2),
+    "pow": _only(exponent=2), "cat": always, "stack": always,
     "div": lambda self, other, **_: "" if isinstance(other, int | float) else "a divisor that is not a number",
 }
 
@@ -118,10 +119,13 @@ def check_sound(program: Program) -> None:
         if not operation(node) or operation(node) == "getitem":
             continue
         constant, what = node not in program.activations, operation(node)
+        parts = node.args[0] if what in ("cat", "stack") else ()
         if constant and not (what == "t" and node.args[0] in given):
             why = "a weight or constant that is computed from others"
         elif what not in SOUND:
             why = "this operation"
+        elif any(part not in program.activations for part in parts):
+            why = "a constant beside an activation"
         else:
             why = SOUND[what](**arguments(node))
         if why:

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 # %% ../../nbs/robust/06a_modes.ipynb #55b209c5
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module of `model` in eval mode inside the context, and in the mode it had before after it."""
+    """`model` after `model.eval()` inside the context, and every module in the mode it had before after it."""
     modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
+    if any(training for _, training in modes):
+        model.eval()  # a model may do more there than switch a flag
     try:
         yield
     finally:
+        if model.training != modes[0][1]:
+            model.train(modes[0][1])
         for module, training in modes:
             module.training = training
 

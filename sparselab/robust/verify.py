@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import unknown
-from ..program import Program, read
+from ..program import Program, read, restored
 from .attack_losses import gradient
 from .bounds import METHODS, bounds, input_box, margin_matrix
 from .modes import check_classes, check_labels, eval_mode, full_precision, worst_margin
-from .replay import ask, check_alone, check_bounds, check_reading, probes
+from .replay import ask, check_alone, check_bounds, check_point, check_reading, probes
 from .verification import Verification, check_order
 
 # %% ../../nbs/robust/08b_verify.ipynb #e1996744
@@ -63,6 +63,8 @@ def _lower_margins(
     program, C, (lower, upper) = read(model, x), margin_matrix(y, seen.shape[2], dtype=x.dtype), input_box(x, eps)
     check_reading(program, model, x, seen[0])
     check_reading(program, model, torch.where(rises, upper, lower), seen[-1])
+    if engine != "native":  # it reads the model in a way of its own
+        check_point(seen[0], *bounds(model, x, x, "ibp", None, engine, program=program))
     lb, ub = bounds(model, lower, upper, method, C, engine, program=program)
     lb, ub = lb.masked_fill(~lb.isfinite(), -math.inf), ub.masked_fill(~ub.isfinite(), math.inf)
     for logits in seen:
@@ -107,11 +109,15 @@ def verify(
     when a bound and `robust` do.
     """
     order = _order(methods)
+    if not isinstance(model, nn.Module) or not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise ValueError(f"verify takes a module, images and labels as tensors, not {type(model).__name__}, {type(x).__name__}, {type(y).__name__}.")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}, but a batch has at least 1 sample.")
     check_labels(x, y)
     input_box(x, eps)
     if x.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"The images are {x.dtype}, in which rounding is larger than margins: verify model.float() on x.float().")
-    with eval_mode(model), full_precision(x.device), torch.no_grad():
+    with eval_mode(model), restored(model), full_precision(x.device), torch.no_grad():
         program = read(model, x[:1])
         size = _batch(program, 1, "ibp", engine, batch_size)
         logits = torch.cat([ask(model, part) for part in x.split(size)])

@@ -28,6 +28,8 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     weights, seen = {}, set()
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters()):
+            raise ValueError(f"{name or 'The model'} is scripted or traced, and its layers cannot be masked; use what it was made of.")
         if not isinstance(module, PRUNABLE_LAYERS):
             continue
         weight, full = module.weight, f"{name}.weight" if name else "weight"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['aten', 'BATCH_NORMS', 'Unreadable', 'Program', 'operation', 'arguments', 'reads_values', 'untouched', 'lend',
-           'restored', 'plain', 'read', 'describe', 'fetch', 'run', 'structure', 'LastReading']
+           'spared', 'restored', 'plain', 'read', 'describe', 'fetch', 'run', 'structure', 'LastReading']
 
 # %% ../nbs/00e_program.ipynb #a4cbe63d
 import operator
@@ -224,6 +224,15 @@ def lend(model: nn.Module, tensors: dict[int, Tensor]) -> None:
 
 
 @contextmanager
+def spared(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` works on copies of its buffers; afterwards it holds what it held before."""
+    with untouched(model):
+        buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
+        lend(model, {id(parameter): parameter for parameter in model.parameters()} | buffers)
+        yield
+
+
+@contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Afterwards `model` has the attributes and the values of buffers that it had before."""
     before = {buffer: buffer.clone() for buffer in model.buffers()}
@@ -272,7 +281,7 @@ def _warm(model: nn.Module, x: Tensor) -> None:
     """Run the model as it is, once, so that what it keeps from call to call is made of plain tensors; no dice but torch's."""
     before = random.getstate(), np.random.get_state()
     try:
-        with plain(x.device), restored(model), torch.random.fork_rng(enabled=True, devices=[]):
+        with plain(x.device), spared(model), torch.random.fork_rng(devices=[]):
             model(x.detach().clone())
     except torch.OutOfMemoryError:
         raise

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..program import Program, plain, restored, run
+from ..program import Program, plain, run, spared
 from .boxes import flat
 
 # %% ../../nbs/robust/04c_replay.ipynb #43e81e4e
@@ -30,7 +30,7 @@ def rounding(y: Tensor) -> Tensor:
 # %% ../../nbs/robust/04c_replay.ipynb #475730c1
 def ask(model: nn.Module, points: Tensor) -> Tensor:
     """What `model`, in the mode that it is in, says of `points` (B, ...); it stays as it is."""
-    with plain(points.device), restored(model):
+    with plain(points.device), spared(model):
         return model(points.detach().clone())
 
 

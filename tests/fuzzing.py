@@ -31,14 +31,14 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
 
-from sparselab.program import Program, fetch, operation, read, run
+from sparselab.program import BATCH_NORMS, Program, fetch, operation, read, run
 from sparselab.robust import verify as verify_module
 from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
 from sparselab.robust.boxes import Interval
 from sparselab.robust.ibp import apply_rows, recorded_statistics
 from sparselab.robust.modes import worst_margin
 from sparselab.robust.replay import Contradiction
-from sparselab.robust.rules import BATCH_NORMS, CONVOLUTIONS, RULES
+from sparselab.robust.rules import CONVOLUTIONS, RULES
 from sparselab.robust.verify import verify
 
 aten = torch.ops.aten
@@ -1240,7 +1240,7 @@ def broken(seed: int) -> Report:
         labels = _ask(net, x[None])[0].argmax(1)
         points, seen = answers(net, *input_box(x, eps), -margin_matrix(labels, CLASSES, torch.float64), torch.Generator().manual_seed(seed))
         if breaker is shrunk_rule:
-            known = sorted({operation(node) for node in old[len(x)].names} & set(RULES) - BATCH_NORMS - CONVOLUTIONS - {"view", "_unsafe_view"})
+            known = sorted({operation(node) for node in old[len(x)].names} & set(RULES) - {*BATCH_NORMS, *CONVOLUTIONS} - {"view", "_unsafe_view"})
             if not known:
                 return report
             stack.enter_context(mock.patch.dict(RULES, shrunk_rule(r.choice(known), r.choice([0.0, 0.5, 0.9]))))

@@ -349,7 +349,8 @@ IMAGES, LABELS = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)), t
 
 
 def _sparsified(method: str, net: nn.Module, optimizer, steps: int = STEPS, sparsity: float | None = None, **options):
-    small = {"update_every": 4, "accumulate": 2, "rounds": 3, "iterations": 3, "record_every": 4}
+    small = {"update_every": 4, "accumulate": 2, "rounds": 3, "iterations": 3, "record_every": 4,
+             "example": IMAGES.to(next(net.parameters()))}
     options = {name: value for name, value in small.items() if name in method_options(method)} | options
     sparsity = (0.3 if method == "slimming" else 0.7) if sparsity is None else sparsity
     return sparsify(net, optimizer, method, sparsity, steps, **options)
@@ -719,9 +720,10 @@ def test_channels_last_changes_no_bit_of_the_masks(method, when):
         net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4))
         net = net.to(memory_format=torch.channels_last) if last and when == "before" else net
         optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
-        sparsifier = _sparsified(method, net, optimizer, sparsity=0.3)
-        net = net.to(memory_format=torch.channels_last) if last and when == "after" else net
         x = torch.rand(8, 3, 6, 6)
+        example = {"example": x} if method == "slimming" else {}
+        sparsifier = _sparsified(method, net, optimizer, sparsity=0.3, **example)
+        net = net.to(memory_format=torch.channels_last) if last and when == "after" else net
         for _ in range(6):
             sparsifier.see_loss(lambda: nn.functional.cross_entropy(net(x), LABELS))
             optimizer.zero_grad()

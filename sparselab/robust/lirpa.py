@@ -139,8 +139,18 @@ _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameE
 _wrapped: WeakKeyDictionary[nn.Module, tuple[tuple, nn.Module]] = WeakKeyDictionary()
 
 
-def _wrap(model: nn.Module, training: Iterable[str], x: Tensor, method: str) -> nn.Module:
-    options = {"minimum_sparsity": 1.0, "conv_mode": "matrix" if method == "crown" else "patches"}
+def _conv_mode(program: Program) -> str:
+    """Patches where CROWN was seen to be right with them; as matrices, convolutions are right everywhere, but slow and in single precision."""
+    for node in program.names:
+        given = arguments(node) if operation(node) != "getitem" else {}
+        shifted = operation(node) in ("add", "sub", "rsub") and any(part not in program.names for part in node.args)
+        if shifted or operation(node) in ("permute", "transpose") or given.get("groups", 1) != 1 or set(given.get("dilation", [1])) != {1}:
+            return "matrix"
+    return "patches"
+
+
+def _wrap(model: nn.Module, training: Iterable[str], x: Tensor, conv_mode: str) -> nn.Module:
+    options = {"minimum_sparsity": 1.0, "conv_mode": conv_mode}
     key = (x.shape, x.dtype, x.device, options, structure(model))
     if model not in _wrapped or _wrapped[model][0] != key:
         with old_exporter():
@@ -149,8 +159,8 @@ def _wrap(model: nn.Module, training: Iterable[str], x: Tensor, method: str) -> 
     return _wrapped[model][1]
 
 
-def _compute(model: nn.Module, training: dict, live: dict, lower: Tensor, upper: Tensor, method: str, C: Tensor | None) -> tuple:
-    bounded, lirpa = _wrap(model, training, lower, method), load()
+def _compute(model: nn.Module, mode: str, training: dict, live: dict, lower: Tensor, upper: Tensor, method: str, C: Tensor | None) -> tuple:
+    bounded, lirpa = _wrap(model, training, lower, mode), load()
     _borrow(bounded, live)
     box = lirpa.BoundedTensor((lower + upper) / 2, lirpa.PerturbationLpNorm(norm=np.inf, x_L=lower, x_U=upper))
     lb, ub = bounded.compute_bounds(x=(box,), C=C, method=METHODS[method])[:2]
@@ -176,13 +186,13 @@ def lirpa_bounds(
     lirpa, program = load(), program or read(model, middle(lower, upper))
     check_sound(program)
     training = _training(model, program, statistics or [])
-    live = _live_weights(model, training)
+    live, mode = _live_weights(model, training), _conv_mode(program)
     parts = [slice(i, i + 1) for i in range(len(lower))] if method == "crown" else [slice(None)]
     C = C if C is None else C.to(lower).expand(len(lower), -1, -1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = [_compute(model, training, live, lower[i], upper[i], method, C if C is None else C[i]) for i in parts]
+            found = [_compute(model, mode, training, live, lower[i], upper[i], method, C if C is None else C[i]) for i in parts]
         except torch.OutOfMemoryError:
             raise
         except _FAILURES as error:

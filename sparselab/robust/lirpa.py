@@ -107,7 +107,7 @@ SOUND: dict[str, Callable[..., str]] = {  # ATen operation -> a function of its 
     **dict.fromkeys(["add", "sub", "rsub"], _only(alpha=1)),
     "addmm": _only(alpha=1, beta=1), "avg_pool2d": _pool, "max_pool2d_with_indices": _pool, "constant_pad_nd": _only(value=0),
     "leaky_relu": lambda negative_slope=0.01, **_: "" if 0 <= negative_slope <= 1 else f"a slope of {negative_slope}",
-    "pow": _only(exponent=2), "cat": always, "stack": always,
+    "cat": always, "stack": always,
     "div": lambda self, other, **_: "" if isinstance(other, int | float) else "a divisor that is not a number",
 }
 

@@ -10,6 +10,7 @@ __all__ = ['CUTS', 'SHARES', 'Lines', 'substitute', 'inside', 'Curve', 'ratio', 
 
 # %% ../../nbs/robust/00da_curves.ipynb #bb6e581f
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -45,7 +46,7 @@ def inside(t: Tensor | float, x: Interval) -> Tensor:
     return torch.minimum(x.lb.clamp(min=t), x.ub)
 
 
-class Curve:
+class Curve(ABC):
     """y = f(x), entry by entry. A subclass gives `function`, `derivative` and what of the following is not the default."""
 
     bend = 0  # 1 where f is convex, -1 where it is concave, 0 where it is neither or both
@@ -55,12 +56,13 @@ class Curve:
     landmarks = ()  # points among which good lines are looked for, next to the ends and the kinks
     shares = ()  # and points given as a share of the radius
 
+    @abstractmethod
     def function(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """f(x)."""
 
+    @abstractmethod
     def derivative(self, x: Tensor) -> Tensor:
         """f'(x); at a kink the slope of either side."""
-        raise NotImplementedError
 
     def touching(self, slope: Tensor) -> list[Tensor]:
         """Between kinks and inflections, one point each where f' has the given slope; any point where there is none."""
@@ -71,7 +73,8 @@ class Curve:
         return torch.ones_like(x)
 
     def check(self, x: Interval) -> None:
-        """Raise Refused for a box on which f is not defined or not finite."""
+        """Raise Refused for a box on which f is not defined or not finite; here it is everywhere."""
+        return None
 
     def interval(self, x: Interval) -> Interval:
         """The range of f on the box, from the ends and the turning points inside."""

@@ -32,14 +32,14 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
 
 from sparselab.program import BATCH_NORMS, Program, fetch, operation, read, run
-from sparselab.robust import verify as verify_module
-from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
+from sparselab.robust import proofs as verify_module
 from sparselab.robust.boxes import Interval
+from sparselab.robust.engines import METHODS, bounds, input_box, margin_matrix
 from sparselab.robust.ibp import apply_rows, recorded_statistics
 from sparselab.robust.modes import worst_margin
+from sparselab.robust.proofs import verify
 from sparselab.robust.replay import Contradiction
 from sparselab.robust.rules import CONVOLUTIONS, RULES
-from sparselab.robust.verify import verify
 
 aten = torch.ops.aten
 CLASSES = 3

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BY_HAND = "__init__.py"
+BY_HAND = ("__init__.py", "_surface.py")
 
 
 def copy_project(target: Path) -> None:
@@ -19,7 +19,7 @@ def copy_project(target: Path) -> None:
     shutil.copy(ROOT / "settings.ini", target)
     hidden = shutil.ignore_patterns(".*", "__pycache__")
     shutil.copytree(ROOT / "nbs", target / "nbs", ignore=hidden)
-    for path in (ROOT / "sparselab").rglob(BY_HAND):
+    for path in (path for name in BY_HAND for path in (ROOT / "sparselab").rglob(name)):
         copy = target / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)

@@ -19,8 +19,8 @@ pytest.importorskip("playwright", reason="playwright is not installed: pip insta
 from lab import Notebook, browser, server, until
 
 from sparselab.learn.config import Config
+from sparselab.learn.experiments import train
 from sparselab.learn.runs import Run
-from sparselab.learn.train import train
 from sparselab.view.margins_panel import margins_panel
 from sparselab.view.panels import record_at
 from sparselab.view.strip import metrics_strip
@@ -340,8 +340,8 @@ CONTRAST = """element => {
     return [(a + 0.05) / (b + 0.05), light(under)]; }"""
 CARDS = """import torch
 from sparselab.learn.runs import Run
-from sparselab.robust.verify import verify
-from sparselab.sparse.sparsify import sparsify
+from sparselab.robust.proofs import verify
+from sparselab.sparse.methods import sparsify
 from sparselab.view.explorer import Explorer
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
 sparsifier = sparsify(model, torch.optim.SGD(model.parameters(), 0.1), method="rigl", sparsity=0.9, total_steps=40)

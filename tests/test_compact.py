@@ -10,10 +10,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from sparselab.learn.models import build
 from sparselab.sparse.channels import Channels, links
-from sparselab.sparse.compact import compact
-from sparselab.sparse.effective import effective
+from sparselab.sparse.compaction import compact
 from sparselab.sparse.masks import prunable
-from sparselab.sparse.sparsify import sparsify
+from sparselab.sparse.methods import sparsify
+from sparselab.sparse.paths import effective
 
 
 class Model(nn.Module):

@@ -19,14 +19,14 @@ from torch import nn
 
 pytest.importorskip("plotly", reason="figures need the extra lab")
 from sparselab.learn.config import Config
+from sparselab.learn.experiments import train
 from sparselab.learn.models import build
 from sparselab.learn.runs import Run, runs_in
-from sparselab.learn.train import train
-from sparselab.sparse.effective import effective
 from sparselab.sparse.history import MaskHistory
 from sparselab.sparse.history_files import save as save_history
 from sparselab.sparse.masks import prunable
 from sparselab.sparse.overlap import chance_overlap, mask_overlap
+from sparselab.sparse.paths import effective
 from sparselab.view.run_browser import FIGURES, RunBrowser
 from sparselab.view.run_groups import groups_of, look
 from sparselab.view.run_masks import effective_sparsity, pairs_of

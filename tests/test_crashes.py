@@ -11,9 +11,9 @@ from crashes import dying
 
 from sparselab.learn.changes import Changes
 from sparselab.learn.config import Config
+from sparselab.learn.experiments import train
 from sparselab.learn.files import append_row, read_rows
 from sparselab.learn.runs import Run
-from sparselab.learn.train import train
 
 SHORT = dict(model="mlp", model_options={"widths": [6]}, epochs=2, eps=0.02, train_samples=40, test_samples=4, batch_size=20, device="cpu",
              method="set", sparsity=0.5, method_options={"update_every": 1}, objective="natural")

@@ -8,9 +8,9 @@ import torch
 from fuzzing import BROKEN_READERS, OTHER_DEVICES, PARTS, REPLACED, Report, broken, examine, shrunk_rule
 from torch import Tensor, nn
 
-from sparselab.robust.bounds import METHODS, bounds
+from sparselab.robust.engines import METHODS, bounds
+from sparselab.robust.proofs import verify
 from sparselab.robust.rules import RULES
-from sparselab.robust.verify import verify
 
 NETWORKS = 40  # of each block, so that every part comes at least once; `python tests/fuzzing.py 100000` examines more
 

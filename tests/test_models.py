@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from sparselab.learn.build import Start, make_learner
+from sparselab.learn.assembly import Start, make_learner
 from sparselab.learn.config import Config
 from sparselab.learn.init import ibp_init_
 from sparselab.learn.models import MODELS, Normalize, build, summary

@@ -1,4 +1,5 @@
 """`pip install .` alone gives a working library, and `import sparselab` stays cheap."""
+import ast
 import importlib
 import json
 import os
@@ -16,9 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("plotly", "ipywidgets", "anywidget", "papermill", "auto_LiRPA", "nbdev", "fastcore", "datasets", "IPython",
             "pyarrow", "PIL", "pytest", "kaleido", "matplotlib")
 HEAVY = ("torch", "numpy", "sklearn", *OPTIONAL)
-# what a user imports from sparselab itself, and the wing that defines it
-PUBLIC = {"Masks": "sparse", "Sparsifier": "sparse", "sparsify": "sparse", "bounds": "robust", "verify": "robust",
-          "Config": "learn", "train": "learn"}
+WINGS = ("sparse", "robust", "learn", "view")
+PUBLIC = ("sparselab", *(f"sparselab.{wing}" for wing in WINGS))
 
 
 def python(*arguments, executable=sys.executable, cwd=None):
@@ -48,7 +48,7 @@ def wheel(tmp_path_factory):
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("setup.py", "settings.ini", "README.md", "LICENSE", "MANIFEST.in"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    for path in (ROOT / "sparselab").rglob("*.py"):
+    for path in [*(ROOT / "sparselab").rglob("*.py"), ROOT / "sparselab/py.typed"]:
         copy = source / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
@@ -132,7 +132,7 @@ def loaded_by(code: str) -> set[str]:
 
 def test_import_sparselab_loads_nothing_heavy():
     new = loaded_by("import sparselab") - loaded_by("")
-    assert {name for name in new if name.startswith("sparselab")} == {"sparselab"}
+    assert {name for name in new if name.startswith("sparselab")} == {"sparselab", "sparselab._surface"}
     assert sorted(new & set(HEAVY)) == []
 
 
@@ -143,23 +143,48 @@ def test_the_library_loads_no_notebook_tools():
     assert sorted(new & set(OPTIONAL)) == []
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_public_names_are_offered_where_a_module_exports_them(name):
-    import sparselab
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_names_are_what_they_say(package):
+    """Every public name is there at first use, in `dir`, and still there once every module has been imported."""
+    code = f"""
+import importlib, pkgutil, {package} as package
+first = {{name: getattr(package, name) for name in package.__all__}}
+assert set(package.__all__) <= set(dir(package)), set(package.__all__) - set(dir(package))
+for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+    importlib.import_module(module.name)
+assert {{name: getattr(package, name) for name in package.__all__}} == first, "a module has taken the place of a public name"
+"""
+    python("-c", code)
 
-    folder = ROOT / "sparselab" / PUBLIC[name]
-    homes = [path for path in folder.glob("*.py") if re.search(rf"^__all__ = [^]]*'{name}'", path.read_text(), re.M)]
-    assert [name in sparselab.__all__, name in dir(sparselab)] == [bool(homes)] * 2, \
-        f"_HOME in sparselab/__init__.py has to name the module of {name!r}: {[str(home) for home in homes]}"
-    if homes:
-        module = importlib.import_module(f"sparselab.{folder.name}.{homes[0].stem}")
-        assert getattr(sparselab, name) is getattr(module, name)
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_type_checkers_are_told_of_every_public_name(package):
+    """What a wing imports under TYPE_CHECKING is what it offers, from the module that it offers it from."""
+    wing = importlib.import_module(package)
+    tree = ast.parse(Path(wing.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    told = {alias.name: node.module for node in block.body for alias in node.names}
+    assert {name for name in told if name not in WINGS} == set(wing.__all__) - {"__version__"}
+    for name, module in told.items():
+        if module is not None:
+            assert getattr(importlib.import_module(f"{package}.{module}"), name) is getattr(wing, name)
 
 
-def test_nothing_else_is_public():
-    import sparselab
+EXAMPLE = re.search(r"```python\n(import torch\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 
-    assert set(sparselab.__all__) <= {"__version__", *PUBLIC}
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_type_checkers_know_the_readme_example(checker, bare, tmp_path):
+    """Against the built wheel: README's example has no errors, and `bounds` is a function with its own parameters."""
+    (tmp_path / "example.py").write_text(EXAMPLE)
+    (tmp_path / "wrong.py").write_text(f"{EXAMPLE}\nbounds(model, method=3)\nsparsifier.stepp()\n")
+    found = []
+    for file in ("example.py", "wrong.py"):
+        options = {"mypy": ["--python-executable", bare, "--follow-imports", "silent", file], "pyright": ["--pythonpath", bare, file]}
+        done = subprocess.run([sys.executable, "-m", checker, *options[checker]], cwd=tmp_path, capture_output=True, text=True)
+        found.append(done.stdout + done.stderr)
+        assert done.returncode == (file == "wrong.py"), found[-1]
+    assert all(word in found[1] for word in ("upper", "stepp")), found[1]
 
 
 @pytest.mark.parametrize("wrong, right", [("Mask", "'Masks'"), ("sparce", "'sparse'"), ("zzz", "Masks")])

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 pytest.importorskip("plotly", reason="figures need the extra lab")
 from sparselab.learn.arrays import Unavailable
-from sparselab.learn.build import make_learner
+from sparselab.learn.assembly import make_learner
 from sparselab.learn.config import Config
 from sparselab.learn.data import load
 from sparselab.learn.margins import margins_of
 from sparselab.learn.models import build
 from sparselab.learn.recordings import STATES, NeuronLooks, NeuronSums
 from sparselab.learn.runs import Run
-from sparselab.robust.bounds import METHODS, input_box
+from sparselab.robust.engines import METHODS, input_box
 from sparselab.robust.ibp import interval_pass
-from sparselab.robust.verify import verify
+from sparselab.robust.proofs import verify
 from sparselab.sparse.cursor import Cursor
 from sparselab.sparse.history import MaskHistory
 from sparselab.view.codes import mask_codes

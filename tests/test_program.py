@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from sparselab.program import LastReading, Unreadable, read, run, structure
-from sparselab.robust.bounds import METHODS, bounds
+from sparselab.robust.engines import METHODS, bounds
 from sparselab.robust.ibp import interval_pass, recorded_statistics
-from sparselab.robust.verify import verify
-from sparselab.sparse.sparsify import sparsify
+from sparselab.robust.proofs import verify
+from sparselab.sparse.methods import sparsify
 
 
 class Net(nn.Module):

@@ -10,13 +10,13 @@ import pytest
 from test_data import idx_bytes
 
 from sparselab.learn import rounds
-from sparselab.learn.build import load_data, make_learner
+from sparselab.learn.assembly import load_data, make_learner
 from sparselab.learn.callbacks import StopWhenLost
 from sparselab.learn.config import Config
+from sparselab.learn.experiments import PROCEDURES, dense_partner, train
 from sparselab.learn.files import locked, write_sealed
 from sparselab.learn.fingerprint import fingerprint
 from sparselab.learn.runs import Run
-from sparselab.learn.train import PROCEDURES, dense_partner, train
 
 SHORT = dict(model="mlp", model_options={"widths": [6]}, epochs=1, eps=0.0, batch_size=20, device="cpu", method="static", sparsity=0.5,
              objective="natural")

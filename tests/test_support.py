@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparselab.program import operation, read
-from sparselab.robust.bounds import METHODS, bounds
+from sparselab.robust.engines import METHODS, bounds
 from sparselab.robust.lirpa import SOUND
 from sparselab.robust.rules import RULES
 

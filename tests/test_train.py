@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparselab.learn.build import load_data, new_model
+from sparselab.learn.assembly import load_data, new_model
 from sparselab.learn.config import Config
 from sparselab.learn.data import to_float
+from sparselab.learn.experiments import ALL_METHODS, PROCEDURES, train
 from sparselab.learn.learner import TrainingStopped
 from sparselab.learn.runs import Run
-from sparselab.learn.train import ALL_METHODS, PROCEDURES, train
-from sparselab.sparse.compact import compact
+from sparselab.sparse.compaction import compact
 from sparselab.sparse.masks import prunable
-from sparselab.sparse.sparsify import METHODS, method_options
+from sparselab.sparse.methods import METHODS, method_options
 
 SMALL = dict(model="mlp", model_options={"widths": [24, 24]}, epochs=4, eps=0.02, test_samples=60, device="cpu",
              method_options={"update_every": 3})

@@ -13,9 +13,9 @@ import papermill
 import pytest
 
 from sparselab.learn.config import Config
+from sparselab.learn.experiments import ALL_METHODS, dense_partner
 from sparselab.learn.files import locked
 from sparselab.learn.runs import Run, runs_in
-from sparselab.learn.train import ALL_METHODS, dense_partner
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "nbs" / "train.ipynb"

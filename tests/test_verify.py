@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparselab.robust import verify as module
+from sparselab.robust import proofs as module
 from sparselab.robust.attacks import pgd, survivors
-from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
+from sparselab.robust.engines import METHODS, bounds, input_box, margin_matrix
 from sparselab.robust.graph import UnsupportedLayer
 from sparselab.robust.lirpa_mends import load
 from sparselab.robust.modes import worst_margin
+from sparselab.robust.proofs import verify
 from sparselab.robust.verification import Verification, check_order
-from sparselab.robust.verify import verify
 
 
 def network(seed=0, inputs=4, width=12, classes=3, sparsity=0.0):

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from sparselab.learn.config import Config
-from sparselab.learn.train import train
+from sparselab.learn.experiments import train
 
 HERE = Path(__file__).resolve().parent
 SHARED = dict(sparsity=0.95, dataset="digits", model="cnn4", model_options={"width": 6}, objective="crown_ibp", eps=0.05,

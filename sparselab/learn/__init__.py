@@ -1,1 +1,68 @@
-"""Data, models, objectives, the learner and its runs on disk."""
+"""Data, models, objectives, training, and runs on disk."""
+from typing import TYPE_CHECKING
+
+from .._surface import lazy
+
+_HOME = {  # public name -> the module that defines it
+    "ALL_METHODS": "experiments",
+    "Callback": "learner",
+    "Claim": "claims",
+    "Comparison": "claims",
+    "Config": "config",
+    "Data": "data",
+    "Learner": "learner",
+    "MODELS": "models",
+    "OBJECTIVES": "objectives",
+    "Run": "runs",
+    "TrainingStopped": "learner",
+    "build": "models",
+    "evaluate": "evaluation",
+    "examples": "runs",
+    "load": "data",
+    "make_optimizer": "optimizers",
+    "margins_of": "margins",
+    "objective": "objectives",
+    "read_parameters": "parameters",
+    "runs_in": "runs",
+    "to_float": "data",
+    "train": "experiments",
+}
+__all__ = [
+    "ALL_METHODS",
+    "Callback",
+    "Claim",
+    "Comparison",
+    "Config",
+    "Data",
+    "Learner",
+    "MODELS",
+    "OBJECTIVES",
+    "Run",
+    "TrainingStopped",
+    "build",
+    "evaluate",
+    "examples",
+    "load",
+    "make_optimizer",
+    "margins_of",
+    "objective",
+    "read_parameters",
+    "runs_in",
+    "to_float",
+    "train",
+]
+__getattr__, __dir__ = lazy(__name__, _HOME)
+
+if TYPE_CHECKING:
+    from .claims import Claim, Comparison
+    from .config import Config
+    from .data import Data, load, to_float
+    from .evaluation import evaluate
+    from .experiments import ALL_METHODS, train
+    from .learner import Callback, Learner, TrainingStopped
+    from .margins import margins_of
+    from .models import MODELS, build
+    from .objectives import OBJECTIVES, objective
+    from .optimizers import make_optimizer
+    from .parameters import read_parameters
+    from .runs import Run, examples, runs_in

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .arrays import drop_later, write_arrays
 from .checkpoints import load_checkpoint, save_checkpoint
-from .evaluate import glance, reestimate_statistics
+from .evaluation import glance, reestimate_statistics
 from .files import append_row, keep_rows, read_rows
 from .learner import Callback, Learner, TrainingStopped
 from .recordings import NeuronSums, value_arrays

@@ -21,11 +21,11 @@ import torch
 from joblib.externals.loky import get_reusable_executor
 from scipy.special import stdtrit
 
-from .build import pick_device
+from .assembly import pick_device
 from .config import Config
+from .experiments import train
 from .files import write_json
 from .runs import Run
-from .train import train
 
 # %% ../../nbs/learn/16_claims.ipynb #240ce712
 LEVEL = 0.05  # how often two rows that are equal are called different

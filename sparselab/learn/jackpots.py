@@ -9,7 +9,7 @@ __all__ = ['LotteryJackpots']
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .build import Start
+from .assembly import Start
 from .config import Config
 from .rounds import Procedure
 

@@ -17,7 +17,7 @@ from ..errors import unknown
 from .arrays import Unavailable, read_arrays
 from ..program import Unreadable, operation, read
 from ..robust.modes import eval_mode
-from ..robust.stability import LayerStability
+from ..robust.neurons import LayerStability
 from ..sparse.masks import prunable
 
 # %% ../../nbs/learn/11b_recordings.ipynb #f1e31381

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import unknown
-from .build import Start, load_data, make_learner, new_model
+from .assembly import Start, load_data, make_learner, new_model
 from .callbacks import Progress
 from .config import Config
 from .data import Data
@@ -24,7 +24,7 @@ from .learner import Callback, Learner
 from .runs import Run
 from .training import begin, complete, train_in, watchers
 from ..sparse.masks import prunable
-from ..sparse.sparsify import METHODS, method_options
+from ..sparse.methods import METHODS, method_options
 
 # %% ../../nbs/learn/14e_rounds.ipynb #52ca81e3
 @dataclass(kw_only=True)

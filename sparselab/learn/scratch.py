@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from ..errors import unknown
-from .build import Start, make_learner, new_model
+from .assembly import Start, make_learner, new_model
 from .config import Config
 from .ensembles import ensemble_summary
 from .learner import Learner
 from .rounds import Procedure, sparsity_of
-from ..sparse.sparsify import METHODS
+from ..sparse.methods import METHODS
 
 # %% ../../nbs/learn/14g_scratch.ipynb #da21f532
 def matched_epochs(epochs: int, dense: float, pruned: float, most: float) -> int:

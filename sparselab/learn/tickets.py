@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from .build import Start, make_learner
+from .assembly import Start, make_learner
 from .config import Config
 from .files import read_tensors
 from .learner import Callback, Learner

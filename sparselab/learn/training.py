@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .build import Start, make_learner
+from .assembly import Start, make_learner
 from .callbacks import Look, Record, StopWhenLost, collapse
 from .changes import Changes
 from .config import Config
-from .cost import cost
+from .costs import cost
 from .data import Data
 from .ensembles import ensemble_summary
-from .evaluate import evaluate
+from .evaluation import evaluate
 from .files import locked, read_rows, write_sealed, write_tensors
 from .flops import silent_copy
 from .learner import Callback, Learner

@@ -1,1 +1,55 @@
-"""Masks, layer distributions, scores, schedules and the sparsifiers made of them."""
+"""Masks, layer distributions, and the methods that train sparse networks."""
+from typing import TYPE_CHECKING
+
+from .._surface import lazy
+
+_HOME = {  # public name -> the module that defines it
+    "Cursor": "cursor",
+    "DISTRIBUTIONS": "distributions",
+    "METHODS": "methods",
+    "MaskHistory": "history",
+    "Masks": "masks",
+    "Score": "scores",
+    "Sparsifier": "sparsifier",
+    "budget": "distributions",
+    "compact": "compaction",
+    "effective": "paths",
+    "exploration": "explored",
+    "layer_budgets": "distributions",
+    "mask_overlap": "overlap",
+    "method_options": "methods",
+    "prunable": "masks",
+    "sparsify": "methods",
+}
+__all__ = [
+    "Cursor",
+    "DISTRIBUTIONS",
+    "METHODS",
+    "MaskHistory",
+    "Masks",
+    "Score",
+    "Sparsifier",
+    "budget",
+    "compact",
+    "effective",
+    "exploration",
+    "layer_budgets",
+    "mask_overlap",
+    "method_options",
+    "prunable",
+    "sparsify",
+]
+__getattr__, __dir__ = lazy(__name__, _HOME)
+
+if TYPE_CHECKING:
+    from .compaction import compact
+    from .cursor import Cursor
+    from .distributions import DISTRIBUTIONS, budget, layer_budgets
+    from .explored import exploration
+    from .history import MaskHistory
+    from .masks import Masks, prunable
+    from .methods import METHODS, method_options, sparsify
+    from .overlap import mask_overlap
+    from .paths import effective
+    from .scores import Score
+    from .sparsifier import Sparsifier

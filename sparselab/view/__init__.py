@@ -1,15 +1,19 @@
-"""Figures: pure functions from a run or a mask history to a plotly figure, and the explorer made of them."""
-from importlib import import_module
+"""Figures: functions from a run or a mask history to a panel, and the explorer made of them."""
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from .._surface import lazy
 
 if find_spec("plotly") is None:
     raise ImportError("sparselab.view draws with plotly, which is not installed: pip install 'sparselab[lab]'")
 
-_HOME = {"Explorer": "explorer", "Live": "live"}  # public name -> its module, imported when it is first used
-__all__ = list(_HOME)
+_HOME = {  # public name -> the module that defines it
+    "Explorer": "explorer",
+    "Live": "live",
+}
+__all__ = ["Explorer", "Live"]
+__getattr__, __dir__ = lazy(__name__, _HOME)
 
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+if TYPE_CHECKING:
+    from .explorer import Explorer
+    from .live import Live

@@ -14,8 +14,8 @@ from pathlib import Path
 from ..learn.callbacks import Record
 from ..learn.changes import Changes
 from ..learn.config import Config
+from ..learn.experiments import train
 from ..learn.learner import Learner, TrainingStopped
-from ..learn.train import train
 from .gate import PERIOD, Gate, Snapshot, Stopped
 
 # %% ../../nbs/view/22_live.ipynb #e5134af3

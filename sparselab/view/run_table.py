@@ -22,7 +22,7 @@ from ..learn.models import build
 from ..learn.runs import Run, runs_in
 from ..learn.sources import KNOWN
 from ..learn.values import READERS
-from ..sparse.effective import effective
+from ..sparse.paths import effective
 from .results import MEASURES, ResultsTable, flops_share
 from .sources import attempt
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import attempt
-from ..learn.build import make_learner
+from ..learn.assembly import make_learner
 from ..learn.checkpoints import load_state
 from ..learn.runs import Run
 from ..sparse.cursor import Cursor

@@ -12,7 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..sparse.exploration import changes
+from ..sparse.explored import changes
 from ..sparse.history import MaskHistory
 from .theme import COLORS, OKABE_ITO, TEXT, short, titled
 

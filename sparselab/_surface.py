@@ -1,0 +1,31 @@
+"""The public names of a package, each imported from its module when it is first used."""
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from importlib import import_module
+
+
+def lazy(package: str, home: Mapping[str, str], also: tuple[str, ...] = ()) -> tuple[Callable, Callable]:
+    """`__getattr__` and `__dir__` of `package`, whose public names are the keys of `home`: name -> module that defines it.
+
+    `also` are subpackages that are imported when they are first named.
+    """
+    module = import_module(package)
+
+    def __getattr__(name: str) -> object:
+        if name in also:
+            return import_module(f"{package}.{name}")
+        if name in home:
+            value = getattr(import_module(f"{package}.{home[name]}"), name)
+            setattr(module, name, value)
+            return value
+        if name.startswith("__"):
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        names = [*home, *also]
+        near = get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}."
+        raise AttributeError(f"module {package!r} has no attribute {name!r}; {hint}")
+
+    def __dir__() -> list[str]:
+        return sorted({*vars(module), *home, *also})
+
+    return __getattr__, __dir__

@@ -23,6 +23,7 @@ from sparselab.sparse.masks import Masks, assign, mask_gradients, mask_weights, 
 from sparselab.sparse.methods import METHODS, method_options, sparsify
 from sparselab.sparse.schedules import CubicSparsity, Periodic
 from sparselab.sparse.scores import top
+from sparselab.sparse.sparsifier import Sparsifier
 
 settings.register_profile("any speed", deadline=None)  # a busy machine is not a wrong result
 settings.load_profile("any speed")
@@ -927,3 +928,10 @@ def test_every_precision_is_masked_to_positive_zero(kind):
     for tensor in (net.weight.detach(), net.weight.grad):
         assert bool((tensor[off] == 0).all()) and not bool(tensor[off].signbit().any()) and not bool(tensor[~off].isfinite().any())
     assert masks.nnz == masks.counts["weight"]
+
+
+def test_a_method_that_does_not_say_its_family_is_refused():
+    with pytest.raises(TypeError, match=r"Silent has to say its family, one of dense, static, .* got None"):
+        type("Silent", (Sparsifier,), {})
+    with pytest.raises(TypeError, match="got 'dynmic'"):
+        type("Mistyped", (Sparsifier,), {"family": "dynmic"})

@@ -38,6 +38,8 @@ class ACDC(Sparsifier):
     start at zero after every decompression. The nnz is the budget in compressed phases and the total in the others.
     """
 
+    family = "gradual"
+
     distribution: str = "global"
     warmup: float = 0.1
     cycles: int = 7

@@ -33,6 +33,8 @@ class AtInit(Sparsifier, ABC):
     That is at the first step whose gradients are finite: not at one that a gradient scaler skips.
     """
 
+    family = "one_shot"
+
     distribution: str = "global"
     shuffle: bool = False
 

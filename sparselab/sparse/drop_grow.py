@@ -47,6 +47,8 @@ class SET(Sparsifier):
     the weight's own clock (see `Regrowth`); 0 leaves them to Adam.
     """
 
+    family = "dynamic"
+
     update_every: int = 100
     drop_fraction: float = 0.3
     end: float = 0.75

@@ -33,6 +33,8 @@ class EDST(RigL):
     "member-1" and so on; the last is the model itself.
     """
 
+    family = "ensemble"
+
     drop_fraction: float = 0.5
     end: float = 1 / 3
     members: int = 3

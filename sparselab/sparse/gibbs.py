@@ -47,6 +47,8 @@ class Gibbs(Sparsifier):
     then on it is exact, in whole groups. `record_every`: steps between the masks that the history keeps.
     """
 
+    family = "gradual"
+
     distribution: str = "uniform"
     structure: str = "weight"
     beta_start: float = 1.0

@@ -29,6 +29,8 @@ class Jackpots(Sparsifier):
     masks that the history keeps. The counts of each layer are those of the magnitude mask that it starts from.
     """
 
+    family = "dynamic"
+
     distribution: str = "global"
     mask_lr: float = 0.1
     mask_momentum: float = 0.9

@@ -21,6 +21,8 @@ from .sparsifier import Sparsifier, keep_highest, random_masks
 class Dense(Sparsifier):
     """No pruning; the reference. `sparsity` is ignored, so that one configuration serves for both."""
 
+    family = "dense"
+
     @property
     def budget(self) -> int:
         return self.masks.total
@@ -29,6 +31,8 @@ class Dense(Sparsifier):
 @dataclass(kw_only=True, eq=False, repr=False)
 class Static(Sparsifier):
     """A mask that never changes: a random one, the control; or `begin`, weight name -> bool mask, found before (a ticket)."""
+
+    family = "static"
 
     begin: Mapping[str, Tensor] | None = None
 
@@ -56,6 +60,8 @@ class GMP(Sparsifier):
 
     `begin`, `end`: shares of the training between which sparsity rises; `update_every`: steps between prunings.
     """
+
+    family = "gradual"
 
     distribution: str = "global"
     update_every: int = 100
@@ -87,6 +93,8 @@ class VLRProjection(Sparsifier):
 
     `rounds`: how many train-and-project rounds fill the training; the paper's code does one per epoch.
     """
+
+    family = "verified"
 
     rounds: int = 12
 

@@ -55,6 +55,8 @@ class Slimming(Sparsifier):
     BatchNorm between two layers, for one that cannot be read, and for a sparsity that one channel in each layer exceeds.
     """
 
+    family = "structured"
+
     distribution: str = "global"
     penalty: float = 1e-4
     end: float = 0.5

@@ -21,6 +21,8 @@ class SparseVLR(RigL):
     `shrink_until`: the share of training at which the budget arrives. Other options as in RigL. After arXiv 2211.09945.
     """
 
+    family = "verified"
+
     update_every: int = 25
     drop_fraction: float = 0.5
     across: bool = True

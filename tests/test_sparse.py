@@ -930,8 +930,43 @@ def test_every_precision_is_masked_to_positive_zero(kind):
     assert masks.nnz == masks.counts["weight"]
 
 
-def test_a_method_that_does_not_say_its_family_is_refused():
-    with pytest.raises(TypeError, match=r"Silent has to say its family, one of dense, static, .* got None"):
-        type("Silent", (Sparsifier,), {})
+def test_a_method_that_does_not_say_what_others_ask_is_refused_where_it_is_defined():
+    facts = {"keeps_weights": False, "knobs": (), "from_training": {}, "overhead": lambda self, step, sparse, dense: 0.0}
+    with pytest.raises(TypeError, match=r"Toy has to say its family, one of dense, static, .* got None"):
+        type("Toy", (Sparsifier,), facts)
     with pytest.raises(TypeError, match="got 'dynmic'"):
-        type("Mistyped", (Sparsifier,), {"family": "dynmic"})
+        type("Toy", (Sparsifier,), facts | {"family": "dynmic"})
+    for missing in facts:
+        with pytest.raises(TypeError, match=f"Toy has to say {missing}: "):
+            type("Toy", (Sparsifier,), {"family": "dynamic"} | {name: fact for name, fact in facts.items() if name != missing})
+    with pytest.raises(TypeError, match="Toy has to say set_knob: "):
+        type("Toy", (Sparsifier,), facts | {"family": "dynamic", "knobs": ("drop",)})
+    with pytest.raises(TypeError, match=r"'epochs' or 'example'; got \['epoch'\]"):
+        type("Toy", (Sparsifier,), facts | {"family": "dynamic", "from_training": {"rounds": "epoch"}})
+    type("Toy", (Sparsifier,), facts | {"family": "dynamic"})
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_what_a_method_says_is_what_it_does(method):
+    """Weights that it keeps a copy of come back after somebody scales the model's; its knobs can be set; its options are there to fill."""
+    torch.manual_seed(0)
+    kind, x = METHODS[method], torch.rand(2, 1, 8, 8)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10))
+    example = {option: x for option, source in kind.from_training.items() if source == "example"}
+    sparsifier = sparsify(model, torch.optim.SGD(model.parameters(), 0.0), method, 0.5, 100, **example)
+    assert set(kind.from_training) <= set(method_options(method))
+    for knob in kind.knobs:
+        sparsifier.set_knob(knob, getattr(sparsifier, knob))
+    with pytest.raises(ValueError, match="There is no knob of"):
+        sparsifier.set_knob("colour", 0.5)
+    with torch.no_grad():
+        for weight in sparsifier.masks.weights.values():
+            weight.mul_(2)
+    scaled = [weight.detach().clone() for weight in sparsifier.masks.weights.values()]
+    sparsifier.see_loss(lambda: model(x).square().sum())
+    model(x).square().sum().backward()
+    sparsifier.optimizer.step()
+    sparsifier.step()
+    stayed = all(bool(((weight == 0) | (weight == before)).all())
+                 for weight, before in zip(sparsifier.masks.weights.values(), scaled, strict=True))
+    assert stayed != kind.keeps_weights

@@ -39,6 +39,9 @@ class ACDC(Sparsifier):
     """
 
     family = "gradual"
+    keeps_weights = False
+    knobs = ()
+    from_training = {}
 
     distribution: str = "global"
     warmup: float = 0.1
@@ -88,3 +91,6 @@ class ACDC(Sparsifier):
                 for key, value in state.items():
                     if torch.is_tensor(value):
                         value.fill_(new_state(key, groups.get(id(parameter), {})))
+
+    def overhead(self, step: int, sparse: float, dense: float) -> float:
+        return 0.0

@@ -34,6 +34,9 @@ class AtInit(Sparsifier, ABC):
     """
 
     family = "one_shot"
+    keeps_weights = False
+    knobs = ()
+    from_training = {}
 
     distribution: str = "global"
     shuffle: bool = False
@@ -56,6 +59,9 @@ class AtInit(Sparsifier, ABC):
         scores = self.scores()
         keep_highest(self, shuffled_layerwise(scores, self.seed) if self.shuffle else scores, self.sparsity)
         self.history, self.pruned = MaskHistory(self.masks), True
+
+    def overhead(self, step: int, sparse: float, dense: float) -> float:
+        return 3 * (dense - sparse) if step == 1 else 0.0
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"pruned": self.pruned}
@@ -97,6 +103,9 @@ class GraSP(AtInit):
     def step(self) -> None:
         self.curvature = None  # one that was not used belongs to a step that was skipped
         super().step()
+
+    def overhead(self, step: int, sparse: float, dense: float) -> float:
+        return 3 * (dense - sparse) + 9 * dense if step == 1 else 0.0
 
     def scores(self) -> dict[str, Tensor]:
         if self.curvature is None:

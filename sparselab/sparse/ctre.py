@@ -135,6 +135,9 @@ class CTRE(SET):
             drawn = random(weight, None, generator_for(self.seed, "drawn", self.steps, name))
             weight[new] = (reach * (2 * drawn - 1))[new].to(weight.dtype)
 
+    def overhead(self, step: int, sparse: float, dense: float) -> float:
+        return 2 * dense if any(self.updates.due(step + ahead) for ahead in range(self.accumulate)) else 0.0
+
     def state_dict(self) -> dict:
         return super().state_dict() | cloned({"sums": self.sums})
 

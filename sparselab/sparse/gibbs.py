@@ -48,6 +48,9 @@ class Gibbs(Sparsifier):
     """
 
     family = "gradual"
+    keeps_weights = True
+    knobs = ()
+    from_training = {}
 
     distribution: str = "uniform"
     structure: str = "weight"
@@ -118,6 +121,9 @@ class Gibbs(Sparsifier):
             self.shadow[name] = weight.where(self.masks[name], self.shadow[name].to(weight))
         self.draw()
         return self.steps == self.last or self.steps % self.record_every == 0
+
+    def overhead(self, step: int, sparse: float, dense: float) -> float:
+        return 0.0
 
     def state_dict(self) -> dict:
         return super().state_dict() | cloned({"shadow": self.shadow})

@@ -30,6 +30,9 @@ class Jackpots(Sparsifier):
     """
 
     family = "dynamic"
+    keeps_weights = True
+    knobs = ()
+    from_training = {}
 
     distribution: str = "global"
     mask_lr: float = 0.1
@@ -82,6 +85,9 @@ class Jackpots(Sparsifier):
     def update(self) -> bool:
         self.show()
         return self.steps % self.record_every == 0 or self.steps == self.total_steps
+
+    def overhead(self, step: int, sparse: float, dense: float) -> float:
+        return dense - sparse
 
     def state_dict(self) -> dict:
         return super().state_dict() | cloned({part: getattr(self, part) for part in ("frozen", "scores", "momenta", "kept")})

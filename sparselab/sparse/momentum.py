@@ -47,6 +47,9 @@ class SNFS(SET):
         grown = share_out(sum(free.values()) - sum(keep.values()), shares, room)
         return [([name], keep[name], keep[name] + grown[name]) for name in free]
 
+    def overhead(self, step: int, sparse: float, dense: float) -> float:
+        return dense - sparse
+
     def update(self) -> bool:
         average = self.gradients
         changed = super().update()

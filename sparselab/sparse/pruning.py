@@ -22,10 +22,16 @@ class Dense(Sparsifier):
     """No pruning; the reference. `sparsity` is ignored, so that one configuration serves for both."""
 
     family = "dense"
+    keeps_weights = False
+    knobs = ()
+    from_training = {}
 
     @property
     def budget(self) -> int:
         return self.masks.total
+
+    def overhead(self, step: int, sparse: float, dense: float) -> float:
+        return 0.0
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -33,6 +39,9 @@ class Static(Sparsifier):
     """A mask that never changes: a random one, the control; or `begin`, weight name -> bool mask, found before (a ticket)."""
 
     family = "static"
+    keeps_weights = False
+    knobs = ()
+    from_training = {}
 
     begin: Mapping[str, Tensor] | None = None
 
@@ -46,6 +55,9 @@ class Static(Sparsifier):
             assign(self.masks, name, mask.to(self.masks[name].device))
         if self.masks.nnz != self.budget:
             raise ValueError(f"begin holds {self.masks.nnz:,} weights, but sparsity {self.sparsity!r} promises {self.budget:,}.")
+
+    def overhead(self, step: int, sparse: float, dense: float) -> float:
+        return 0.0
 
 # %% ../../nbs/sparse/07_pruning.ipynb #9901b2db
 def check_share(name: str, value: float, least: float = 0.0) -> None:
@@ -62,6 +74,9 @@ class GMP(Sparsifier):
     """
 
     family = "gradual"
+    keeps_weights = False
+    knobs = ()
+    from_training = {}
 
     distribution: str = "global"
     update_every: int = 100
@@ -86,6 +101,9 @@ class GMP(Sparsifier):
         keep_highest(self, scores, self.schedule(self.steps))
         return True
 
+    def overhead(self, step: int, sparse: float, dense: float) -> float:
+        return 0.0
+
 # %% ../../nbs/sparse/07_pruning.ipynb #775f835b
 @dataclass(kw_only=True, eq=False, repr=False)
 class VLRProjection(Sparsifier):
@@ -95,6 +113,9 @@ class VLRProjection(Sparsifier):
     """
 
     family = "verified"
+    keeps_weights = False
+    knobs = ()
+    from_training = {"rounds": "epochs"}
 
     rounds: int = 12
 
@@ -125,6 +146,9 @@ class VLRProjection(Sparsifier):
             return False
         self._project()
         return True
+
+    def overhead(self, step: int, sparse: float, dense: float) -> float:
+        return 0.0
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"projected": self.projected}

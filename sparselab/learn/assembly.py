@@ -117,7 +117,7 @@ def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Star
     steps = config.epochs * data.train.steps(config.batch_size)
     sparsifier = sparsify(model, optimizer, config.method, config.sparsity, steps, config.seed, **sparsifier_options(config, start, data))
     if scale:
-        scale_to_fan_in_(sparsifier.masks)
+        scale_to_fan_in_(sparsifier.masks, model)
     augment = standard(called(config.dataset)) if config.augment else None
     return Learner(model, data, goal, optimizer, sparsifier, config.epochs, config.batch_size, config.seed, config.grad_clip,
                    augment, callbacks, config.schedule)

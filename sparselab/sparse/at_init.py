@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..program import untouched
 from .history import MaskHistory
 from .scores import generator_for, saliency
 from .sparsifier import Sparsifier, highest, keep_highest
@@ -128,13 +129,9 @@ def synaptic_flow(model: nn.Module, state: dict[str, Tensor], masks: dict[str, T
     """|w dR/dw| of every masked weight, R the sum of the outputs for one input of ones of `shape` (without batch)."""
     device = next(iter(masks.values())).device
     weights = {name: (state[name] * mask).requires_grad_() for name, mask in masks.items()}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with untouched(model):
+        model.eval()
         total = functional_call(model, state | weights, torch.ones(1, *shape, dtype=torch.float64, device=device)).sum()
-    finally:
-        for module, training in modes:
-            module.training = training
     slopes = torch.autograd.grad(total, list(weights.values()), allow_unused=True, materialize_grads=True)
     return {name: (w.detach() * g).abs() for (name, w), g in zip(weights.items(), slopes, strict=True)}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .drop_grow import SET, drop_and_grow
-from .masks import PRUNABLE_LAYERS
+from .masks import PRUNABLE_LAYERS, TRANSPOSED
 from .pruning import check_share
 from .schedules import ConstantDrop
 from .scores import Score, generator_for, gradient, random
@@ -57,7 +57,7 @@ class Listener:
         self.heard: list[list] = []
         self.layers: dict[str, nn.Module] = {}
         for name, module in model.named_modules():
-            if isinstance(module, nn.ConvTranspose2d):
+            if isinstance(module, TRANSPOSED):
                 raise ValueError(f"ctre cannot compare the neurons of the transposed convolution {name}; choose set or rigl.")
             if isinstance(module, PRUNABLE_LAYERS) and id(module.weight) in names:
                 self.layers.setdefault(names[id(module.weight)], module)

@@ -255,7 +255,13 @@ class Sparsifier:
                        "snapshots": self.snapshots})
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Restore what `state_dict` gave, before or after model and optimizer. Raises ValueError when the layers differ."""
+        """Restore what `state_dict` gave, before or after model and optimizer.
+
+        Raises ValueError for what is no state of such a sparsifier, and when the layers differ.
+        """
+        if missing := [part for part in self.state_dict() if part not in state]:
+            raise ValueError(f"This is no state of a {type(self).__name__} sparsifier: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+                             f"missing among {list(state)}. Load what state_dict() of a {type(self).__name__} gave.")
         if list(state["masks"]) != list(self.masks):
             raise ValueError(f"The saved masks are of {', '.join(state['masks'])}, but this model has "
                              f"{', '.join(self.masks)}; build the model that was saved.")

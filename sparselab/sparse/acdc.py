@@ -29,7 +29,7 @@ def phases(total: int, warmup: float, cycles: int, last_dense: float, last_spars
     starts = [(warmup + i * length, i % 2 == 0) for i in range(2 * cycles)]
     return {round(share * total): sparse for share, sparse in [(0.0, False), *starts, (1 - last_sparse, True)]}
 
-
+# %% ../../nbs/sparse/12_acdc.ipynb #0ef1062c
 @dataclass(kw_only=True, eq=False, repr=False)
 class ACDC(Sparsifier):
     """Alternate between the largest |w| and all weights (arXiv 2106.12379); `snapshots["dense"]` is the dense partner.

@@ -160,7 +160,7 @@ class Masks(Mapping):
         note = f"{self.nnz:,} of {self.total:,} weights, {self.sparsity:.2%} sparse" if self else "no layers"
         return card("Masks", note, layer_table(self))
 
-
+# %% ../../nbs/sparse/00_masks.ipynb #3dd70368
 def layer_table(masks: Masks, most: int = 12) -> Html:
     """The `most` largest layers: how many weights there are, their share as a bar, and where they are."""
     largest = set(sorted(masks, key=lambda name: -masks[name].numel())[:most])
@@ -230,7 +230,7 @@ def mask_gradients(masks: Masks) -> None:
                              "embedding that shares this weight with sparse=False.")
         _zero(masks, name, weight.grad)
 
-
+# %% ../../nbs/sparse/00_masks.ipynb #21caa0bf
 @torch.no_grad()
 def clear_moments(masks: Masks, *optimizers: torch.optim.Optimizer) -> None:
     """Give the weights dropped or grown since the last call the optimizer state (all tensors of the weight's shape) of new ones."""

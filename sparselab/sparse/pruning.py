@@ -65,7 +65,7 @@ def check_share(name: str, value: float, least: float = 0.0) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= 1:
         raise ValueError(f"{name} is a share, from {least:g} to 1; got {value!r}.")
 
-
+# %% ../../nbs/sparse/10_pruning.ipynb #ae8c4fe4
 @dataclass(kw_only=True, eq=False, repr=False)
 class GMP(Sparsifier):
     """Dense to sparse along a cubic, dropping the smallest |w| (arXiv 1710.01878); a pruned weight stays pruned.

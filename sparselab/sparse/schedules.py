@@ -32,7 +32,7 @@ class Periodic:
             return self.end
         return max(0, self.start + (step - self.start) // self.every * self.every) if step >= self.start else 0
 
-
+# %% ../../nbs/sparse/05_schedules.ipynb #6b1a592c
 @dataclass(frozen=True)
 class CosineDrop:
     """The fraction of weights replaced at a step: `fraction` at step 0, falling along half a cosine to 0 at `end`."""
@@ -53,7 +53,7 @@ class ConstantDrop:
     def __call__(self, step: int) -> float:
         return self.fraction
 
-
+# %% ../../nbs/sparse/05_schedules.ipynb #3aae8ab5
 @dataclass(frozen=True)
 class CubicSparsity:
     """Sparsity `initial` until `start`, `final` from `end` on, a cubic between them (arXiv 1710.01878)."""

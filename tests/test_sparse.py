@@ -15,14 +15,17 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
+from sparselab.learn.flops import FlopCount, layer_flops
 from sparselab.sparse.distributions import DISTRIBUTIONS, budget, layer_budgets, share_out
 from sparselab.sparse.drop_grow import drop_and_grow
+from sparselab.sparse.fan_in import fan_in
 from sparselab.sparse.history import MaskHistory, pack_sorted, unpack_sorted
 from sparselab.sparse.history_files import from_tensors, load, save, to_tensors
 from sparselab.sparse.masks import Masks, assign, mask_gradients, mask_weights, new_state, prunable
 from sparselab.sparse.methods import METHODS, method_options, sparsify
 from sparselab.sparse.schedules import CubicSparsity, Periodic
 from sparselab.sparse.scores import top
+from sparselab.sparse.sparsifier import Sparsifier
 
 settings.register_profile("any speed", deadline=None)  # a busy machine is not a wrong result
 settings.load_profile("any speed")
@@ -927,3 +930,112 @@ def test_every_precision_is_masked_to_positive_zero(kind):
     for tensor in (net.weight.detach(), net.weight.grad):
         assert bool((tensor[off] == 0).all()) and not bool(tensor[off].signbit().any()) and not bool(tensor[~off].isfinite().any())
     assert masks.nnz == masks.counts["weight"]
+
+
+def test_a_method_that_does_not_say_what_others_ask_is_refused_where_it_is_defined():
+    facts = {"keeps_weights": False, "knobs": (), "from_training": {}, "overhead": lambda self, step, sparse, dense: 0.0}
+    with pytest.raises(TypeError, match=r"Toy has to say its family, one of dense, static, .* got None"):
+        type("Toy", (Sparsifier,), facts)
+    with pytest.raises(TypeError, match="got 'dynmic'"):
+        type("Toy", (Sparsifier,), facts | {"family": "dynmic"})
+    for missing in facts:
+        with pytest.raises(TypeError, match=f"Toy has to say {missing}: "):
+            type("Toy", (Sparsifier,), {"family": "dynamic"} | {name: fact for name, fact in facts.items() if name != missing})
+    with pytest.raises(TypeError, match="Toy has to say set_knob: "):
+        type("Toy", (Sparsifier,), facts | {"family": "dynamic", "knobs": ("drop",)})
+    with pytest.raises(TypeError, match=r"'epochs' or 'example'; got \['epoch'\]"):
+        type("Toy", (Sparsifier,), facts | {"family": "dynamic", "from_training": {"rounds": "epoch"}})
+    type("Toy", (Sparsifier,), facts | {"family": "dynamic"})
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_what_a_method_says_is_what_it_does(method):
+    """Weights that it keeps a copy of come back after somebody scales the model's; its knobs can be set; its options are there to fill."""
+    torch.manual_seed(0)
+    kind, x = METHODS[method], torch.rand(2, 1, 8, 8)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10))
+    example = {option: x for option, source in kind.from_training.items() if source == "example"}
+    sparsifier = sparsify(model, torch.optim.SGD(model.parameters(), 0.0), method, 0.5, 100, **example)
+    assert set(kind.from_training) <= set(method_options(method))
+    for knob in kind.knobs:
+        sparsifier.set_knob(knob, getattr(sparsifier, knob))
+    with pytest.raises(ValueError, match="There is no knob of"):
+        sparsifier.set_knob("colour", 0.5)
+    with torch.no_grad():
+        for weight in sparsifier.masks.weights.values():
+            weight.mul_(2)
+    scaled = [weight.detach().clone() for weight in sparsifier.masks.weights.values()]
+    sparsifier.see_loss(lambda: model(x).square().sum())
+    model(x).square().sum().backward()
+    sparsifier.optimizer.step()
+    sparsifier.step()
+    stayed = all(bool(((weight == 0) | (weight == before)).all())
+                 for weight, before in zip(sparsifier.masks.weights.values(), scaled, strict=True))
+    assert stayed != kind.keeps_weights
+
+
+TRANSPOSED = {"1d": (nn.Conv1d, nn.ConvTranspose1d, (2, 7)), "2d": (nn.Conv2d, nn.ConvTranspose2d, (2, 7, 7)),
+              "3d": (nn.Conv3d, nn.ConvTranspose3d, (2, 5, 5, 5))}
+
+
+@pytest.mark.parametrize("kind", sorted(TRANSPOSED))
+def test_transposed_convolutions_are_masked_like_others(kind):
+    conv, transposed, shape = TRANSPOSED[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(2, 6, 3), nn.ReLU(), transposed(6, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    x = torch.rand(8, *shape)
+    model(x)
+    assert list(prunable(model)) == ["0.weight", "2.weight", "5.weight"]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    sparsifier = sparsify(model, optimizer, "rigl", 0.8, 20, update_every=4)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        sparsifier.step()
+        assert int((model[2].weight != 0).sum()) <= sparsifier.masks.counts["2.weight"] < model[2].weight.numel()
+        assert sparsifier.masks.nnz == sparsifier.budget
+    dense = layer_flops(model, x[:1])
+    with FlopCount() as counted:
+        model(x[:1])
+    assert sum(dense.values()) == counted.total
+    with pytest.raises(ValueError, match="transposed convolution 2"):
+        sparsify(model, optimizer, "ctre_sim", 0.8, 20)
+
+
+@pytest.mark.parametrize("kind", sorted(TRANSPOSED))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_fan_in_is_what_an_output_hears_of(kind, groups):
+    """Counted by brute force: how many entries of the weight an output channel depends on."""
+    conv, transposed, shape = TRANSPOSED[kind]
+    for layer in (conv(4, 6, 2, groups=groups, bias=False), transposed(4, 6, 2, groups=groups, bias=False)):
+        mask = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+        active = fan_in(mask, layer).expand(mask.shape)
+        layer.weight.data = mask.float()
+        made = layer(torch.ones(1, 4, *shape[1:]))
+        for channel in range(6):
+            reached = torch.autograd.grad(made[0, channel].sum(), layer.weight, retain_graph=True)[0] != 0
+            assert (active[reached] == int((reached & mask).sum())).all()
+
+
+def test_what_is_no_state_of_a_sparsifier_is_a_sentence():
+    net = _tiny()
+    sparsifier = sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "rigl", 0.5, 10)
+    with pytest.raises(ValueError, match=r"no state of a RigL sparsifier: steps, masks, .* are missing among \[\]"):
+        sparsifier.load_state_dict({})
+    static = sparsify(_tiny(), torch.optim.SGD(net.parameters(), 0.1), "static", 0.5, 10).state_dict()
+    with pytest.raises(ValueError, match="gradients, waiting, updated, born are missing among"):
+        sparsifier.load_state_dict(static)
+
+
+def test_synaptic_flow_leaves_every_module_in_its_mode():
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(), nn.Linear(6, 2))
+    net[1].eval()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    sparsifier = sparsify(net, optimizer, "synflow", 0.5, 10, iterations=3)
+    net(torch.rand(5, 4)).sum().backward()
+    before = {name: value.clone() for name, value in net[1].named_buffers()}
+    optimizer.step()
+    sparsifier.step()
+    assert [module.training for module in net] == [True, False, True, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in net[1].named_buffers())

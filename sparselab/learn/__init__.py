@@ -18,6 +18,7 @@ _HOME = {  # public name -> the module that defines it
     "build": "models",
     "evaluate": "evaluation",
     "examples": "runs",
+    "family": "experiments",
     "load": "data",
     "make_optimizer": "optimizers",
     "margins_of": "margins",
@@ -42,6 +43,7 @@ __all__ = [
     "build",
     "evaluate",
     "examples",
+    "family",
     "load",
     "make_optimizer",
     "margins_of",
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from .config import Config
     from .data import Data, load, to_float
     from .evaluation import evaluate
-    from .experiments import ALL_METHODS, train
+    from .experiments import ALL_METHODS, family, train
     from .learner import Callback, Learner, TrainingStopped
     from .margins import margins_of
     from .models import MODELS, build

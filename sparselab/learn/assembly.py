@@ -25,7 +25,7 @@ from .objectives import objective
 from .optimizers import make_optimizer
 from .subsets import of_classes, some, with_label_noise
 from ..sparse.fan_in import scale_to_fan_in_
-from ..sparse.methods import method_options, sparsify
+from ..sparse.methods import METHODS, method_options, sparsify
 
 # %% ../../nbs/learn/14c_assembly.ipynb #32f7b276
 def pick_device(name: str) -> torch.device:
@@ -74,8 +74,8 @@ class Start:
 
 def sparsifier_options(config: Config, start: Start, data: Data) -> dict[str, object]:
     """What `sparsify` is given for the method of `config` besides the names that all methods have."""
-    offered = {"rounds": config.epochs, "example": to_float(data.train.images[:2])}
-    options = {name: value for name, value in offered.items() if name in method_options(config.method)}
+    training = {"epochs": config.epochs, "example": to_float(data.train.images[:2])}
+    options = {name: training[source] for name, source in METHODS[config.method].from_training.items()}
     if config.distribution != "auto":
         options["distribution"] = config.distribution
     if start.masks is not None:
@@ -86,7 +86,7 @@ def sparsifier_options(config: Config, start: Start, data: Data) -> dict[str, ob
 def scales_to_masks(config: Config, start: Start) -> bool:
     """Whether the first weights are scaled to the first masks. Raises ValueError where the method keeps a copy of the weights."""
     wanted = config.init == "sparse_kaiming" and start.weights is None
-    if wanted and config.method in ("gibbs", "jackpots"):
+    if wanted and METHODS[config.method].keeps_weights:
         raise ValueError(f"init 'sparse_kaiming' scales the weights to the mask of the start, and {config.method} goes on drawing "
                          "others from the weights that it was given; choose init 'kaiming'.")
     return wanted
@@ -104,9 +104,9 @@ def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Star
                  data: Data | None = None) -> Learner:
     """The learner of `config`, on `data` if it is at hand already; raises ValueError for every name or value that cannot be."""
     start, device = start or Start(), pick_device(config.device)
+    method_options(config.method)  # a wrong name is refused before data are read
     scale = scales_to_masks(config, start)
     goal = objective(config.objective, config.eps, config.engine, config.seed, **config.objective_options)
-    method_options(config.method)  # a wrong name is refused before data are read
     data = data or load_data(config)
     model = new_model(config, data, config.seed)
     if start.weights is not None:
@@ -117,7 +117,7 @@ def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Star
     steps = config.epochs * data.train.steps(config.batch_size)
     sparsifier = sparsify(model, optimizer, config.method, config.sparsity, steps, config.seed, **sparsifier_options(config, start, data))
     if scale:
-        scale_to_fan_in_(sparsifier.masks)
+        scale_to_fan_in_(sparsifier.masks, model)
     augment = standard(called(config.dataset)) if config.augment else None
     return Learner(model, data, goal, optimizer, sparsifier, config.epochs, config.batch_size, config.seed, config.grad_clip,
                    augment, callbacks, config.schedule)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .losses import Objective
-from ..sparse.masks import PRUNABLE_LAYERS, prunable
+from ..sparse.masks import PRUNABLE_LAYERS, TRANSPOSED, prunable
 
 # %% ../../nbs/learn/12a_flops.ipynb #bcaca7c2
 def silent_copy(model: nn.Module) -> nn.Module:
@@ -36,7 +36,7 @@ def layer_flops(model: nn.Module, image: Tensor) -> dict[str, int]:
     names, flops = {id(weight): name for name, weight in prunable(model).items()}, {}
 
     def count(layer: nn.Module, args: tuple, output: Tensor) -> None:
-        placed = args[0] if isinstance(layer, nn.ConvTranspose2d) else output
+        placed = args[0] if isinstance(layer, TRANSPOSED) else output
         channels = placed.shape[-1 if isinstance(layer, nn.Linear) else 1]
         name = names[id(layer.weight)]
         flops[name] = flops.get(name, 0) + 2 * layer.weight.numel() * placed.numel() // channels

@@ -21,6 +21,8 @@ class LotteryJackpots(Procedure):
     `pretrain_epochs`: epochs of the dense training, 0 for as many as the search has.
     """
 
+    family = "rounds"
+
     inner: ClassVar[str] = "jackpots"
     pretrain_epochs: int = 0
 

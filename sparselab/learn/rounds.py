@@ -25,6 +25,7 @@ from .runs import Run
 from .training import begin, complete, train_in, watchers
 from ..sparse.masks import prunable
 from ..sparse.methods import METHODS, method_options
+from ..sparse.sparsifier import check_family
 
 # %% ../../nbs/learn/14e_rounds.ipynb #52ca81e3
 @dataclass(kw_only=True)
@@ -34,6 +35,7 @@ class Procedure:
     Fields that a subclass adds are options. Those of the method `inner`, if it names one that it trains with, are accepted as well: `rest`.
     """
 
+    family: ClassVar[str]
     inner: ClassVar[str] = ""
     config: Config
     folder: Path
@@ -41,6 +43,10 @@ class Procedure:
     rest: dict = field(default_factory=dict)
     rounds: list[Run] = field(default_factory=list)
     untrained: Learner | None = None  # that of a single training, once it has been checked
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        check_family(cls)
 
     @classmethod
     def own_options(cls) -> dict[str, object]:

@@ -30,6 +30,8 @@ class ScratchE(Procedure):
     `source_options`: method options of the source.
     """
 
+    family = "rounds"
+
     source: str = "gmp"
     source_options: dict = field(default_factory=dict)
 
@@ -73,6 +75,8 @@ class ScratchB(ScratchE):
 @dataclass(kw_only=True)
 class DSTEnsemble(Procedure):
     """`members` RigL trainings with seeds of their own, the last of them the run itself (arXiv 2106.14568)."""
+
+    family = "ensemble"
 
     inner: ClassVar[str] = "rigl"
     members: int = 3

@@ -57,6 +57,8 @@ def magnitudes(weights: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str
 class Tickets(Procedure):
     """What iterative pruning shares: `rate`, the share of the remaining weights that a round prunes, over all layers."""
 
+    family = "rounds"
+
     rate: float = 0.2
 
     def check(self) -> None:

@@ -7,6 +7,7 @@ _HOME = {  # public name -> the module that defines it
     "Cursor": "cursor",
     "DISTRIBUTIONS": "distributions",
     "METHODS": "methods",
+    "METHOD_FAMILIES": "sparsifier",
     "MaskHistory": "history",
     "Masks": "masks",
     "Score": "scores",
@@ -25,6 +26,7 @@ __all__ = [
     "Cursor",
     "DISTRIBUTIONS",
     "METHODS",
+    "METHOD_FAMILIES",
     "MaskHistory",
     "Masks",
     "Score",
@@ -52,4 +54,4 @@ if TYPE_CHECKING:
     from .overlap import mask_overlap
     from .paths import effective
     from .scores import Score
-    from .sparsifier import Sparsifier
+    from .sparsifier import METHOD_FAMILIES, Sparsifier

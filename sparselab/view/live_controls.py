@@ -10,7 +10,7 @@ import html
 
 import ipywidgets as widgets
 
-from ..learn.changes import GROWTH
+from ..sparse.drop_grow import GROWTH
 from .blocks import press
 from .gate import Snapshot
 from .live import Live

@@ -22,7 +22,7 @@ from torch.autograd import Function
 
 from ..program import BATCH_NORMS, Program, arguments, fetch, operation, read
 from ..sparse.entries import Entries, convolution, in_reading_order, linear
-from ..sparse.products import Product, columns_to_rows, compiled, product_kind, with_numba
+from ..sparse.products import columns_to_rows, compiled, product_kind, with_numba
 
 # %% ../../nbs/learn/30_rows.ipynb #09c12884
 class Unsupported(ValueError):

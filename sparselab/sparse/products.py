@@ -64,11 +64,11 @@ def _add(acc, r, v, n, m):
     else:
         for b in range(n):
             acc[b] += v * r[b]
-        al, au, l, u = acc[n : n + m], acc[n + m :], r[n : n + m], r[n + m :]
+        al, au, rl, ru = acc[n : n + m], acc[n + m :], r[n : n + m], r[n + m :]
         for b in range(m):
-            al[b] += v * u[b]
+            al[b] += v * ru[b]
         for b in range(m):
-            au[b] += v * l[b]
+            au[b] += v * rl[b]
 
 
 @inlined
@@ -270,7 +270,7 @@ class Product:
 
 # %% ../../nbs/sparse/29_products.ipynb #3f045397
 class BagProduct(Product):
-    """The same by core PyTorch: `embedding_bag` is the product with a sparse matrix. Clean columns are as many as boxes, or there are none of one kind."""
+    """The same by core PyTorch; clean columns are as many as boxes, or there are none of one kind."""
 
     def __init__(self, entries: Entries, live: np.ndarray):
         super().__init__(entries, live)

@@ -124,9 +124,11 @@ class Sparse(Layer):
     geometry: tuple | None = None  # stride, padding, dilation, groups of a convolution
     values: np.ndarray | None = None
     entries: Entries | None = None
+    whole: int = 0  # how many entries there would be without a mask
 
     def index(self, mask: np.ndarray) -> None:
         self.entries = convolution(mask, self.shapes[0], *self.geometry) if self.geometry else linear(mask, self.shapes[0])
+        self.whole = mask.size * math.prod(self.entries.out_shape) // len(mask)
 
     def reads(self, live: np.ndarray) -> list[np.ndarray]:
         self.product = product_kind()(self.entries, live)
@@ -446,6 +448,16 @@ class Rows:
         """Products of a weight and an activation that one image costs."""
         return sum(len(layer.product.out.columns[0]) for layer in self.layers if isinstance(layer, Sparse))
 
+    @property
+    def dense_multiplications(self) -> int:
+        """What `multiplications` would be if all weights existed."""
+        return sum(layer.whole for layer in self.layers if isinstance(layer, Sparse))
+
+    def write(self, parameters: Mapping[str, Tensor]) -> None:
+        """Write the values into dense tensors, name -> tensor, without telling autograd."""
+        for name, dense in parameters.items():
+            self.values.scatter(name, self.values.flat, dense)
+
     def lend(self, n: int, m: int) -> Pass:
         """A pass of n clean images and m boxes, used before or new; `take_back` when its gradients are done."""
         free = self.free.setdefault((n, m), [])
@@ -637,7 +649,7 @@ def _average(net: Rows, node: fx.Node, before: fx.Node, shape: Any) -> None:
     each = torch.arange(channels).unsqueeze(1)
     row, col = ((each * count + at).reshape(-1).int().numpy() for count, at in ((matrix.shape[1], to), (n, source)))
     entries = Entries(row, col, np.tile(np.arange(len(to), dtype=np.int32), channels), tuple(shape), tuple(net._seen[before]), len(to))
-    net._new(node, Sparse([net.places[before]], values=matrix[source, to].numpy().astype(np.float32), entries=entries), shape)
+    net._new(node, Sparse([net.places[before]], values=matrix[source, to].numpy().astype(np.float32), entries=entries, whole=len(row)), shape)
 
 
 def _join(net: Rows, node: fx.Node, before: fx.Node, shape: Any) -> None:

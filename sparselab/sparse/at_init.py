@@ -50,6 +50,9 @@ class AtInit(Sparsifier, ABC):
     def budget(self) -> int:
         return super().budget if self.pruned else self.masks.total
 
+    def busy(self) -> bool:
+        return not self.pruned
+
     @abstractmethod
     def scores(self) -> dict[str, Tensor]:
         """Weight name -> score of the weight's shape; gradients of the first batch are in `weight.grad`."""

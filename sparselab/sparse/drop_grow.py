@@ -115,6 +115,11 @@ class SET(Sparsifier):
         for name, slope in (self.dense_gradients() or {}).items():
             self.gradients[name] = slope + self.gradients[name] if name in self.gradients else slope.clone()
 
+    def busy(self) -> bool:
+        if type(self).see_gradients is not SET.see_gradients or type(self).update is not SET.update or self.regrow_warmup:
+            return True  # it watches every step
+        return self.waiting is not None or any(self.updates.due(self.steps + 1 + n) for n in range(self.accumulate))
+
     @property
     def replaced(self) -> float:
         """The share of the weights that the update of this step, or the one that waits, replaces."""

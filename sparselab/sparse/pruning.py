@@ -30,6 +30,9 @@ class Dense(Sparsifier):
     def budget(self) -> int:
         return self.masks.total
 
+    def busy(self) -> bool:
+        return False
+
     def overhead(self, step: int, sparse: float, dense: float) -> float:
         return 0.0
 
@@ -55,6 +58,9 @@ class Static(Sparsifier):
             assign(self.masks, name, mask.to(self.masks[name].device))
         if self.masks.nnz != self.budget:
             raise ValueError(f"begin holds {self.masks.nnz:,} weights, but sparsity {self.sparsity!r} promises {self.budget:,}.")
+
+    def busy(self) -> bool:
+        return False
 
     def overhead(self, step: int, sparse: float, dense: float) -> float:
         return 0.0
@@ -93,6 +99,9 @@ class GMP(Sparsifier):
     @property
     def budget(self) -> int:
         return budget(self.schedule(self.updates.last(self.steps)), self.masks.total)
+
+    def busy(self) -> bool:
+        return self.updates.due(self.steps + 1)
 
     def update(self) -> bool:
         if not self.updates.due(self.steps):

@@ -149,6 +149,15 @@ class Sparsifier:
         """Change one of `knobs` between two steps. Raises ValueError for one that there is not, or a value that cannot be."""
         raise unknown(f"knob of {type(self).__name__}", name, self.knobs)
 
+    def busy(self) -> bool:
+        """Whether the coming step needs dense gradients or may change the masks; True unless the method knows better."""
+        return True
+
+    def rest(self) -> None:
+        """Count a step in which there was nothing to do: the method was not `busy`, and only weights of the mask were trained."""
+        self.steps, self._seen = self.steps + 1, False
+        self._aside.clear()
+
     def lr_share(self, progress: float) -> float | None:
         """The share of the peak learning rate that the method asks for at `progress`; None leaves it to the loop."""
         return None

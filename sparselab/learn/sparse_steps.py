@@ -152,6 +152,7 @@ class SparseSteps:
         self._own.step()
         self._moved = True
         self.net.write(self.net.trained)
+        self._versions = self._seen()
         self.sparsifier.rest()
         return loss.detach()
 

@@ -15,7 +15,7 @@ from sparselab.learn.callbacks import StopWhenLost
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import PROCEDURES, dense_partner, train
 from sparselab.learn.files import locked, write_sealed
-from sparselab.learn.fingerprint import fingerprint
+from sparselab.learn.find import fingerprint
 from sparselab.learn.runs import Run
 
 SHORT = dict(model="mlp", model_options={"widths": [6]}, epochs=1, eps=0.0, batch_size=20, device="cpu", method="static", sparsity=0.5,

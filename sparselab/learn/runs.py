@@ -53,7 +53,7 @@ class Run:
 
     @property
     def fingerprint(self) -> str | None:
-        """What the data were that the run was started with, see `learn.fingerprint`."""
+        """What the data were that the run was started with, see `learn.find.fingerprint`."""
         return self._begun.get("fingerprint")
 
     def of(self, config: Config) -> "Run":

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparselab.learn import DATASETS, Config
 from sparselab.learn import find as find_module
-from sparselab.learn.augment import STANDARD, Augment, standard
+from sparselab.learn.assembly import augmentation
+from sparselab.learn.augment import Augment
 from sparselab.learn.data import Split, load, to_float
-from sparselab.learn.find import candidates, find, roots
-from sparselab.learn.fingerprint import fingerprint
-from sparselab.learn.folders import read_parquet_folder, read_picture_folder
-from sparselab.learn.images import decode
-from sparselab.learn.sources import KNOWN, digits, read_idx
+from sparselab.learn.find import candidates, find, fingerprint, locate, read_hub, roots
+from sparselab.learn.formats import decode, read_idx, read_parquet_folder, read_picture_folder
+from sparselab.learn.known import DataSet, digits
 
 
 def needs(*modules):
@@ -148,11 +149,11 @@ def test_a_place_may_hold_the_files_itself_unless_it_is_called_after_another_set
         find("kmnits", nowhere / "my_idx_files")
 
 
-@pytest.mark.parametrize("owner, first", find_module.FIRST_LABELS.items())
+@pytest.mark.parametrize("owner, first", [(name, row.first_labels) for name, row in DATASETS.items() if row.first_labels])
 def test_official_labels_unmask_the_wrong_set(nowhere, owner, first):
     write_idx(nowhere / "somewhere", labels=first)
     other = next(name for name in ("mnist", "fashion_mnist") if name != owner)
-    assert find(owner, nowhere / "somewhere").name == KNOWN[owner].title
+    assert find(owner, nowhere / "somewhere").name == DATASETS[owner].title
     with pytest.raises(ValueError, match=f"taken for {other}, but its test labels are those of {owner}"):
         find(other, nowhere / "somewhere")
 
@@ -172,7 +173,7 @@ def test_a_set_of_any_name_is_found_in_its_folder(nowhere):
 def test_an_unknown_name_is_answered_with_the_nearest(nowhere):
     with pytest.raises(ValueError, match="no data set called 'cifar_10'. Did you mean 'cifar10'?") as error:
         load("cifar_10")
-    assert all(name in str(error.value) for name in KNOWN)
+    assert all(name in str(error.value) for name in DATASETS)
 
 
 @pytest.mark.parametrize("hub", [True, False])
@@ -338,7 +339,6 @@ def test_sixteen_bits_and_cut_pictures_are_refused():
 
 @needs("datasets", "PIL", "pyarrow")
 def test_the_hub_reader_on_a_local_folder_in_its_format(nowhere):
-    from sparselab.learn.hub import read_hub
     levels = [(10 * k, 0, 5) for k in range(4)]
     for split in ("train", "test"):
         write_parquet(nowhere / "repository", split, [picture(c, (6, 6)) for c in levels], [0, 1, 2, 0])
@@ -382,6 +382,25 @@ def test_a_fingerprint_is_of_what_is_read_and_of_nothing_else(nowhere):
     assert fingerprint("table", nowhere) == first
     (nowhere / "table" / "test.parquet").write_bytes(b"Test")
     assert fingerprint("table", nowhere) != first
+
+
+def test_a_row_is_all_that_a_new_set_needs(nowhere, monkeypatch):
+    monkeypatch.setitem(DATASETS, "stars", DataSet("Stars", (1, 9, 9), ("near", "far"), augment=Augment(1), first_labels=(1, 1, 0)))
+    write_idx(nowhere / "stars", labels=[1, 0], size=9)
+    raw = find("stars", nowhere)
+    assert (raw.name, raw.classes) == ("Stars", ("near", "far")) and augmentation(Config(dataset="stars")).crop == 1
+    write_idx(nowhere / "stars", labels=[1, 0])
+    with pytest.raises(ValueError, match=r"\(1, 28, 28\), not \(1, 9, 9\), so it is not stars"):
+        find("stars", nowhere)
+    with pytest.raises(FileNotFoundError, match="Stars was not found on this machine"):  # no repository on the hub
+        find("stars", nowhere / "elsewhere")
+
+
+def test_the_page_about_data_names_every_set():
+    page = (Path(__file__).resolve().parents[1] / "data" / "README.md").read_text(encoding="utf-8")
+    for name, row in DATASETS.items():
+        line = next(line for line in page.splitlines() if line.startswith("|") and f"`{name}`" in line)
+        assert "x".join(map(str, row.shape)) in line, name
 
 
 # Tensors -------------------------------------------------------------------------------------------------------------
@@ -485,8 +504,11 @@ def test_half_of_the_images_are_mirrored_and_all_shifts_occur():
 
 
 def test_the_usual_augmentations():
-    assert set(STANDARD) <= set(KNOWN) and standard("mnist") is standard("digits") is None
-    assert standard("cifar10") == Augment(4, True, "edge") and not standard("svhn").flip
+    assert augmentation(Config(dataset="cifar10")) == augmentation(Config(dataset="somewhere/CIFAR-10")) == Augment(4, True, "edge")
+    assert not augmentation(Config(dataset="svhn")).flip
+    for name in ("digits", "mnist", "hub:somebody/cats"):
+        with pytest.raises(ValueError, match=f"no augmentation is usual for {name}: .* one of cifar10, cifar100, svhn, tiny_imagenet"):
+            augmentation(Config(dataset=name))
     with pytest.raises(ValueError, match="no fill called 'edges'. Did you mean 'edge'"):
         Augment(fill="edges")
     with pytest.raises(ValueError, match="crop=-1"):
@@ -505,18 +527,17 @@ def test_a_gpu_gets_the_same_batches():
 
 @pytest.mark.parametrize("name, train, pixel", [("mnist", 60000, 0.1307), ("fashion_mnist", 60000, 0.2860)])
 def test_the_official_idx_sets(name, train, pixel):
-    if not any(find_module.reader(folder) for root in roots() for folder in candidates(root, name)):
-        pytest.skip(f"{KNOWN[name].title} is not on this machine; name its place with SPARSELAB_DATA")
+    if locate(name) is None:
+        pytest.skip(f"{DATASETS[name].title} is not on this machine; name its place with SPARSELAB_DATA")
     data = load(name, validation=0)
     assert (len(data.train), len(data.test), data.shape, data.classes) == (train, 10000, (1, 28, 28), 10)
-    assert tuple(data.test.labels[:10].tolist()) == find_module.FIRST_LABELS[name]
+    assert tuple(data.test.labels[:10].tolist()) == DATASETS[name].first_labels
     assert data.mean[0] == pytest.approx(pixel, abs=1e-4)
 
 
 @needs("PIL", "pyarrow")
 def test_cifar10_if_it_is_here():
-    folder = next((f for root in roots() for f in candidates(root, "cifar10") if find_module.reader(f)), None)
-    if folder is None:
+    if locate("cifar10") is None:
         pytest.skip("CIFAR-10 is not on this machine; name its place with SPARSELAB_DATA")
     data = load("cifar10", validation=0)
     assert data.train.labels.bincount().tolist() == [5000] * 10 and data.test.labels.bincount().tolist() == [1000] * 10

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from test_data import idx_bytes
 
-from sparselab.learn import rounds
+from sparselab.learn import assembly, experiments
 from sparselab.learn.assembly import load_data, make_learner
 from sparselab.learn.callbacks import StopWhenLost
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import PROCEDURES, dense_partner, train
 from sparselab.learn.files import locked, write_sealed
-from sparselab.learn.fingerprint import fingerprint
+from sparselab.learn.find import fingerprint
 from sparselab.learn.runs import Run
 
 SHORT = dict(model="mlp", model_options={"widths": [6]}, epochs=1, eps=0.0, batch_size=20, device="cpu", method="static", sparsity=0.5,
@@ -99,16 +99,16 @@ def test_a_finished_run_is_read_and_nothing_else(config, monkeypatch):
     def never(*args, **options):
         raise AssertionError("data were loaded or a model was built")
 
-    monkeypatch.setattr(rounds, "load_data", never)
-    monkeypatch.setattr(rounds, "make_learner", never)
+    monkeypatch.setattr(assembly, "load_data", never)
+    monkeypatch.setattr(experiments, "make_learner", never)
     assert train(config, []).path == run.path
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
 
 
 def test_a_fresh_run_loads_its_data_and_builds_its_model_once(config, monkeypatch):
     calls = []
-    for name, function in (("load_data", load_data), ("make_learner", make_learner)):
-        monkeypatch.setattr(rounds, name, lambda *args, name=name, function=function, **options: calls.append(name) or function(*args, **options))
+    for module, name, function in ((assembly, "load_data", load_data), (experiments, "make_learner", make_learner)):
+        monkeypatch.setattr(module, name, lambda *args, name=name, function=function, **options: calls.append(name) or function(*args, **options))
     train(config, [])
     assert sorted(calls) == ["load_data", "make_learner"]
 

@@ -1,4 +1,4 @@
-"""nbs/train.ipynb is run by papermill as a user would, and what it leaves is looked at."""
+"""nbs/train.ipynb and the tour are run by papermill as a user would, and what they leave is read."""
 import json
 import re
 import subprocess
@@ -142,3 +142,18 @@ def test_every_parameter_is_a_field_with_its_default_and_a_description():
 def test_the_readme_names_every_method():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [method for method in ALL_METHODS if f"`{method}`" not in text] == []
+
+
+def test_the_tour_runs_in_two_minutes_and_shows_each_stop(tmp_path):
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / "index.ipynb"), "out.ipynb", "--no-progress-bar", "-p", "seed", "1"]
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.perf_counter() - started < 120
+    cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
+    stops = [i for i, cell in enumerate(cells) if cell.cell_type == "markdown" and re.search(r"^## \d\. ", cell.source, re.M)]
+    assert len(stops) == 8
+    for first, last in zip(stops, [*stops[1:], len(cells)], strict=True):
+        assert any(cell.get("outputs") for cell in cells[first:last]), cells[first].source
+    run, = runs_in(tmp_path / "runs")
+    assert run.finished and run.config.seed == 1 and run.summary["nnz"] == round(0.1 * run.summary["total"])

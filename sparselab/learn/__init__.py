@@ -9,6 +9,7 @@ _HOME = {  # public name -> the module that defines it
     "Claim": "claims",
     "Comparison": "claims",
     "Config": "config",
+    "DATASETS": "known",
     "Data": "data",
     "Learner": "learner",
     "MODELS": "models",
@@ -34,6 +35,7 @@ __all__ = [
     "Claim",
     "Comparison",
     "Config",
+    "DATASETS",
     "Data",
     "Learner",
     "MODELS",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from .data import Data, load, to_float
     from .evaluation import evaluate
     from .experiments import ALL_METHODS, family, train
+    from .known import DATASETS
     from .learner import Callback, Learner, TrainingStopped
     from .margins import margins_of
     from .models import MODELS, build

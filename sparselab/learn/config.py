@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import get_type_hints
 
 from ..errors import unknown
-from .find import called
-from .fingerprint import fingerprint
+from .find import called, fingerprint
 from .parameters import read_parameters
 from .values import READERS
 
@@ -102,7 +101,7 @@ class Config:
 
     @property
     def fingerprint(self) -> str:
-        """What the data are, see `learn.fingerprint`. Raises ValueError or FileNotFoundError when there are none."""
+        """What the data are, see `learn.find.fingerprint`. Raises ValueError or FileNotFoundError when there are none."""
         return fingerprint(self.dataset, self.data_dir or None)
 
     @property

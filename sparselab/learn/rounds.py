@@ -22,15 +22,15 @@ from .config import Config
 from .data import Data
 from .learner import Callback, Learner
 from .runs import Run
-from .training import begin, complete, train_in, watchers
+from .training import begin, complete, train_in
 from ..sparse.masks import prunable
-from ..sparse.methods import METHODS, method_options
+from ..sparse.methods import method_options
 from ..sparse.sparsifier import check_family
 
 # %% ../../nbs/learn/14e_rounds.ipynb #52ca81e3
 @dataclass(kw_only=True)
 class Procedure:
-    """One training of `config` in `folder`; the base of those that train rounds before it.
+    """A method of several trainings of `config` in `folder`; a subclass says with `last` what its rounds are.
 
     Fields that a subclass adds are options. Those of the method `inner`, if it names one that it trains with, are accepted as well: `rest`.
     """
@@ -42,7 +42,6 @@ class Procedure:
     callbacks: Sequence[Callback] = ()
     rest: dict = field(default_factory=dict)
     rounds: list[Run] = field(default_factory=list)
-    untrained: Learner | None = None  # that of a single training, once it has been checked
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -56,8 +55,7 @@ class Procedure:
     @classmethod
     def of(cls, config: Config, folder: Path, callbacks: Sequence[Callback] = ()) -> "Procedure":
         """The procedure with the method options of `config`. Raises ValueError for one that it does not know."""
-        method = cls.inner or config.method
-        own, known = cls.own_options(), method_options(method) if method in METHODS else {}
+        own, known = cls.own_options(), method_options(cls.inner) if cls.inner else {}
         for name in config.method_options:
             if name not in own and name not in known:
                 raise unknown(f"option of method {config.method}", name, {**own, **known})
@@ -75,9 +73,8 @@ class Procedure:
         return replace(self.config, **{"method": method, "method_options": {}, **changes})
 
     def check(self) -> None:
-        """Raise ValueError, before anything is written, for what cannot be."""
-        checked = make_learner(self.changed(self.inner, method_options=self.rest) if self.inner else self.config, data=self.data)
-        self.untrained = None if self.inner else checked
+        """Raise ValueError, before anything is written, for what cannot be; here, for what `inner` cannot train."""
+        make_learner(self.changed(self.inner, method_options=self.rest), data=self.data)
 
     def round(self, name: str, config: Config, start: Start | None = None, callbacks: Sequence[Callback] = ()) -> Run:
         """Train `config` in rounds/`name`, unless that has been done."""
@@ -88,7 +85,7 @@ class Procedure:
 
     def last(self) -> tuple[Config, Start]:
         """Train all rounds but the last; the configuration of the last one, and what it begins with."""
-        return self.config, Start()
+        raise NotImplementedError(f"{type(self).__name__} does not define the method last().")
 
     def also(self, learner: Learner, summary: dict) -> dict:
         """The summary of the last training made that of the whole: seconds and training FLOPs include the rounds."""
@@ -100,9 +97,7 @@ class Procedure:
         """All rounds, and the last in the run folder, which is locked."""
         begin(self.folder, self.config)
         config, start = self.last()
-        learner = self.untrained or make_learner(config, (), start, self.data)
-        learner.callbacks = watchers(self.folder, self.config, self.callbacks)
-        return complete(self.folder, learner, self.config, self.also)
+        return complete(self.folder, self.config, make_learner(config, (), start, self.data), self.callbacks, self.also)
 
 # %% ../../nbs/learn/14e_rounds.ipynb #cac14944
 def first_weights(procedure: Procedure) -> dict[str, Tensor]:

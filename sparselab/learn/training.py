@@ -93,12 +93,15 @@ def begin(folder: Path, config: Config) -> None:
         write_sealed(folder / "config.json", {**asdict(config), "fingerprint": config.fingerprint})
 
 
-def complete(folder: Path, learner: Learner, config: Config, also: Callable[[Learner, dict], dict] | None = None) -> Run:
-    """Train `learner` in the locked `folder` to its end, evaluate it, and write what a run leaves.
+def complete(folder: Path, config: Config, learner: Learner, callbacks: Sequence[Callback] = (),
+             also: Callable[[Learner, dict], dict] | None = None) -> Run:
+    """Train `learner` in the locked `folder`, which is the run of `config`, to its end, evaluate it, and write what a run leaves.
 
     `also` is given the learner and its summary, and returns what to write instead. A collapse is printed and written.
-    Raises TrainingStopped when training has failed.
+    Raises TrainingStopped when training has failed, and what `begin` raises.
     """
+    begin(folder, config)
+    learner.callbacks = watchers(folder, config, callbacks)
     with repeatable(learner.data.train.images.device):
         learner.fit()
         for name, state in {"model": learner.model.state_dict(), **learner.sparsifier.snapshots}.items():
@@ -117,7 +120,5 @@ def train_in(folder: Path, config: Config, callbacks: Sequence[Callback] = (), s
              data: Data | None = None) -> Run:
     """Train `config`, beginning with `start`, in `folder`; or continue; or return the run if it has finished."""
     with locked(folder):
-        begin(folder, config)
-        if Run(folder).finished:
-            return Run(folder)
-        return complete(folder, make_learner(config, watchers(folder, config, callbacks), start, data), config)
+        run = Run(folder)
+        return run.of(config) if run.finished else complete(folder, config, make_learner(config, (), start, data), callbacks)

@@ -7,15 +7,14 @@ __all__ = ['Verification', 'check_order']
 
 # %% ../../nbs/robust/08a_verification.ipynb #7cf8ec13
 from dataclasses import dataclass, field
-from itertools import cycle
 
 from torch import Tensor
 
-from ..cards import OKABE_ITO, Html, bar, card, escaped, sparkline, table, thinned
+from ..cards import Card, Course, Share, Shown, Table
 
 # %% ../../nbs/robust/08a_verification.ipynb #c95d0041
 @dataclass(frozen=True, eq=False)
-class Verification:
+class Verification(Shown):
     """What is proved of each of B samples; every tensor is (B,).
 
     `clean`: classified right. `margins`: the best lower bound of the worst margin on the box, -inf where no method ran.
@@ -54,25 +53,24 @@ class Verification:
         right = f"{int(self.clean.sum())} of {len(self.clean)} classified right"
         return f"Verification({right}, {int(self.verified.sum())} verified: {counts})"
 
-    def _repr_html_(self) -> str:
+    def card(self) -> Card:
+        """Who proved how many, and the margins, for a cell of a notebook."""
         total, right, proved = len(self.clean), int(self.clean.sum()), int(self.verified.sum())
-        hues = dict(zip(self.by_method, cycle(OKABE_ITO.values()), strict=False))
         rows = [(name, f"{int(self.tried[name].sum()):,}" if name in self.tried else "-", f"{int(found.sum()):,}",
-                 f"{_share(found):.2%}", bar([(hues[name], _share(found))])) for name, found in self.by_method.items()]
+                 f"{_share(found):.2%}", Share(_share(found), hue)) for hue, (name, found) in enumerate(self.by_method.items())]
         rows.append(("none", "", f"{right - proved:,}", f"{(right - proved) / max(1, total):.2%}", "classified right, not proved"))
         rows.append(("misclassified", "", f"{total - right:,}", f"{(total - right) / max(1, total):.2%}", ""))
-        return card("Verification", f"{proved:,} of {total:,} samples verified, {right:,} classified right",
-                    table(("proved by", "ran on", "samples", "share", ""), rows), _margins(self.margins))
+        return Card("Verification", f"{proved:,} of {total:,} samples verified, {right:,} classified right",
+                    [Table(("proved by", "ran on", "samples", "share", ""), rows), _margins(self.margins)])
 
 
-def _margins(margins: Tensor) -> Html:
+def _margins(margins: Tensor) -> tuple[str | Course, ...]:
     """Smallest, middle and largest margin in numbers, and all of them, sorted, as a line over that of 0."""
     known = margins[margins.isfinite()].sort().values
     if not len(known):
-        return escaped("No bound was computed.")
+        return ("No bound was computed.",)
     low, middle, high = known[0], known[(len(known) - 1) // 2], known[-1]
-    words = f"margins of {len(known):,} samples, sorted: {low:.3f} to {high:.3f}, middle {middle:.3f} "
-    return Html(f"<div>{words}{sparkline(thinned(known.tolist()), OKABE_ITO['blue'], zero=True)}</div>")
+    return f"margins of {len(known):,} samples, sorted: {low:.3f} to {high:.3f}, middle {middle:.3f}", Course(known.tolist(), zero=True)
 
 
 def _share(samples: Tensor) -> float:

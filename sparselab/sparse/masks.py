@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.nn.parameter import is_lazy
 
-from ..cards import OKABE_ITO, Html, bar, card, table, thumbnail
+from ..cards import Card, Density, Share, Shown, Table
 
 # %% ../../nbs/sparse/00_masks.ipynb #31ba2cb0
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # their weights have the inputs first
@@ -92,7 +92,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> the integer of its bit pattern
 
 
-class Masks(Mapping):
+class Masks(Mapping, Shown):
     """Weight name -> boolean tensor of the same shape; True where the weight exists.
 
     `weights` are the parameters, masked in place. `counts` are the masks', over prunable weights only; `nnz` is what the
@@ -156,12 +156,13 @@ class Masks(Mapping):
                 for name, n in self.counts.items()]
         return "\n".join([*rows, f"{'all':{width}}  {self.nnz:>11,} of {self.total:>11,}  {self.sparsity:8.3%} sparse"])
 
-    def _repr_html_(self) -> str:
+    def card(self) -> Card:
+        """The layers, for a cell of a notebook."""
         note = f"{self.nnz:,} of {self.total:,} weights, {self.sparsity:.2%} sparse" if self else "no layers"
-        return card("Masks", note, layer_table(self))
+        return Card("Masks", note, [layer_table(self)])
 
 # %% ../../nbs/sparse/00_masks.ipynb #3dd70368
-def layer_table(masks: Masks, most: int = 12) -> Html:
+def layer_table(masks: Masks, most: int = 12) -> Table:
     """The `most` largest layers: how many weights there are, their share as a bar, and where they are."""
     largest = set(sorted(masks, key=lambda name: -masks[name].numel())[:most])
     rows = []
@@ -169,13 +170,13 @@ def layer_table(masks: Masks, most: int = 12) -> Html:
         mask, count = masks[name], masks.counts[name]
         share = count / max(1, mask.numel())
         rows.append((name, " x ".join(map(str, mask.shape)), f"{count:,}", f"{1 - share:.2%}",
-                     bar([(OKABE_ITO["blue"], share)]), thumbnail(_densities(mask))))
+                     Share(share), Density(_densities(mask))))
     if len(masks) > most:
         rest = [name for name in masks if name not in largest]
         count, total = sum(masks.counts[name] for name in rest), sum(masks[name].numel() for name in rest)
         rows.append((f"{len(rest)} smaller layers", "", f"{count:,}", f"{1 - count / total:.2%}",
-                     bar([(OKABE_ITO["blue"], count / total)]), ""))
-    return table(("layer", "shape", "nnz", "sparsity", "density", "where"), rows)
+                     Share(count / total), ""))
+    return Table(("layer", "shape", "nnz", "sparsity", "density", "where"), rows)
 
 
 def _densities(mask: Tensor):

@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from ..cards import OKABE_ITO, Html, bar, card, escaped
+from ..cards import Card, Share, Shown
 from ..errors import unknown
 from .distributions import budget, layer_budgets
 from .history import MaskHistory
@@ -55,7 +55,7 @@ def check_facts(method: type) -> None:
 
 # %% ../../nbs/sparse/09_sparsifier.ipynb #e8a50a4d
 @dataclass(kw_only=True, eq=False, repr=False)
-class Sparsifier:
+class Sparsifier(Shown):
     """What every method shares: `masks`, `history`, the step count `steps`, and the promise `budget`.
 
     `sparsity` is over the prunable weights of `model`; `total_steps` is how often `step` will be called; `dense` names
@@ -285,11 +285,12 @@ class Sparsifier:
     def __repr__(self) -> str:
         return f"{type(self).__name__}, step {self.steps} of {self.total_steps}\n{self.masks!r}"
 
-    def _repr_html_(self) -> str:
-        done = Html(f"step {self.steps:,} of {self.total_steps:,} {bar([(OKABE_ITO['grey'], self.steps / self.total_steps)])}")
+    def card(self) -> Card:
+        """The step and the layers, for a cell of a notebook."""
+        done = f"step {self.steps:,} of {self.total_steps:,}", Share(self.steps / self.total_steps, "grey")
         facts = (f"{self.masks.nnz:,} of {self.masks.total:,} weights exist ({self.masks.sparsity:.2%} sparse), {self.budget:,} "
                  f"are promised; layers by {self.distribution}, {len(self.history.updates):,} mask updates so far")
-        return card(type(self).__name__, done, Html(f"<div>{escaped(facts)}</div>"), layer_table(self.masks))
+        return Card(type(self).__name__, done, [facts, layer_table(self.masks)])
 
 # %% ../../nbs/sparse/09_sparsifier.ipynb #9d06a001
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import unknown
+from ..learn import DATASETS
 from ..learn.config import Config
 from ..learn.models import build
 from ..learn.runs import Run, runs_in
-from ..learn.sources import KNOWN
 from ..learn.values import READERS
 from ..sparse.paths import effective
 from .results import MEASURES, ResultsTable, flops_share
@@ -67,7 +67,7 @@ class RunRow:
         config, masks = self.run.config, self.masks
         if not masks:
             raise ValueError("it has no masks.")
-        shape = KNOWN[config.dataset].shape if config.dataset in KNOWN else self.run.margins.images.shape[1:]
+        shape = DATASETS[config.dataset].shape if config.dataset in DATASETS else self.run.margins.images.shape[1:]
         model = build(config.model, shape, list(masks.values())[-1].shape[0], **config.model_options)
         return sum(int(mask.sum()) for mask in effective(model, masks, shape).values())
 

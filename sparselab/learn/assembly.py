@@ -130,4 +130,4 @@ def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Star
     if scale:
         scale_to_fan_in_(sparsifier.masks, model)
     return Learner(model, data, goal, optimizer, sparsifier, config.epochs, config.batch_size, config.seed, config.grad_clip,
-                   augment, callbacks, config.schedule)
+                   augment, callbacks, config.schedule, config.kernels)

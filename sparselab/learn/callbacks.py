@@ -110,6 +110,8 @@ class Progress(Callback):
         print("epoch     loss train_eps   clean  verified        nnz  seconds")
 
     def after_epoch(self, learner: Learner) -> None:
+        if learner.epoch == 1 and learner.on_nonzeros.kernels == "auto" and learner.on_nonzeros.reason:
+            print(f"training steps are dense: {learner.on_nonzeros.reason}")
         every = math.ceil(learner.epochs / self.lines)
         if learner.epoch % every == 0 or learner.epoch in (1, learner.epochs):
             row = learner.row

@@ -18,7 +18,7 @@ from .parameters import read_parameters
 from .values import READERS
 
 # %% ../../nbs/learn/00b_config.ipynb #7db0778e
-CHOICES = {"engine": ("native", "auto_lirpa"), "init": ("default", "ibp", "kaiming", "sparse_kaiming")}
+CHOICES = {"engine": ("native", "auto_lirpa"), "kernels": ("auto", "sparse", "dense"), "init": ("default", "ibp", "kaiming", "sparse_kaiming")}
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     engine: str = "native"
+    kernels: str = "auto"
     runs_dir: str = "runs"
     data_dir: str = ""
     resume: bool = True

@@ -18,6 +18,7 @@ from ..errors import unknown
 from .data import Data
 from .losses import Objective
 from .optimizers import SCHEDULES, lr_share
+from .sparse_steps import SparseSteps
 from ..sparse.sparsifier import Sparsifier
 
 # %% ../../nbs/learn/11_learner.ipynb #712af18d
@@ -42,12 +43,12 @@ class Learner:
     """Trains `model` on `data` under `objective`, sparse by `sparsifier`; `callbacks` run in order.
 
     `epoch` and `step` count what is done; `row` holds the metrics of the last epoch. `augment`: see `Split.batches`;
-    `schedule`: one of SCHEDULES, unless the sparsifier has its own.
+    `schedule`: one of SCHEDULES, unless the sparsifier has its own; `kernels`: see `SparseSteps`.
     """
 
     def __init__(self, model: nn.Module, data: Data, objective: Objective, optimizer: torch.optim.Optimizer,
                  sparsifier: Sparsifier, epochs: int, batch_size: int, seed: int = 0, grad_clip: float = 0.0,
-                 augment: Callable | None = None, callbacks: Sequence[Callback] = (), schedule: str = "cosine"):
+                 augment: Callable | None = None, callbacks: Sequence[Callback] = (), schedule: str = "cosine", kernels: str = "dense"):
         if schedule not in SCHEDULES:
             raise unknown("schedule of the learning rate", schedule, SCHEDULES)
         self.model, self.data, self.objective = model, data, objective
@@ -57,6 +58,7 @@ class Learner:
         self.peak_lr = [group["lr"] for group in optimizer.param_groups]
         self.epoch, self.step, self.seconds, self.row = 0, 0, 0.0, {}
         self.losses: Tensor | float = 0.0  # the sum over the steps of the current epoch
+        self.on_nonzeros = SparseSteps(model, optimizer, sparsifier, objective, kernels)
 
     @property
     def total_steps(self) -> int:
@@ -100,17 +102,30 @@ class Learner:
         share = lr_share(progress, self.schedule) if share is None else share
         for group, peak in zip(self.optimizer.param_groups, self.peak_lr, strict=True):
             group["lr"] = peak * share
+        sparse = self.on_nonzeros.ready(x)
+        if sparse and not self.sparsifier.busy():
+            loss = self.on_nonzeros.step(x, y, progress, self.grad_clip)
+        else:
+            loss = self._dense_step(x, y, progress, sparse)
+        self.step, self.losses = self.step + 1, self.losses + loss.detach()
+        self._call("after_step")
+
+    def _dense_step(self, x: Tensor, y: Tensor, progress: float, sparse: bool) -> Tensor:
+        """A step with the gradients of all weights; with `sparse` they are computed on the nonzeros."""
+        self.on_nonzeros.settle()
         self.optimizer.zero_grad()
         self.sparsifier.see_loss(lambda: self.objective(self.model, x, y, progress))
-        loss = self.objective(self.model, x, y, progress)
-        loss.backward()
+        if sparse:
+            loss = self.on_nonzeros.gradients(x, y, progress)
+        else:
+            loss = self.objective(self.model, x, y, progress)
+            loss.backward()
         if self.grad_clip:
             self.sparsifier.mask_gradients()  # so that the norm is that of the sparse network
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()
         self.sparsifier.step()
-        self.step, self.losses = self.step + 1, self.losses + loss.detach()
-        self._call("after_step")
+        return loss
 
     def _call(self, moment: str) -> None:
         for callback in self.callbacks:
@@ -124,6 +139,7 @@ class Learner:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what `state_dict` gave, to the same bits on the same machine."""
+        self.on_nonzeros.settle()
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.losses = state["losses"]
         self.model.load_state_dict(state["model"])

@@ -68,7 +68,7 @@ def scattered(net: Rows, name: str, state: Mapping[str, Any]) -> dict[str, Any]:
 class SparseSteps:
     """The training steps of a model in which a sparsifier has nothing to do, on the nonzeros alone.
 
-    `kernels`: "sparse", "dense", or "auto", which is sparse where that is faster. `reason` says why steps are dense. After every
+    `kernels`: "sparse" (ValueError where that cannot be), "dense", or "auto", which is sparse where that is faster. `reason` says why steps are dense. After every
     step the model has the new weights; the optimizer of the model has its moments again when somebody asks for its
     state_dict, or after `settle`.
     """
@@ -81,6 +81,7 @@ class SparseSteps:
         self.net: Rows | None = None
         self.flat: nn.Parameter | None = None
         self._every = False
+        self._insist()
         if not self.reason:
             optimizer.register_state_dict_pre_hook(lambda _: self.write_moments())
 
@@ -104,6 +105,11 @@ class SparseSteps:
                 raise Unsupported("its last layer is not linear")
         except (Unsupported, Unreadable) as reason:
             self.reason = f"the model is not done on rows: {reason}"
+            self._insist()
+
+    def _insist(self) -> None:
+        if self.kernels == "sparse" and self.reason:
+            raise ValueError(f'kernels="sparse" cannot be had: {self.reason}. Choose kernels="auto", which is dense then.')
 
     def _seen(self) -> list[int]:
         """Changes when anybody else has written into a parameter or a mask."""

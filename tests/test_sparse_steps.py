@@ -1,0 +1,209 @@
+"""Training on the nonzeros against training dense: losses, masks, moments, bits after a kill, with and without numba."""
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparselab.learn import Config, build, objective, train
+from sparselab.learn.assembly import make_learner
+from sparselab.learn.rows import Rows, Unsupported, certified, dense_gradients, logits
+from sparselab.robust import bounds, input_box, margin_matrix
+from sparselab.sparse import sparsify
+from sparselab.sparse.products import with_numba, without_numba
+
+SMALL = {"dataset": "digits", "model": "cnn4", "epochs": 2, "batch_size": 64, "eps": 0.05, "train_samples": 320, "lr": 0.005}
+MODELS = {"mlp": (1, 8, 8), "cnn4": (1, 8, 8), "ctbench_cnn4_bn": (1, 8, 8), "resnet5": (3, 8, 8), "resnet5_bn": (3, 8, 8), "pools": (2, 9, 9),
+          "parts": (2, 6, 6)}
+numba_or_not = pytest.mark.parametrize("numba", [True, False])
+
+
+def machine(numba: bool):
+    if numba and not with_numba():
+        pytest.skip("numba is not installed")
+    return nullcontext() if numba else without_numba()
+
+
+class Parts(nn.Module):
+    """Moves, joins and constants: what no model of the zoo has."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.Conv2d(4, 4, 3, dilation=2, padding=2), nn.Linear(72, 10)
+        self.register_buffer("scale", torch.tensor([-0.5, 2.0]).view(2, 1, 1))
+
+    def forward(self, x):
+        x = self.first((x - 0.5) * self.scale).relu()
+        y = F.leaky_relu(self.second(x), 0.2) + x
+        return self.last(torch.cat([y[:, :1].flip(3), x[:, 2:3].transpose(2, 3)], 1).flatten(1))
+
+
+def pools() -> nn.Module:
+    layers = nn.Conv2d(2, 6, 3), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(6, 6, 3, 1, 1), nn.AvgPool2d(3, 2, 1), nn.LeakyReLU(0.1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(54, 10))
+
+
+OWN = {"pools": pools, "parts": Parts}
+
+
+def sparse_model(name: str, sparsity: float = 0.9, seed: int = 0):
+    torch.manual_seed(seed)
+    model = OWN[name]() if name in OWN else build(name, MODELS[name], 10)
+    sparsifier = sparsify(model, torch.optim.Adam(model.parameters()), method="static", sparsity=sparsity, total_steps=10)
+    return model.train(), {mask: sparsifier.masks[mask].numpy() for mask in sparsifier.masks}
+
+
+@numba_or_not
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_gradients_are_those_of_the_dense_network(name, every, numba):
+    """Loss, gradients of what exists and of what does not, and running statistics. The reference is the dense network in float64."""
+    model, masks = sparse_model(name)
+    x, y, eps = torch.rand(6, *MODELS[name]), torch.randint(0, 10, (6,)), 0.001
+    reference = copy.deepcopy(model).double()
+    with machine(numba):
+        net = Rows(model, x[:2])
+        net.index(masks, every)
+        flat, kept = torch.from_numpy(net.values.flat).requires_grad_(), {}
+        z, lb = certified(net, flat, x, *input_box(x, eps), y, kept if every else None)
+        loss = torch.nn.functional.cross_entropy(z, y) + torch.logsumexp(-lb, 1).mean()
+        loss.backward()
+        grown = dense_gradients(net, kept) if every else {}
+    goal = objective("ibp", eps, train_eps_factor=1.0, kappa_start=0.5, kappa_end=0.5)
+    truth = 2 * goal(reference, x.double(), y, 1.0)
+    truth.backward()
+    assert loss.item() == pytest.approx(truth.item(), rel=2e-4)
+    for name, parameter in reference.named_parameters():
+        off = torch.ones(parameter.shape, dtype=torch.bool) if name in grown else torch.zeros(parameter.shape, dtype=torch.bool)
+        room = 2e-3 * float(parameter.grad.abs().max()) + 1e-7
+        own = torch.from_numpy(net.values.of(name, flat.grad.numpy()))
+        assert torch.allclose(own, net.values.gather(name, parameter.grad).float(), atol=room), name
+        if name in grown:
+            off &= ~torch.from_numpy(masks[name])
+            assert torch.allclose(grown[name][off], parameter.grad[off].float(), atol=room), name
+    for (name, ours), theirs in zip(model.named_buffers(), reference.buffers(), strict=True):
+        assert torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5), name
+
+
+def test_bounds_are_those_of_the_dense_network():
+    model, masks = sparse_model("cnn4", 0.95)
+    x, y = torch.rand(20, 1, 8, 8), torch.randint(0, 10, (20,))
+    net = Rows(model, x[:2])
+    net.index(masks)
+    flat = torch.from_numpy(net.values.flat)
+    for eps in (0.0, 0.01, 0.2):
+        z, lb = certified(net, flat, x, *input_box(x, eps), y)
+        truth, _ = bounds(model, *input_box(x, eps), C=margin_matrix(y, 10))
+        assert torch.allclose(z, model(x), atol=1e-5)
+        assert torch.allclose(lb[torch.arange(10) != y.unsqueeze(1)].view(20, 9), truth, atol=1e-5)
+
+
+def test_gradients_of_the_input_are_right():
+    model, masks = sparse_model("cnn4", 0.9)
+    net = Rows(model, torch.rand(2, 1, 8, 8))
+    net.index(masks)
+    x = torch.rand(5, 1, 8, 8, requires_grad=True)
+    weights = torch.randn(5, 10)
+    (ours,) = torch.autograd.grad((logits(net, torch.from_numpy(net.values.flat), x) * weights).sum(), x)
+    (truth,) = torch.autograd.grad((model(x) * weights).sum(), x)
+    assert torch.allclose(ours, truth, atol=1e-6)
+
+
+@numba_or_not
+@pytest.mark.parametrize("method", ["rigl", "set", "sparsevlr", "gmp", "snip", "static", "snfs"])
+def test_a_training_is_that_of_the_dense_kernels(method, numba):
+    options = {"update_every": 4} if method not in ("snip", "static") else {}
+    base = Config(**SMALL, method=method, sparsity=0.9, method_options=options)
+    found = {}
+    with machine(numba):
+        for kernels in ("sparse", "dense"):
+            learner = make_learner(Config(**{**SMALL, "kernels": kernels}, method=method, sparsity=0.9, method_options=options))
+            steps, rows = 0, []
+            original = learner.on_nonzeros.step
+
+            def counted(*args, original=original):
+                nonlocal steps
+                steps += 1
+                return original(*args)
+
+            learner.on_nonzeros.step = counted
+            for _ in range(base.epochs):
+                learner.train_epoch()
+                rows.append(learner.row["loss"])
+                weights = learner.sparsifier.masks.weights
+                assert sum(int(w.count_nonzero()) for w in weights.values()) <= learner.sparsifier.masks.nnz == learner.sparsifier.budget
+            found[kernels] = rows, learner.sparsifier.masks, steps
+    assert found["sparse"][0] == pytest.approx(found["dense"][0], rel=1e-3)
+    assert found["sparse"][1].counts == found["dense"][1].counts
+    assert (found["sparse"][2] > 0) == (method != "snfs") and found["dense"][2] == 0  # snfs watches the gradients of every step
+
+
+@pytest.mark.parametrize("seen", ["never", "at every step"])
+def test_a_training_that_stops_anywhere_continues_to_the_same_bits(seen):
+    """From the state after every step, saved while the moments are in the flat vector; and reading in between changes nothing."""
+    config = Config(**{**SMALL, "kernels": "sparse", "epochs": 1}, method="rigl", sparsity=0.9, method_options={"update_every": 2})
+    straight = make_learner(config)
+    states = []
+
+    class Save:
+        def after_step(self, learner):
+            if seen == "at every step":
+                states.append(copy.deepcopy(learner.state_dict()))
+
+        def before_fit(self, learner):
+            pass
+
+        after_epoch = before_fit
+
+    straight.callbacks = [Save()]
+    straight.fit()
+    end = straight.state_dict()
+    if seen == "never":
+        again = make_learner(config)
+        again.callbacks = [Save()]
+        again.fit()
+        states = [end]
+        assert all(torch.equal(v, again.state_dict()["model"][k]) for k, v in end["model"].items())
+    for state in states[:-1]:
+        learner = make_learner(config)
+        learner.load_state_dict(state)
+        learner.fit()
+        assert all(torch.equal(v, learner.state_dict()["model"][k]) for k, v in end["model"].items())
+        for key, moments in end["optimizer"]["state"].items():
+            assert torch.equal(moments["exp_avg"], learner.state_dict()["optimizer"]["state"][key]["exp_avg"])
+        assert learner.losses == end["losses"]
+
+
+def test_weights_written_by_others_are_taken_up():
+    config = Config(**{**SMALL, "kernels": "sparse"}, method="static", sparsity=0.9)
+    learner = make_learner(config)
+    x, y = next(iter(learner.data.train.batches(32, 0, 0)))
+    learner.train_step(x, y)
+    with torch.no_grad():
+        for weight in learner.sparsifier.masks.weights.values():
+            weight.mul_(0.5)
+    before = {name: w.clone() for name, w in learner.sparsifier.masks.weights.items()}
+    for group in learner.optimizer.param_groups:
+        group["lr"] = 0.0
+    learner.peak_lr = [0.0]
+    learner.train_step(x, y)
+    assert all(torch.equal(w, before[name]) for name, w in learner.sparsifier.masks.weights.items())
+
+
+def test_what_cannot_be_done_sparsely_says_so():
+    with pytest.raises(ValueError, match='kernels="sparse" cannot be had: the objective CrownIBP.*Choose kernels="auto"'):
+        make_learner(Config(**{**SMALL, "kernels": "sparse"}, objective="crown_ibp", sparsity=0.9))
+    with pytest.raises(Unsupported, match="'0' .view.: it moves entries into the batch"):
+        Rows(nn.Sequential(nn.Linear(6, 8), nn.Flatten(), nn.Linear(32, 10)), torch.rand(2, 4, 6))
+    with pytest.raises(ValueError, match="kernels"):
+        Config(kernels="spare")
+    learner = make_learner(Config(**SMALL, objective="crown_ibp", sparsity=0.9))
+    learner.train_epoch()
+    assert "CrownIBP" in learner.on_nonzeros.reason
+
+
+def test_a_run_trains_on_its_nonzeros_and_says_it(tmp_path):
+    run = train(Config(**SMALL, method="rigl", sparsity=0.95, runs_dir=str(tmp_path)), callbacks=())
+    assert run.summary["nnz"] == sum(int(w.count_nonzero()) for name, w in run.weights.items() if w.dim() > 1)

@@ -69,7 +69,7 @@ def new_model(config: Config, data: Data, seed: int) -> nn.Module:
     torch.manual_seed(torch_seed(seed))
     model = build(config.model, data.shape, data.classes, **scale, **config.model_options)
     if config.init != "default":
-        (ibp_init_ if config.init == "ibp" else kaiming_init_)(model)
+        ibp_init_(model, torch.zeros(1, *data.shape)) if config.init == "ibp" else kaiming_init_(model)
     return model.to(data.train.images.device)
 
 # %% ../../nbs/learn/14c_assembly.ipynb #22dd7e0b

@@ -21,6 +21,7 @@ from ..robust.ibp import interval_pass
 from ..robust.modes import eval_mode, worst_margin
 from ..robust.neurons import LayerStability, as_row, merge
 from ..robust.proofs import verify
+from ..robust.verification import check_order
 
 # %% ../../nbs/learn/13_evaluation.ipynb #5244e008
 def beyond_chance(right: Tensor, count: Tensor) -> dict[str, float]:
@@ -94,11 +95,7 @@ class Evaluation:
     proved_by: dict[str, int]
 
     def __post_init__(self):
-        for weaker, stronger, names in [(self.clean, self.pgd, "attacked but misclassified"),
-                                        (self.pgd, self.verified, "verified although an attack succeeds")]:
-            if bool((stronger & ~weaker).any()):
-                raise AssertionError(f"Sample {int((stronger & ~weaker).nonzero()[0])} counts as {names}; a bound or an "
-                                     "attack is wrong. Please report this with the run's folder.")
+        check_order(self.clean, self.pgd, self.verified)
 
     def summary(self) -> dict:
         """Accuracies as shares, and the share of samples that each method was the first to prove."""

@@ -24,7 +24,7 @@ def linear(p: float) -> float:
 
 RAMPS = {"smooth": smooth, "linear": linear}
 
-
+# %% ../../nbs/learn/08a_ramps.ipynb #29906c47
 @dataclass(frozen=True)
 class Moment:
     """What the objective needs to know of the time: `progress` and `ramped`, both in [0, 1], `eps` to train with, `kappa`."""

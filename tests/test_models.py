@@ -191,7 +191,7 @@ def test_weights_after_an_addition_are_halved_and_no_others(name, halved):
     torch.manual_seed(0)
     model = build(name, (3, 32, 32), 10, *MEAN_STD[3], width=16)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert ibp_init_(model) is model
+    assert ibp_init_(model, torch.zeros(2, 3, 32, 32)) is model
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     for layer_name, layer in layers[:-1]:
         assert scale(layer) == pytest.approx(0.5 if layer_name in halved else 1.0, rel=0.15), layer_name
@@ -221,7 +221,7 @@ class Sums(nn.Module):
 
 def test_additions_are_recognised_however_they_are_written():
     torch.manual_seed(0)
-    model = ibp_init_(Sums())
+    model = ibp_init_(Sums(), torch.rand(1, 100))
     halved = [name for name, layer in model.named_children() if scale(layer) < 0.75 and name != "last"]
     assert halved == ["plus", "function", "method", "inplace", "assigned"]
 
@@ -239,7 +239,7 @@ def test_interval_radii_keep_their_order_only_with_ibp_init(name, shape):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(layer.weight)
         if init == "ibp":
-            ibp_init_(model)
+            ibp_init_(model, x)
         with torch.no_grad():
             found = interval_pass(model.eval(), (x - 0.05).clamp(0, 1), (x + 0.05).clamp(0, 1)).preactivations.values()
         radii = [((ub - lb) / 2).mean().item() for lb, ub in found]

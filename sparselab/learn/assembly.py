@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .augment import Augment
 from .config import Config
-from .data import Data, load, to_float, torch_seed
+from .data import Data, load, of_classes, subset, to_float, torch_seed, with_label_noise
 from .find import called
 from .init import ibp_init_, kaiming_init_
 from .known import DATASETS
@@ -24,7 +24,6 @@ from .learner import Callback, Learner
 from .models import build
 from .objectives import objective
 from .optimizers import make_optimizer
-from .subsets import of_classes, some, with_label_noise
 from ..sparse.fan_in import scale_to_fan_in_
 from ..sparse.methods import METHODS, method_options, sparsify
 
@@ -50,7 +49,7 @@ def load_data(config: Config) -> Data:
     """The data set of `config` on its device, with its noise. Raises what `learn.data.load` raises."""
     data = load(config.dataset, config.data_dir or None, pick_device(config.device), config.validation, config.seed)
     if config.train_samples:
-        data = some(data, config.train_samples, config.seed)
+        data = subset(data, config.train_samples, config.seed)
     return with_label_noise(data, config.label_noise, config.seed) if config.label_noise else data
 
 
@@ -69,7 +68,7 @@ def new_model(config: Config, data: Data, seed: int) -> nn.Module:
     torch.manual_seed(torch_seed(seed))
     model = build(config.model, data.shape, data.classes, **scale, **config.model_options)
     if config.init != "default":
-        (ibp_init_ if config.init == "ibp" else kaiming_init_)(model)
+        ibp_init_(model, torch.zeros(1, *data.shape)) if config.init == "ibp" else kaiming_init_(model)
     return model.to(data.train.images.device)
 
 # %% ../../nbs/learn/14c_assembly.ipynb #22dd7e0b

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .arrays import drop_later, write_arrays
 from .checkpoints import load_checkpoint, save_checkpoint
-from .evaluation import glance, reestimate_statistics
+from .evaluation import reestimate_statistics, validate
 from .files import append_row, keep_rows, read_rows
 from .learner import Callback, Learner, TrainingStopped
 from .recordings import NeuronSums, value_arrays
@@ -31,7 +31,7 @@ class Look(Callback):
             reestimate_statistics(learner.model, learner.data.train)
         split = learner.data.valid if len(learner.data.valid) else learner.data.train
         self.neurons = NeuronSums(learner.model, next(iter(split.batches(1, shuffle=False)))[0])
-        accuracies, layers = glance(learner.model, split, self.eps, self.engine, watch=self.neurons.add)
+        accuracies, layers = validate(learner.model, split, self.eps, self.engine, watch=self.neurons.add)
         learner.row |= accuracies
         self.stability = {"step": learner.step, "epoch": learner.epoch, "layers": layers}
 

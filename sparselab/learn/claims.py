@@ -50,12 +50,17 @@ class Comparison:
         pairs = zip(values[self.better], values[self.worse], strict=True)
         return [sign * (one - other) + self.tolerance for one, other in pairs]
 
+    def interval(self, values: Mapping[str, Sequence[float]]) -> tuple[float, float]:
+        """The mean difference, and half the width of its interval: Student's, paired by seed, at 1 - LEVEL."""
+        found = self.differences(values)
+        return mean(found), float(stdtrit(len(found) - 1, 1 - LEVEL / 2)) * stdev(found) / len(found) ** 0.5
+
     def verdict(self, values: Mapping[str, Sequence[float]]) -> str:
         """"holds", "does not hold" or "undecided": Student's paired test, two-sided at LEVEL."""
         found = self.differences(values)
         if len(found) < 3 or not all(map(math.isfinite, found)):
             return "undecided"
-        centre, noise = mean(found), stdtrit(len(found) - 1, 1 - LEVEL / 2) * stdev(found) / len(found) ** 0.5
+        centre, noise = self.interval(values)
         return "holds" if centre > noise else "does not hold" if centre < -noise else "undecided"
 
 # %% ../../nbs/learn/16_claims.ipynb #86bb8118

@@ -50,7 +50,7 @@ def write_json(path: str | Path, value: object) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
-
+# %% ../../nbs/learn/10a_files.ipynb #3de0ace0
 def write_sealed(path: str | Path, value: dict) -> None:
     """Write `value` as indented JSON with its checksum, whole or not at all."""
     write_file(path, sealed_json(value, indent=2))
@@ -92,7 +92,7 @@ def read_tensors(path: str | Path, load: Callable) -> tuple[dict, dict[str, str]
     except (ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}).") from error
 
-
+# %% ../../nbs/learn/10a_files.ipynb #d20a449b
 def _lines(path: Path) -> list[bytes]:
     """The whole lines of a file; an unfinished last one is left out, a missing file is empty."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []

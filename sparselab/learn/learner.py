@@ -38,7 +38,7 @@ class Callback:
     def after_epoch(self, learner: "Learner") -> None:
         """An epoch has ended; `learner.row` collects what is to be recorded of it."""
 
-
+# %% ../../nbs/learn/11_learner.ipynb #9991b14a
 class Learner:
     """Trains `model` on `data` under `objective`, sparse by `sparsifier`; `callbacks` run in order.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cards import Card, Course, Share, Shown, Table
 from ..errors import attempt
-from .arrays import Unavailable, check_file, said
+from .arrays import Unavailable, check_file, or_unavailable
 from .config import Config
 from .files import being_written, read_rows, read_sealed, read_tensors
 from .margins import Margins, load_margins
@@ -134,7 +134,7 @@ class Run(Shown):
         """Parameters and buffers of the trained model, as `model.load_state_dict` takes them."""
         if not (self.path / "model.safetensors").exists():
             raise ValueError(f"{self.path} has no model.safetensors: the run has not finished its training.")
-        with said(self.path / "model.safetensors"):
+        with or_unavailable(self.path / "model.safetensors"):
             return read_tensors(self.path / "model.safetensors", load)[0]
 
     @property

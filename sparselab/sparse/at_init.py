@@ -140,7 +140,7 @@ def synaptic_flow(model: nn.Module, state: dict[str, Tensor], masks: dict[str, T
 
 
 class FirstInput:
-    """Notes the `shape` of the first input of `model`, without the batch, and then listens no more; copied with its model."""
+    """Notes the `shape` of the first input of `model`, without the batch, once; copied with its model."""
 
     def __init__(self, model: nn.Module):
         self.shape: tuple[int, ...] | None = None

@@ -175,8 +175,8 @@ class SET(Sparsifier):
         super().after_step(optimizer)
 
     def overhead(self, step: int, sparse: float, dense: float) -> float:
-        looked = any(self.updates.due(step + ahead) for ahead in range(self.accumulate))
-        return dense - sparse if looked and self.grow is not random else 0.0
+        counted = any(self.updates.due(step + ahead) for ahead in range(self.accumulate))
+        return dense - sparse if counted and self.grow is not random else 0.0
 
     def state_dict(self) -> dict:
         own = {part: getattr(self, part) for part in ("gradients", "waiting", "updated")}
@@ -187,7 +187,7 @@ class SET(Sparsifier):
         self.gradients = {name: g.to(self.masks[name].device, copy=True) for name, g in state["gradients"].items()}
         self.waiting, self.updated = state["waiting"], state["updated"]
         self.regrowth.born = cloned(state["born"])
-        self.regrowth.look(self.masks)
+        self.regrowth.find_young(self.masks)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

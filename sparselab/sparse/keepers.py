@@ -91,5 +91,4 @@ def after_load(module: nn.Module, keys: object) -> None:
         keeper.after_load(module)
 
 
-register_optimizer_step_pre_hook(before_step)
-register_optimizer_step_post_hook(after_step)
+_HANDLES = register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)

@@ -42,9 +42,9 @@ class Regrowth:
                       if isinstance(optimizer, Adam | AdamW) and masks.weights[name] in optimizer.state]
             born = self.born.get(name, torch.full(mask.shape, -torch.inf, device=mask.device)).to(mask.device)
             self.born[name] = born.masked_fill(mask & ~old[name], max(map(float, counts), default=0.0))
-        self.look(masks)
+        self.find_young(masks)
 
-    def look(self, masks: Masks) -> None:
+    def find_young(self, masks: Masks) -> None:
         """Find the grown weights of these masks."""
         self.young = {name: (masks[name] & born.to(masks[name].device).isfinite()).nonzero(as_tuple=True)
                       for name, born in self.born.items()}

@@ -32,19 +32,19 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
 
 from sparselab.program import BATCH_NORMS, Program, fetch, operation, read, run
-from sparselab.robust import proofs as verify_module
+from sparselab.robust import verification as verify_module
 from sparselab.robust.boxes import Interval
 from sparselab.robust.engines import METHODS, bounds, input_box, margin_matrix
 from sparselab.robust.ibp import apply_rows, recorded_statistics
+from sparselab.robust.layers import Layer
 from sparselab.robust.modes import worst_margin
-from sparselab.robust.proofs import verify
 from sparselab.robust.replay import Contradiction
-from sparselab.robust.rules import CONVOLUTIONS, RULES
+from sparselab.robust.rules import RULES
+from sparselab.robust.verification import verify
 
 aten = torch.ops.aten
 CLASSES = 3
 LARGEST = 64  # entries of an activation
-REPLACED = {"reshape", "contiguous", "lift_fresh", "zero", "_native_batch_norm_legit"}  # by torch or the reader, before they act on an activation
 OTHER_DEVICES = {"cudnn_batch_norm", "miopen_batch_norm"}
 
 
@@ -1182,10 +1182,12 @@ def stale_reading(model: nn.Module, x: Tensor, r: random.Random) -> Program:
 BROKEN_READERS = [deleted, frozen, stale_weight, swapped, wrong_number, without_hooks, stale_reading]
 
 
-class Shrunk:
+class Shrunk(Layer):
     """A layer whose bounds are too tight by a factor."""
 
-    def __init__(self, layer: Any, share: float):
+    linear, entrywise, switch = False, False, False
+
+    def __init__(self, layer: Layer, share: float):
         self.layer, self.share = layer, share
 
     def interval(self, *xs: Interval) -> Interval:
@@ -1240,7 +1242,7 @@ def broken(seed: int) -> Report:
         labels = _ask(net, x[None])[0].argmax(1)
         points, seen = answers(net, *input_box(x, eps), -margin_matrix(labels, CLASSES, torch.float64), torch.Generator().manual_seed(seed))
         if breaker is shrunk_rule:
-            known = sorted({operation(node) for node in old[len(x)].names} & set(RULES) - {*BATCH_NORMS, *CONVOLUTIONS} - {"view", "_unsafe_view"})
+            known = sorted({operation(node) for node in old[len(x)].names} & set(RULES) - {*BATCH_NORMS, "convolution"} - {"view", "_unsafe_view"})
             if not known:
                 return report
             stack.enter_context(mock.patch.dict(RULES, shrunk_rule(r.choice(known), r.choice([0.0, 0.5, 0.9]))))
@@ -1306,7 +1308,7 @@ def main() -> int:
                 print(f"{total.networks} networks, {len(total.faults) + len(breaks.faults)} faults, {seconds:.0f} s", flush=True)
     print(total)
     print("readers broken on purpose:", breaks)
-    missing = set(RULES) - REPLACED - OTHER_DEVICES - set(total.operations)
+    missing = set(RULES) - OTHER_DEVICES - set(total.operations)
     print(f"operations that no network had: {sorted(missing) or 'none'}")
     print(f"{seconds:.0f} s of processor time, {1e3 * seconds / max(1, total.networks):.0f} ms for each network")
     return 1 if total.faults or breaks.faults else 0

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from sparselab.program import LastReading, Unreadable, read, run, structure
 from sparselab.robust.engines import METHODS, bounds
 from sparselab.robust.ibp import interval_pass, recorded_statistics
-from sparselab.robust.proofs import verify
+from sparselab.robust.verification import verify
 from sparselab.sparse.methods import sparsify
 
 
@@ -518,7 +518,7 @@ def test_structure_does_not_look_at_values():
 def test_the_table_in_the_readme_is_that_of_the_engines():
     from pathlib import Path
 
-    from sparselab.robust.support import engine_table
+    from sparselab.robust.engines import engine_table
 
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     assert readme.split("<!-- engines -->")[1].split("<!-- end of engines -->")[0].strip() == engine_table()

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparselab.robust.boxes import input_box
-from sparselab.robust.graph import UnsupportedLayer
 from sparselab.robust.ibp import interval_pass
 from sparselab.robust.neurons import PASSES, LayerStability, as_row, merge, stability
+from sparselab.robust.rules import UnsupportedLayer
 
 
 def convolutional():

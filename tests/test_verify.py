@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparselab.robust import proofs as module
+from sparselab.robust import verification as module
 from sparselab.robust.attacks import pgd, survivors
 from sparselab.robust.engines import METHODS, bounds, input_box, margin_matrix
-from sparselab.robust.graph import UnsupportedLayer
-from sparselab.robust.lirpa_mends import load
+from sparselab.robust.lirpa import load
 from sparselab.robust.modes import worst_margin
-from sparselab.robust.proofs import verify
-from sparselab.robust.verification import Verification, check_order
+from sparselab.robust.rules import UnsupportedLayer
+from sparselab.robust.verification import Verification, check_order, verify
 
 
 def network(seed=0, inputs=4, width=12, classes=3, sparsity=0.0):
@@ -268,7 +267,7 @@ def test_a_machine_without_auto_lirpa_is_told_both_commands_in_order(monkeypatch
 
 @pytest.mark.skipif(importlib.util.find_spec("auto_LiRPA") is None, reason="auto_LiRPA is not installed")
 def test_what_auto_lirpa_imports_and_lacks_is_named():
-    code = "import sys; sys.modules['appdirs'] = None; from sparselab.robust.lirpa_mends import load; load()"
+    code = "import sys; sys.modules['appdirs'] = None; from sparselab.robust.lirpa import load; load()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: auto_LiRPA is installed, but not appdirs") and "'sparselab[lirpa]'" in last

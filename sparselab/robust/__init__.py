@@ -8,17 +8,17 @@ _HOME = {  # public name -> the module that defines it
     "ENGINES": "engines",
     "LayerStability": "neurons",
     "METHODS": "engines",
-    "UnsupportedLayer": "graph",
+    "UnsupportedLayer": "rules",
     "Verification": "verification",
     "bounds": "engines",
-    "engine_table": "support",
+    "engine_table": "engines",
     "fgsm": "attacks",
     "input_box": "boxes",
     "margin_matrix": "boxes",
     "pgd": "attacks",
     "recorded_statistics": "ibp",
     "stability": "neurons",
-    "verify": "proofs",
+    "verify": "verification",
     "worst_margin": "modes",
 }
 __all__ = [
@@ -44,12 +44,10 @@ __getattr__, __dir__ = lazy(__name__, _HOME)
 if TYPE_CHECKING:
     from .attacks import fgsm, pgd
     from .boxes import input_box, margin_matrix
-    from .engines import ENGINES, METHODS, bounds
-    from .graph import UnsupportedLayer
+    from .engines import ENGINES, METHODS, bounds, engine_table
     from .ibp import recorded_statistics
     from .modes import worst_margin
     from .neurons import LayerStability, stability
-    from .proofs import verify
     from .replay import Contradiction
-    from .support import engine_table
-    from .verification import Verification
+    from .rules import UnsupportedLayer
+    from .verification import Verification, verify

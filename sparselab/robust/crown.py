@@ -7,6 +7,7 @@ __all__ = ['backward', 'crown_ibp', 'one_hot', 'CrownPass', 'crown_pass', 'chord
 
 # %% ../../nbs/robust/09_crown.ipynb #e546cf20
 import math
+
 import torch
 from torch import Tensor, nn
 

@@ -141,7 +141,7 @@ def _witnesses(model: nn.Module, x: Tensor, y: Tensor, eps: float, logits: Tenso
     return torch.stack([logits, *(check_reading(program, model, point) for point in (*probes(lower, upper), steepest))]), rises
 
 
-ATTACKED, STEPS = 64, 4  # samples of a batch that are attacked before they are called proved, and PGD steps
+ATTACKED, STEPS = 32, 3  # samples of a batch that are attacked before they are called proved, and PGD steps
 
 
 def _hunted(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor | None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['backward', 'crown_ibp', 'one_hot', 'CrownPass', 'crown_pass', 'chord', 'fused_upper']
 
-# %% ../../nbs/robust/09_crown.ipynb #e546cf20
+# %% ../../nbs/robust/09_crown.ipynb #b6d6fd16
 import math
 
 import torch
@@ -17,7 +17,7 @@ from .ibp import IntervalPass, Step, apply_rows, carry, check_rows, concretize, 
 from .layers import Layer
 from .rules import Graph, Statistics
 
-# %% ../../nbs/robust/09_crown.ipynb #8d23d0ee
+# %% ../../nbs/robust/09_crown.ipynb #625681d3
 @written_precision
 def backward(pass_: IntervalPass, A: Tensor, place: int, both: bool = True) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds, each (B, S), of A y for A (B or 1, S, *y), where y is the activation at `place`.
@@ -41,7 +41,7 @@ def backward(pass_: IntervalPass, A: Tensor, place: int, both: bool = True) -> t
     lb, ub = concretize(rows[0], centre, pass_.intervals[0])
     return (lb[:, : A.shape[1]], -lb[:, A.shape[1] :]) if mirrored and both else (lb, ub)
 
-# %% ../../nbs/robust/09_crown.ipynb #9450003d
+# %% ../../nbs/robust/09_crown.ipynb #a1a5e2b7
 def crown_ibp(pass_: IntervalPass, C: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(lb, ub) of the output, or of C z with C (B, S, K), by one backward pass over IBP bounds (arXiv 1906.06316)."""
     z = pass_.at(len(pass_.steps))
@@ -57,7 +57,7 @@ def one_hot(entries: Tensor, x: Interval) -> Tensor:
     rows = x.mid.new_zeros(*entries.shape, math.prod(x.shape[1:]))
     return rows.scatter_(2, entries.unsqueeze(2), 1.0).view(*entries.shape, *x.shape[1:])
 
-# %% ../../nbs/robust/09_crown.ipynb #19fa478a
+# %% ../../nbs/robust/09_crown.ipynb #4a290777
 class CrownPass(IntervalPass):
     """An IntervalPass whose nonlinear layers are given boxes in which the unstable entries are bounded by CROWN."""
 
@@ -117,7 +117,7 @@ class CrownPass(IntervalPass):
         widest = max(math.prod(x.shape) for x in self.intervals[: place + 1])
         return max(1, self.chunk // (2 * widest))
 
-# %% ../../nbs/robust/09_crown.ipynb #2a19b57b
+# %% ../../nbs/robust/09_crown.ipynb #05a3e316
 def crown_pass(
     model: nn.Module, lower: Tensor, upper: Tensor, statistics: Statistics | None = None, program: Program | None = None
 ) -> CrownPass:
@@ -126,13 +126,13 @@ def crown_pass(
     box = Interval.ends(in_full_width(lower), in_full_width(upper))
     return carry(CrownPass(box), model, statistics, Graph.of(program or read(model, middle(lower, upper))))
 
-# %% ../../nbs/robust/09_crown.ipynb #f5a76594
+# %% ../../nbs/robust/09_crown.ipynb #3dca8916
 def chord(lb: Tensor, ub: Tensor) -> Tensor:
     """A slope a such that exp(t - ub) <= 1 + a (t - ub) for every t in [lb, ub]: the chord's."""
     width = (ub - lb).clamp(min=1e-3)
     return -torch.expm1(-width) / width
 
-# %% ../../nbs/robust/09_crown.ipynb #bb8bebe5
+# %% ../../nbs/robust/09_crown.ipynb #d4733014
 def fused_upper(
     pass_: IntervalPass,  # of a model with logits (B, K)
     labels: Tensor,  # (B,)

@@ -23,7 +23,7 @@ from torch import Tensor
 from .boxes import Interval, Refused, flat
 from .layers import Layer
 
-# %% ../../nbs/robust/05_curves.ipynb #50433d69
+# %% ../../nbs/robust/05_curves.ipynb #ab734634
 class Lines(NamedTuple):
     """Two lines with a curve between them: their slopes, and their heights over the middle of the box."""
 
@@ -41,7 +41,7 @@ def substitute(A: Tensor, lines: Lines, y0: Tensor) -> tuple[Tensor, Tensor]:
     constant = sum(part * (height - y0).unsqueeze(1) for part, height in zip(parts, lines[1::2], strict=True))
     return slopes, flat(constant, 2).sum(2)
 
-# %% ../../nbs/robust/05_curves.ipynb #b4d894c6
+# %% ../../nbs/robust/05_curves.ipynb #55cab76a
 def inside(t: Tensor | float, x: Interval) -> Tensor:
     """The point `t`, moved into the box."""
     return torch.minimum(x.lb.clamp(min=t), x.ub)
@@ -100,7 +100,7 @@ class Curve(Layer):
         slopes, constant = substitute(A, self.lines(x), y.mid)
         return [slopes], constant
 
-# %% ../../nbs/robust/05_curves.ipynb #c4dbdbfc
+# %% ../../nbs/robust/05_curves.ipynb #33914471
 def ratio(rise: Tensor, run: Tensor, otherwise: Tensor) -> Tensor:
     """rise / run, and `otherwise` where the run is too short to divide by; with finite gradients."""
     long = run > torch.finfo(run.dtype).tiny ** 0.25
@@ -132,7 +132,7 @@ def between(curve: Curve, x: Interval) -> Lines:
     (below, low), (above, high) = pairs[:: curve.bend]
     return Lines(below, low, above, high)
 
-# %% ../../nbs/robust/05_curves.ipynb #cfa18469
+# %% ../../nbs/robust/05_curves.ipynb #925b4030
 class Exp(Curve):
     """y = exp(x)."""
 
@@ -178,7 +178,7 @@ def refuse_overflow(curve: Curve, x: Interval) -> None:
         low, high = ends[0].min().item(), ends[1].max().item()
         raise Refused(f"its input can be anything from {low:g} to {high:g}, where its output is too large for {x.dtype}")
 
-# %% ../../nbs/robust/05_curves.ipynb #56ff9ff6
+# %% ../../nbs/robust/05_curves.ipynb #74bde774
 CUTS = 6  # how often the edge of a hull is moved; with two kinks it is found after two
 
 
@@ -241,7 +241,7 @@ def hull_line(curve: Curve, x: Interval, sign: int) -> tuple[Tensor, Tensor]:
     touched = [x.lb, x.mid, x.ub, *(inside(t, x) for t in curve.kinks), *stationary(curve, x, slope)]
     return slope, height(curve, x, slope, touched, sign)
 
-# %% ../../nbs/robust/05_curves.ipynb #3e88eed3
+# %% ../../nbs/robust/05_curves.ipynb #7ea320c3
 SHARES = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
 
 
@@ -276,7 +276,7 @@ class Tanh(Curve):
     def touching(self, slope: Tensor) -> list[Tensor]:
         return [t / 2 for t in Sigmoid().touching(slope / 4)]
 
-# %% ../../nbs/robust/05_curves.ipynb #72298e20
+# %% ../../nbs/robust/05_curves.ipynb #f840d377
 @dataclass
 class Power(Curve):
     """y = x ** exponent: any x for 1, 2, 3, ..., and x > 0 for other exponents, such as 0.5, -0.5 and -1."""
@@ -313,7 +313,7 @@ class Power(Curve):
         if not 0 <= self.exponent <= 1:
             refuse_overflow(self, x)
 
-# %% ../../nbs/robust/05_curves.ipynb #2d5393da
+# %% ../../nbs/robust/05_curves.ipynb #837c9169
 @dataclass
 class Softplus(Curve):
     """nn.Softplus: log(1 + exp(beta x)) / beta, but x where beta x > threshold."""
@@ -355,7 +355,7 @@ class Softplus(Curve):
         pairs = [(slope_below, one), (below, x.mid), (slope_above, one), (above, x.mid)]
         return Lines(*(torch.where(linear, exact, line) for line, exact in pairs))
 
-# %% ../../nbs/robust/05_curves.ipynb #49a80c98
+# %% ../../nbs/robust/05_curves.ipynb #6996b4e5
 def per_channel(value: float | Tensor, x: Tensor) -> float | Tensor:
     """A vector of one value per channel (dimension 1 of x), ready to be broadcast; anything else as it is."""
     vector = isinstance(value, Tensor) and value.dim() == 1 and x.dim() > 1
@@ -453,7 +453,7 @@ class ELU(Curve):
     def bending_length(self, x: Tensor) -> Tensor:
         return torch.full_like(x, 1 / self.input_scale)
 
-# %% ../../nbs/robust/05_curves.ipynb #6abb125f
+# %% ../../nbs/robust/05_curves.ipynb #c89991a5
 class Swish(Curve):
     """x times a sigmoid of some kind: f' falls, rises between the two inflections `bends`, and falls again."""
 

@@ -86,7 +86,7 @@ def bounds(
         check_alone(model, middle(lower, upper), known.value)
     return lb, ub
 
-# %% ../../nbs/robust/12_engines.ipynb #3e3710f0
+# %% ../../nbs/robust/12_engines.ipynb #158e5b2f
 def engine_table() -> str:
     """A Markdown table: each family of operations, and whether the engines bound it."""
     families: dict[str, list[str]] = {}

@@ -23,7 +23,7 @@ from .boxes import Interval, Refused, check_box, flat, in_full_width, written_pr
 from .layers import Layer, Scale
 from .rules import ROW_BY_ROW, Graph, Merged, Statistics, UnsupportedLayer, naming
 
-# %% ../../nbs/robust/08_ibp.ipynb #88ac333e
+# %% ../../nbs/robust/08_ibp.ipynb #fe0adad8
 class Step(NamedTuple):
     """One layer of a pass: its name, and where its inputs are among the intervals (0 is the input of the model)."""
 
@@ -95,7 +95,7 @@ class IntervalPass:
         centre, radius = apply_rows(C, z.mid), sum(apply_rows(A.abs(), x.rad) for A, x in zip(rows, boxes, strict=True))
         return centre - radius, centre + radius
 
-# %% ../../nbs/robust/08_ibp.ipynb #d490bafa
+# %% ../../nbs/robust/08_ibp.ipynb #1763b20c
 def apply_rows(A: Tensor, x: Tensor) -> Tensor:
     """A x, (B, S), for rows A (B or 1, S, ...) and a tensor x (B, ...)."""
     if A.shape[1] == 1:  # a product of row and column vectors is slow as a matrix product
@@ -118,7 +118,7 @@ def check_rows(C: Tensor, z: Interval) -> Tensor:
         )
     return C.to(z.mid)
 
-# %% ../../nbs/robust/08_ibp.ipynb #c0d42fcf
+# %% ../../nbs/robust/08_ibp.ipynb #a627a470
 def interval_pass(
     model: nn.Module,
     lower: Tensor,  # (B, ...)
@@ -181,7 +181,7 @@ def _through(pass_: IntervalPass, graph: Graph, node: fx.Node, values: dict, sta
     result = pass_.advance(name, layer[-1] if isinstance(layer, list) else layer, inputs, bound=not last)
     return Merged(result) if rows else result
 
-# %% ../../nbs/robust/08_ibp.ipynb #74b6bd72
+# %% ../../nbs/robust/08_ibp.ipynb #1b7d5423
 class _Watch(TorchFunctionMode):
     def __init__(self, statistics: Statistics):
         super().__init__()

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from .boxes import Interval, Refused, written_precision
 
-# %% ../../nbs/robust/02_layers.ipynb #e4bedb0d
+# %% ../../nbs/robust/02_layers.ipynb #fdd6c0b8
 class Layer(ABC):
     """y = f(x1, ...) under bounds. A subclass sets `linear`, `entrywise` and `switch` to True or False; a missing one is a TypeError."""
 
@@ -45,7 +45,7 @@ class Layer(ABC):
     def backward(self, A: Tensor, *boxes: Interval) -> tuple[list[Tensor], Tensor | float]:
         """Coefficients of each input and a constant (B, S), for coefficients A (B or 1, S, *y); `boxes` are those of the inputs and of y."""
 
-# %% ../../nbs/robust/02_layers.ipynb #ad5096e0
+# %% ../../nbs/robust/02_layers.ipynb #0e695d25
 class Affine(Layer):
     """y = L x + b, from `apply` (L x + b), `absolute` (|L| r) and `transpose` (A L)."""
 
@@ -59,7 +59,7 @@ class Affine(Layer):
         """The coefficients A L of the input; measured from the centres there is no constant."""
         return [self.transpose(A)], 0.0
 
-# %% ../../nbs/robust/02_layers.ipynb #81dad4b4
+# %% ../../nbs/robust/02_layers.ipynb #ca5eeebd
 def plain_gradient(formula: Callable, inputs: tuple[Tensor, ...], needed: tuple[bool, ...], grads: tuple[Tensor, ...]) -> list[Tensor | None]:
     """The gradients of `formula(*inputs)`, weighted by `grads`, as functions of the inputs; None where none is needed."""
     inputs = [x.view_as(x) for x in inputs]
@@ -67,7 +67,7 @@ def plain_gradient(formula: Callable, inputs: tuple[Tensor, ...], needed: tuple[
     found = iter(torch.autograd.grad(formula(*inputs), wanted, grads, create_graph=True, materialize_grads=True))
     return [next(found) if need else None for _, need in zip(inputs, needed, strict=False)]
 
-# %% ../../nbs/robust/02_layers.ipynb #67e3ff01
+# %% ../../nbs/robust/02_layers.ipynb #fc1ff4ea
 class _AbsoluteLinear(Function):
     """r |W|^T for r (B, in) and W (out, in)."""
 
@@ -104,7 +104,7 @@ class Linear(Affine):
     def transpose(self, A: Tensor) -> Tensor:
         return A @ self.weight
 
-# %% ../../nbs/robust/02_layers.ipynb #355ea9e8
+# %% ../../nbs/robust/02_layers.ipynb #d62d8551
 def check_batch(before: torch.Size, after: torch.Size, same_rank: bool = True) -> None:
     """Refuse an output whose sample i is not made of sample i of the input, as far as shapes tell."""
     if before[:1] != after[:1] or (same_rank and len(before) != len(after)):
@@ -126,7 +126,7 @@ def summed(A: Tensor, x: Interval) -> Tensor:
     repeated = [d + 1 for d in range(1, x.ndim) if x.shape[d] != A.shape[d + 1]]
     return (A.sum(repeated, keepdim=True) if repeated else A).to(x.dtype)
 
-# %% ../../nbs/robust/02_layers.ipynb #cbfb3409
+# %% ../../nbs/robust/02_layers.ipynb #b01d33d1
 def _size(weight: Tensor | float) -> Tensor | float:
     """|weight|; that of a boolean is itself."""
     return weight if isinstance(weight, Tensor) and weight.dtype == torch.bool else abs(weight)
@@ -163,7 +163,7 @@ class Scale(Affine):
         batched = isinstance(self.scale, Tensor) and self.scale.dim() == A.dim() - 1
         return A if self.scale is None else A * (self.scale.unsqueeze(1) if batched else self.scale)
 
-# %% ../../nbs/robust/02_layers.ipynb #410e2291
+# %% ../../nbs/robust/02_layers.ipynb #ef7bd7cf
 @dataclass
 class MatMul(Affine):
     """x @ weight, or weight @ x where `left`, for a constant `weight` of 2 or more dimensions, broadcast as by torch.matmul.
@@ -201,7 +201,7 @@ class MatMul(Affine):
         batched = self.weight.dim() == A.dim() - 1 > 2
         return self._product(A, (self.weight.unsqueeze(1) if batched else self.weight).mT)
 
-# %% ../../nbs/robust/02_layers.ipynb #715ae5e5
+# %% ../../nbs/robust/02_layers.ipynb #400003bb
 def _is_ball(x: Interval) -> bool:
     return "mid" in x.__dict__ and "rad" in x.__dict__
 
@@ -257,7 +257,7 @@ class Concat(Layer):
     def backward(self, A: Tensor, *boxes: Interval) -> tuple[list[Tensor], float]:
         return list(A.split([x.shape[self.dim] for x in boxes[:-1]], self.dim + 1)), 0.0
 
-# %% ../../nbs/robust/02_layers.ipynb #dc376415
+# %% ../../nbs/robust/02_layers.ipynb #793bf1cf
 @dataclass
 class Move(Layer):
     """y = function(*xs), for a function that is linear with coefficients >= 0, plus a finite constant, sample by sample.

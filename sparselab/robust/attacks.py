@@ -50,7 +50,7 @@ def fgsm(
         slope, _ = gradient(model, x, y, "ce")
     return (x.detach() + eps * slope.sign()).clamp(lower, upper)
 
-# %% ../../nbs/robust/14_attacks.ipynb #c4c364fb
+# %% ../../nbs/robust/14_attacks.ipynb #5fab4cf8
 class _Worst:
     """The point with the smallest margin met so far, for each sample."""
 
@@ -67,7 +67,7 @@ class _Worst:
         """Those of `rows` that are still classified right."""
         return rows[self.margins[rows] > 0]
 
-# %% ../../nbs/robust/14_attacks.ipynb #164d5368
+# %% ../../nbs/robust/14_attacks.ipynb #aeb1fea8
 def _climb(
     model: nn.Module,
     points: Tensor,
@@ -90,7 +90,7 @@ def _climb(
     with torch.no_grad():
         worst.update(rows, points[rows], worst_margin(model(points[rows]), y[rows]))
 
-# %% ../../nbs/robust/14_attacks.ipynb #2bb77005
+# %% ../../nbs/robust/14_attacks.ipynb #dff7d60b
 def _schedule(length: float, steps: int, loss: str, constant: bool) -> list[tuple[float, str]]:
     """(length, loss) of each step."""
     first = steps // 2 if loss == "margin" else steps
@@ -143,7 +143,7 @@ def pgd(
             _climb(model, start, y, box, worst, schedule, early_stop)
     return worst.points
 
-# %% ../../nbs/robust/14_attacks.ipynb #4a094e7d
+# %% ../../nbs/robust/14_attacks.ipynb #d34e87ce
 def survivors(
     model: nn.Module,
     x: Tensor,  # images (N, ...), pixels in [0, 1]

@@ -257,7 +257,7 @@ class Concat(Layer):
     def backward(self, A: Tensor, *boxes: Interval) -> tuple[list[Tensor], float]:
         return list(A.split([x.shape[self.dim] for x in boxes[:-1]], self.dim + 1)), 0.0
 
-# %% ../../nbs/robust/02_layers.ipynb #793bf1cf
+# %% ../../nbs/robust/02_layers.ipynb #1a6dd2e9
 @dataclass
 class Move(Layer):
     """y = function(*xs), for a function that is linear with coefficients >= 0, plus a finite constant, sample by sample.

@@ -10,7 +10,6 @@ __all__ = ['check_dense', 'shortened', 'input_box', 'check_box', 'Interval', 'ma
 import math
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cached_property, wraps
 
 import numpy as np
@@ -137,12 +136,9 @@ def written_precision(function: Callable) -> Callable:
     """The function, in the precision of its tensors: autocast is off while it runs."""
     @wraps(function)
     def in_full(*args, **kwargs):
-        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        if not kinds:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
             return function(*args, **kwargs)
-        with ExitStack() as stack:
-            for kind in kinds:
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
 
     return in_full

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..program import Program, read
 from .boxes import Interval, check_box, flat, in_full_width, margin_matrix, written_precision
-from .ibp import IntervalPass, Step, apply_rows, carry, check_rows, concretize, middle, refusing
+from .ibp import IntervalPass, Refusing, Step, apply_rows, carry, check_rows, concretize, middle
 from .layers import Layer
 from .rules import Graph, Statistics
 
@@ -31,7 +31,7 @@ def backward(pass_: IntervalPass, A: Tensor, place: int, both: bool = True) -> t
             rows = {k: torch.cat([a, -a], 1) for k, a in rows.items()}
             centre, mirrored = torch.cat([centre, -centre], 1), True
         boxes = pass_.inputs(step)
-        with refusing(step):
+        with Refusing(step):
             parts, constant = step.layer.backward(rows.pop(here), *boxes, pass_.at(here))
         centre = centre + constant
         for i, box, part in zip(step.inputs, boxes, parts, strict=True):

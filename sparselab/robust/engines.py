@@ -34,14 +34,14 @@ def check_arguments(model: nn.Module, lower: Tensor, upper: Tensor, C: Tensor | 
         raise ValueError("The default device of torch is 'meta', where tensors have no values: call torch.set_default_device('cpu').")
     if not all(isinstance(end, Tensor) for end in (lower, upper)):
         raise ValueError(f"The ends of a box are tensors, not {type(lower).__name__} and {type(upper).__name__}.")
-    check_box(lower, upper)
     if not isinstance(program, Program | None):
         raise ValueError(f"program is a {type(program).__name__}, but a reading is needed: sparselab.program.read(model, x) makes one.")
-    if C is None:
-        return
-    check_dense("C", C)
-    if C.is_complex() or not bool(C.isfinite().all()):
-        raise ValueError("C holds complex, NaN or infinite values: its rows are finite combinations of outputs, as of margin_matrix(labels, K).")
+    if C is not None:
+        check_dense("C", C)
+    if program is None:  # else it is a loop, in which every pass checks its box, and the one who calls vouches for C
+        check_box(lower, upper)
+        if C is not None and (C.is_complex() or not bool(C.isfinite().all())):
+            raise ValueError("C holds complex, NaN or infinite values: its rows are finite combinations of outputs, as of margin_matrix(labels, K).")
 
 
 def bounds(

@@ -10,12 +10,11 @@ __all__ = ['aten', 'RULES', 'FAMILY', 'ROW_BY_ROW', 'SILENT', 'MOVED', 'WRITTEN'
            'pair', 'add', 'sub', 'rsub', 'mul', 'neg', 'div', 'same', 'to_copy', 'keeps_batch', 'dims_of', 'view',
            'squeeze', 'unsqueeze', 'permute', 'transpose', 'along', 'slice_', 'joined', 'filled', 'concat', 'stack',
            'split', 'unbind', 'index', 'roll', 'repeat', 'expand', 'images', 'constant_pad', 'scatter', 'where',
-           'masked_fill', 'copy', 'UnsupportedLayer', 'naming', 'training_norms', 'of_batch', 'Graph']
+           'masked_fill', 'copy', 'UnsupportedLayer', 'Naming', 'training_norms', 'of_batch', 'Graph']
 
 # %% ../../nbs/robust/07_rules.ipynb #47505110
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -595,16 +594,21 @@ class UnsupportedLayer(Unreadable):
         super().__init__(f"Layer '{name}' ({what}) is not supported by the native engine: {reason}. Replace the layer{other}.")
 
 
-@contextmanager
-def naming(name: str, what: str) -> Iterator[None]:
-    """Turn what a rule refuses, and torch's errors about shapes and types, into a ValueError that names the layer."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (Refused, TypeError) as reason:
-        raise UnsupportedLayer(name, what, str(reason)) from reason
-    except (RuntimeError, IndexError) as error:
+class Naming:
+    """Inside, what a rule refuses, and torch's errors about shapes and types, become a ValueError that names the layer of `node`."""
+
+    def __init__(self, program: Program):
+        self.program, self.node = program, None
+
+    def __enter__(self) -> "Naming":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Refused | TypeError | RuntimeError | IndexError) or isinstance(error, torch.OutOfMemoryError):
+            return
+        name, what = self.program.names[self.node], operation(self.node)
+        if isinstance(error, Refused | TypeError):
+            raise UnsupportedLayer(name, what, str(error)) from error
         raise ValueError(f"Layer '{name}' ({what}) does not fit what reaches it: {error}") from error
 
 # %% ../../nbs/robust/07_rules.ipynb #fb0c579c

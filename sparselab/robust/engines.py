@@ -21,7 +21,7 @@ from .rules import FAMILY, ONLY_LIRPA, RULES, SILENT, Statistics, training_norms
 # %% ../../nbs/robust/12_engines.ipynb #27bf0981
 _all_ = ["input_box", "margin_matrix"]
 
-# %% ../../nbs/robust/12_engines.ipynb #b2e4aa16
+# %% ../../nbs/robust/12_engines.ipynb #f37967dc
 METHODS = ("ibp", "crown_ibp", "crown")
 ENGINES = ("native", "auto_lirpa")
 
@@ -86,7 +86,7 @@ def bounds(
         check_alone(model, middle(lower, upper), known.value)
     return lb, ub
 
-# %% ../../nbs/robust/12_engines.ipynb #158e5b2f
+# %% ../../nbs/robust/12_engines.ipynb #c3416e0a
 def engine_table() -> str:
     """A Markdown table: each family of operations, and whether the engines bound it."""
     families: dict[str, list[str]] = {}

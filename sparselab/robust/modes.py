@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/robust/13_modes.ipynb #e237bf77
+# %% ../../nbs/robust/13_modes.ipynb #2309573c
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """`model` after `model.eval()` inside the context, and every module in the mode it had before after it."""
@@ -29,7 +29,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
 
-# %% ../../nbs/robust/13_modes.ipynb #ef154553
+# %% ../../nbs/robust/13_modes.ipynb #4b00510d
 Switch = tuple[object, Callable[[object], None], object]  # what is chosen now, how to choose, what full precision is
 
 
@@ -59,7 +59,7 @@ def full_precision(device: torch.device | str) -> Iterator[None]:
         stack.enter_context(torch.autocast(torch.device(device).type, enabled=False))
         yield
 
-# %% ../../nbs/robust/13_modes.ipynb #b6c544d8
+# %% ../../nbs/robust/13_modes.ipynb #43856ca8
 def worst_margin(logits: Tensor, y: Tensor) -> Tensor:
     """min over j != y of z_y - z_j, (B,): positive where the label wins; -inf where an output is NaN."""
     others = logits.scatter(1, y.unsqueeze(1), -math.inf)

@@ -13,7 +13,7 @@ from .boxes import Interval, flat
 from .layers import Layer, check_pair, summed
 from .relu import ReLU, zero_in
 
-# %% ../../nbs/robust/06_products.ipynb #8a6b3458
+# %% ../../nbs/robust/06_products.ipynb #0c101653
 class Product(Layer):
     """y = x1 * x2, of one shape or with ones that broadcast; `Power(2)` is tighter for x * x."""
 
@@ -35,7 +35,7 @@ class Product(Layer):
         constant = A * (x1.mid * x2.mid - y.mid).unsqueeze(1) - size * (x1.rad * x2.rad).unsqueeze(1)
         return [summed(tilt1, x1), summed(tilt2, x2)], flat(constant, 2).sum(2)
 
-# %% ../../nbs/robust/06_products.ipynb #a5146fa5
+# %% ../../nbs/robust/06_products.ipynb #67936a4b
 def relu_rows(A: Tensor, x: Interval, y0: Tensor) -> tuple[Tensor, Tensor]:
     """A' and c with A (relu(x) - y0) >= A' (x - x0) + c, for any y0."""
     relu = ReLU()

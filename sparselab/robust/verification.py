@@ -23,7 +23,7 @@ from .engines import METHODS, bounds, input_box, margin_matrix
 from .modes import check_classes, check_labels, eval_mode, full_precision, worst_margin
 from .replay import ask, check_alone, check_bounds, check_point, check_reading, probes
 
-# %% ../../nbs/robust/16_verification.ipynb #3adbcee2
+# %% ../../nbs/robust/16_verification.ipynb #36542925
 @dataclass(frozen=True, eq=False)
 class Verification:
     """What is proved of each of B samples; every tensor is (B,).
@@ -88,7 +88,7 @@ def _margins(margins: Tensor) -> Html:
 def _share(samples: Tensor) -> float:
     return int(samples.sum()) / len(samples) if len(samples) else 0.0
 
-# %% ../../nbs/robust/16_verification.ipynb #5651f6ce
+# %% ../../nbs/robust/16_verification.ipynb #7147a858
 def check_order(clean: Tensor, robust: Tensor, verified: Tensor) -> None:
     """Raise AssertionError unless verified samples are robust and robust ones clean; all (B,) bool.
 
@@ -105,7 +105,7 @@ def check_order(clean: Tensor, robust: Tensor, verified: Tensor) -> None:
                 "so a bound or an attack is wrong. Please report it with the model and these samples."
             )
 
-# %% ../../nbs/robust/16_verification.ipynb #7e759c7f
+# %% ../../nbs/robust/16_verification.ipynb #1ad0b2e5
 FLOATS = 2**26  # that one batch may hold, about: 256 MB in single precision
 
 
@@ -116,7 +116,7 @@ def _batch(program: Program, classes: int, method: str, engine: str, most: int) 
     rows = 0 if method == "ibp" else widest if (method, engine) == ("crown", "auto_lirpa") else classes - 1
     return max(1, min(most, FLOATS // (4 * (total + rows * widest) + 1)))
 
-# %% ../../nbs/robust/16_verification.ipynb #ea99b248
+# %% ../../nbs/robust/16_verification.ipynb #52ba2c9e
 def _slope(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Where the margins fall; zero where autograd cannot go through the model, such as for some operations in place."""
     try:
@@ -174,7 +174,7 @@ def _lower_margins(
         check_bounds(found, lb[proved], ub[proved], C[proved])
     return lb.amin(1)
 
-# %% ../../nbs/robust/16_verification.ipynb #a911194f
+# %% ../../nbs/robust/16_verification.ipynb #6e624b2f
 BROKEN = 32  # broken samples that methods other than IBP run on, as a test of the method
 
 
@@ -234,7 +234,7 @@ def verify(
         logits = torch.cat([ask(model, part) for part in x.split(size)])
         check_classes(logits, y)
         parts = [_witnesses(model, *part, eps, z) for *part, z in zip(x.split(size), y.split(size), logits.split(size), strict=True)]
-        seen, rises = torch.cat([said for said, _ in parts], 1), torch.cat([mask for _, mask in parts])
+        seen, rises = torch.cat([outputs for outputs, _ in parts], 1), torch.cat([mask for _, mask in parts])
         clean, scale = worst_margin(logits, y) > 0, logits.abs().amax(1).clamp(min=1)
         unbroken = torch.stack([worst_margin(z, y) > 0 for z in seen]).all(0)
         worth = clean if robust is None else clean & robust

@@ -17,7 +17,7 @@ from torch import Tensor
 from .boxes import Interval, Refused
 from .layers import Affine, Layer
 
-# %% ../../nbs/robust/04_windows.ipynb #116336e0
+# %% ../../nbs/robust/04_windows.ipynb #0ddbf352
 def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     """One entry for each dimension of the window, as torch reads a number or a list of one."""
     value = (value,) if isinstance(value, int) else tuple(value)
@@ -86,7 +86,7 @@ class Conv(Affine):
         grouped = self.weight.unflatten(0, (self.groups, -1)) * scale.view(self.groups, 1, -1, *ones)
         return replace(self, weight=grouped.flatten(0, 1), bias=bias)
 
-# %% ../../nbs/robust/04_windows.ipynb #c1625fe2
+# %% ../../nbs/robust/04_windows.ipynb #6766c48b
 @dataclass
 class AvgPool(Affine):
     """nn.AvgPool2d and 3d: `kernel` has one entry per dimension; the options are those of aten.avg_pool2d, in its order."""
@@ -119,7 +119,7 @@ class AvgPool(Affine):
         spread = torch.ops.aten.avg_pool2d_backward if len(self.kernel) == 2 else torch.ops.aten.avg_pool3d_backward
         return spread(rows, like, *self.options).unflatten(0, A.shape[:2])
 
-# %% ../../nbs/robust/04_windows.ipynb #380eb899
+# %% ../../nbs/robust/04_windows.ipynb #6ae39132
 @dataclass
 class MaxPool(Layer):
     """nn.MaxPool2d and 3d: `kernel` has one entry per dimension; the options are those of aten.max_pool2d, in its order.

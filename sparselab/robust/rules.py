@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['aten', 'RULES', 'FAMILY', 'ROW_BY_ROW', 'SILENT', 'MOVED', 'WRITTEN', 'ONLY_LIRPA', 'Statistics', 'rule', 'Merged',
-           'is_activation', 'only_constant', 'addmm', 'mm', 'bmm', 'convolution', 'batch_norm', 'avg_pool',
-           'adaptive_avg_pool2d', 'max_pool', 'relu', 'leaky_relu', 'prelu', 'without_options', 'absolute', 'softplus',
-           'elu', 'celu', 'gelu', 'spread', 'clamp', 'clamp_max', 'hardtanh', 'threshold', 'power', 'fixed_power',
-           'pair', 'add', 'sub', 'rsub', 'mul', 'neg', 'div', 'same', 'to_copy', 'keeps_batch', 'dims_of', 'view',
-           'squeeze', 'unsqueeze', 'permute', 'transpose', 'along', 'slice_', 'joined', 'filled', 'concat', 'stack',
-           'split', 'unbind', 'index', 'roll', 'repeat', 'expand', 'images', 'constant_pad', 'scatter', 'where',
-           'masked_fill', 'copy', 'UnsupportedLayer', 'Naming', 'training_norms', 'of_batch', 'Graph']
+           'is_activation', 'only_constant', 'Transposed', 'addmm', 'mm', 'bmm', 'convolution', 'batch_norm',
+           'avg_pool', 'adaptive_avg_pool2d', 'max_pool', 'relu', 'leaky_relu', 'prelu', 'without_options', 'absolute',
+           'softplus', 'elu', 'celu', 'gelu', 'spread', 'clamp', 'clamp_max', 'hardtanh', 'threshold', 'power',
+           'fixed_power', 'pair', 'add', 'sub', 'rsub', 'mul', 'neg', 'div', 'same', 'to_copy', 'keeps_batch',
+           'dims_of', 'view', 'squeeze', 'unsqueeze', 'permute', 'transpose', 'along', 'slice_', 'joined', 'filled',
+           'concat', 'stack', 'split', 'unbind', 'index', 'roll', 'repeat', 'expand', 'images', 'constant_pad',
+           'scatter', 'where', 'masked_fill', 'copy', 'UnsupportedLayer', 'Naming', 'training_norms', 'of_batch',
+           'Graph']
 
 # %% ../../nbs/robust/07_rules.ipynb #47505110
 import math
@@ -67,6 +68,16 @@ def only_constant(*values: Any) -> None:
     """Refuse a product of two activations as matrices."""
     if is_activation(*values):
         raise Refused("it multiplies two activations as matrices")
+
+
+class Transposed:
+    """W^T, of which nothing but `t()`, W itself, is asked: no view is made of it, and autograd goes through none."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def t(self) -> Tensor:
+        return self.weight
 
 
 @rule("addmm", of="linear layers, also on tokens", rows=True)
@@ -660,12 +671,19 @@ class Graph:
             if operation(node) in BATCH_NORMS and operation(before := node.args[0]) == "convolution" and len(before.users) == 1:
                 self.norms[before] = node
         self.folded = set(self.norms.values())
+        self.transposed = {node for node in self.program.nodes if operation(node) == "t" and self._is_weight(node)}
 
     def _reads(self, node: fx.Node) -> list[fx.Node]:
         found = []
         fx.map_arg((node.args, node.kwargs), found.append)
         found = [before for before in found if before in self.program.activations]
         return list(dict.fromkeys(found)) if operation(node) == "mul" else found  # x * x is a function of one activation
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        """Is a constant read as the weight of linear layers alone?"""
+        users = [(user, operation(user)) for user in node.users]
+        return node not in self.program.activations and all(
+            what in ("addmm", "mm") and user in self.reads and user.args[-1] is node for user, what in users)
 
     @classmethod
     def of(cls, program: Program) -> "Graph":
@@ -678,7 +696,9 @@ class Graph:
         """The value of every node that does not depend on the input, with the weights of `model`; at least single precision."""
         values = {node: in_full_width(tensor) for node, tensor in fetch(self.program, model).items()}
         for node in self.program.nodes:
-            if node.op == "call_function" and node not in self.program.activations:
+            if node in self.transposed:
+                values[node] = Transposed(values[node.args[0]])
+            elif node.op == "call_function" and node not in self.program.activations:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*args, **kwargs)
         return values

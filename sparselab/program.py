@@ -397,6 +397,7 @@ def run(program: Program, model: nn.Module, x: Tensor) -> Tensor:
 
 # %% ../nbs/00e_program.ipynb #3dce598e
 _PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device}
+_BY_IDENTITY = {"_parameters", "_buffers", "_modules"}  # tables of a module whose values may change
 
 
 def structure(model: nn.Module) -> list:
@@ -407,8 +408,10 @@ def structure(model: nn.Module) -> list:
         for name, value in vars(module).items():
             if type(value) in _PLAIN:
                 found.append(value)
-            elif name == "_buffers":
-                found.append([(key, id(buffer)) for key, buffer in value.items()])
+            elif name in _BY_IDENTITY:
+                found.append(name)
+                found.extend(value)
+                found.extend(map(id, value.values()))
             elif not isinstance(value, dict) or value:  # most of a module's tables are empty
                 found += (name, _mark(value))
     return found

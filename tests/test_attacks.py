@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparselab.robust.attack_losses import LOSSES
-from sparselab.robust.attacks import fgsm, pgd, survivors
+from sparselab.robust.attacks import LOSSES, fgsm, pgd, survivors
 from sparselab.robust.boxes import input_box
 from sparselab.robust.modes import eval_mode, worst_margin
 

@@ -340,7 +340,7 @@ CONTRAST = """element => {
     return [(a + 0.05) / (b + 0.05), light(under)]; }"""
 CARDS = """import torch
 from sparselab.learn.runs import Run
-from sparselab.robust.proofs import verify
+from sparselab.robust.verification import verify
 from sparselab.sparse.methods import sparsify
 from sparselab.view.explorer import Explorer
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))

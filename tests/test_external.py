@@ -12,8 +12,7 @@ from torch import nn
 
 from sparselab.learn.data import load, to_float
 from sparselab.robust.attacks import survivors
-from sparselab.robust.proofs import verify
-from sparselab.robust.verification import check_order
+from sparselab.robust.verification import check_order, verify
 
 EPS = 0.026
 

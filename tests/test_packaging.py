@@ -177,7 +177,8 @@ EXAMPLE = re.search(r"```python\n(import torch\n.*?)```", (ROOT / "README.md").r
 def test_type_checkers_know_the_readme_example(checker, bare, tmp_path):
     """Against the built wheel: README's example has no errors, and `bounds` is a function with its own parameters."""
     (tmp_path / "example.py").write_text(EXAMPLE)
-    (tmp_path / "mypy.ini").write_text("[mypy]\nfollow_imports = silent\n[mypy-torch.*,numpy.*,scipy.*,sklearn.*,safetensors.*]\nfollow_imports = skip\n")
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nfollow_imports = silent\n[mypy-torch.*,numpy.*,scipy.*,sklearn.*,safetensors.*]\nfollow_imports = skip\n")
     (tmp_path / "wrong.py").write_text(f"{EXAMPLE}\nbounds(model, method=3)\nsparsifier.stepp()\n")
     found = []
     for file in ("example.py", "wrong.py"):

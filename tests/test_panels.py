@@ -20,7 +20,7 @@ from sparselab.learn.recordings import STATES, NeuronLooks, NeuronSums
 from sparselab.learn.runs import Run
 from sparselab.robust.engines import METHODS, input_box
 from sparselab.robust.ibp import interval_pass
-from sparselab.robust.proofs import verify
+from sparselab.robust.verification import verify
 from sparselab.sparse.cursor import Cursor
 from sparselab.sparse.history import MaskHistory
 from sparselab.view.codes import mask_codes

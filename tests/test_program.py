@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from sparselab.program import LastReading, Unreadable, read, run, structure
+from sparselab.robust.boxes import input_box, margin_matrix
 from sparselab.robust.engines import METHODS, bounds
 from sparselab.robust.ibp import interval_pass, recorded_statistics
-from sparselab.robust.proofs import verify
+from sparselab.robust.neurons import stability
+from sparselab.robust.verification import verify
 from sparselab.sparse.methods import sparsify
 
 
@@ -515,10 +517,65 @@ def test_structure_does_not_look_at_values():
     assert structure(net) == before
 
 
+NONSENSE = {
+    "a list as C": (lambda net, x: bounds(net, x, x, C=[[1, 0, -1]]), "C is a list, but a tensor is needed"),
+    "an array as C": (lambda net, x: bounds(net, x, x, C=np.eye(3)), "C is a ndarray"),
+    "C without values": (lambda net, x: bounds(net, x, x, C=torch.ones(1, 1, 3, device="meta")), "C is on the device 'meta'"),
+    "C with NaN": (lambda net, x: bounds(net, x, x, C=torch.full((1, 1, 3), torch.nan)), "C holds complex, NaN or infinite values"),
+    "a box without values": (lambda net, x: bounds(net, x.to("meta"), x.to("meta")), "lower is on the device 'meta'"),
+    "a sparse box": (lambda net, x: bounds(net, x, x.to_sparse()), "upper is not a dense tensor, but torch.sparse_coo"),
+    "a list as box": (lambda net, x: bounds(net, [0.0], [1.0]), "The ends of a box are tensors, not list and list"),
+    "a function as model": (lambda net, x: bounds(torch.relu, x, x), "The model is a builtin_function_or_method"),
+    "a number as program": (lambda net, x: bounds(net, x, x, program=3), "program is a int"),
+    "a list as images": (lambda net, x: input_box([0.5], 0.1), "x is a list"),
+    "a half class": (lambda net, x: margin_matrix(torch.zeros(2, dtype=torch.long), 2.5), "at least 2 classes, not 2.5"),
+    "a list as labels": (lambda net, x: margin_matrix([0, 1], 3), "labels is a list"),
+    "a list as box of stability": (lambda net, x: stability(net, [0.0], [1.0]), "lower is a list"),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_is_answered_by_a_sentence(name):
+    ask, said = NONSENSE[name]
+    with pytest.raises(ValueError, match=said):
+        ask(nn.Linear(4, 3), torch.rand(2, 4))
+
+
+def test_a_default_device_without_values_is_refused():
+    net, x, y = nn.Linear(4, 3), torch.rand(2, 4), torch.tensor([0, 1])
+    torch.set_default_device("meta")
+    try:
+        for ask in (lambda: bounds(net, x, x), lambda: verify(net, x, y, 0.1)):
+            with pytest.raises(ValueError, match="default device of torch is 'meta'"):
+                ask()
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_detach_inside_the_model_does_not_stop_the_gradient_of_a_bound(method):
+    """As the docstring of `bounds` says: the gradient is that of the function which the model computes."""
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                h = self.first(x).detach()
+            return self.last(h.relu())
+
+    torch.manual_seed(0)
+    net, x = Detached(), torch.rand(5, 4)
+    plain = nn.Sequential(net.first, nn.ReLU(), net.last)
+    found, expected = (torch.autograd.grad(bounds(m, x - 0.1, x + 0.1, method)[0].sum(), net.first.weight)[0] for m in (net, plain))
+    assert expected.any() and torch.equal(found, expected)
+
+
 def test_the_table_in_the_readme_is_that_of_the_engines():
     from pathlib import Path
 
-    from sparselab.robust.support import engine_table
+    from sparselab.robust.engines import engine_table
 
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     assert readme.split("<!-- engines -->")[1].split("<!-- end of engines -->")[0].strip() == engine_table()

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparselab.robust.boxes import input_box
-from sparselab.robust.graph import UnsupportedLayer
 from sparselab.robust.ibp import interval_pass
 from sparselab.robust.neurons import PASSES, LayerStability, as_row, merge, stability
+from sparselab.robust.rules import UnsupportedLayer
 
 
 def convolutional():
@@ -153,3 +153,25 @@ def test_a_model_without_relus_has_no_rows_and_bad_input_is_refused():
         stability(nn.Sequential(nn.Linear(3, 2), nn.Softmax(1)), *box)
     with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
         LayerStability.of(*torch.rand(2, 1, 2)) + LayerStability.of(*torch.rand(2, 1, 3))
+
+
+class Functional(nn.Module):
+    """Linear layers with nonlinearities that are no modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x.flatten(1)).relu()).tanh())
+
+
+def test_neurons_are_what_goes_into_layers_that_are_not_linear_however_they_are_written(monkeypatch):
+    from sparselab.learn import margins
+
+    net, x = Functional(), torch.rand(5, 1, 2, 2)
+    assert interval_pass(net, x, x).neurons == 8 + 6
+    assert interval_pass(nn.Sequential(nn.Flatten(), net.first, nn.MaxPool1d(2), nn.Linear(4, 3)), x, x).neurons == 8
+    monkeypatch.setattr(margins, "CROWN_NEURONS", 13)
+    found = margins.margins_of(net, x, torch.zeros(5, dtype=torch.long), 0.1, radii=3)
+    assert "14 neurons are more than 13" in found.left_out["crown"] and set(found.lb) == {"ibp", "crown_ibp"}

@@ -1,13 +1,19 @@
 """Where README says that an engine supports an operation, it bounds a network with it, soundly; one network for every operation."""
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from sparselab.program import operation, read
-from sparselab.robust.engines import METHODS, bounds
+from sparselab.robust.curves import Curve
+from sparselab.robust.engines import METHODS, bounds, engine_table
+from sparselab.robust.layers import Layer
 from sparselab.robust.lirpa import SOUND
-from sparselab.robust.rules import RULES
+from sparselab.robust.neurons import stability
+from sparselab.robust.relu import ReLU
+from sparselab.robust.rules import FAMILY, ONLY_LIRPA, RULES, UnsupportedLayer, rule
 
 SCALE = torch.linspace(0.5, 1.5, 8)
 VECTORS = {  # ATen operation -> what stands between two linear layers of 8 neurons
@@ -67,3 +73,60 @@ def test_every_claim_for_auto_lirpa_has_a_network():
     assert set(SOUND) - same <= set(VECTORS) | set(IMAGES)
     for name, middle in VECTORS.items():
         assert name in {operation(node) for node in read(Vectors(middle), torch.rand(2, 4)).nodes}, name
+
+
+class Sin(Curve):
+    """sin x, for |x| <= pi / 2."""
+
+    shares = (-0.5, 0.5)
+
+    def function(self, x):
+        return x.sin()
+
+    def derivative(self, x):
+        return x.cos()
+
+    def touching(self, slope):
+        x = slope.clamp(-1, 1).acos()
+        return [x, -x]
+
+
+class Gate(ReLU):
+    """A switch of another name."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_and_a_rule_are_all_that_an_operation_needs(method):
+    torch.manual_seed(0)
+    net, x = Vectors(torch.sin), torch.rand(4, 4)
+    net.first.weight.data /= 4
+    with pytest.raises(UnsupportedLayer, match="no bound rule"):
+        bounds(net, x, x, method)
+    with mock.patch.dict(RULES), mock.patch.dict(FAMILY):
+        rule("sin", of=ONLY_LIRPA["sin"])(lambda x: Sin())
+        rule("cos", of=ONLY_LIRPA["cos"])(lambda x: Sin())
+        lb, ub = bounds(net, x - 0.05, x + 0.05, method)
+        for _ in range(100):
+            y = net(x + 0.1 * torch.rand_like(x).round() - 0.05)
+            assert bool((lb <= y + 1e-6).all() and (y <= ub + 1e-6).all())
+        assert "| sine and cosine | yes | yes |" in engine_table() and not stability(net, x, x), "a curve is no switch"
+        RULES["sin"] = lambda x: Gate()
+        assert list(stability(Vectors(torch.sin), x, x, method)) == ["sin"], "what a layer says is enough"
+
+
+def test_nothing_about_a_rule_can_be_forgotten():
+    class Silent(Layer):
+        linear, entrywise = True, True
+
+        def interval(self, x):
+            return x
+
+        def backward(self, A, x, y):
+            return [A], 0.0
+
+    with pytest.raises(TypeError, match="switch"):
+        Silent()
+    with pytest.raises(TypeError, match="of"):
+        rule("sin")
+    with pytest.raises(ValueError, match="'relu' has a rule already"):
+        rule("relu", of="ReLU")(lambda x: x)

@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparselab.robust import proofs as module
+from sparselab.robust import verification as module
 from sparselab.robust.attacks import pgd, survivors
+from sparselab.robust.boxes import Interval
 from sparselab.robust.engines import METHODS, bounds, input_box, margin_matrix
-from sparselab.robust.graph import UnsupportedLayer
-from sparselab.robust.lirpa_mends import load
+from sparselab.robust.lirpa import load
 from sparselab.robust.modes import worst_margin
-from sparselab.robust.proofs import verify
-from sparselab.robust.verification import Verification, check_order
+from sparselab.robust.relu import ReLU
+from sparselab.robust.replay import Contradiction
+from sparselab.robust.rules import RULES, UnsupportedLayer
+from sparselab.robust.verification import Verification, check_order, verify
 
 
 def network(seed=0, inputs=4, width=12, classes=3, sparsity=0.0):
@@ -220,6 +222,15 @@ def test_wider_boxes_have_fewer_proofs():
         ({"y": torch.zeros(4, dtype=torch.long)}, "5 images need 5 labels"),
         ({"y": torch.full((5,), 3)}, "from 3 to 3, but the model tells 3 classes apart"),
         ({"x": torch.rand(5, 4) * 255}, r"pixels must be in \[0, 1\]"),
+        ({"eps": True}, "eps is True"),
+        ({"eps": 10**400}, "eps is a number of thousands of digits"),
+        ({"eps": torch.tensor(0.1)}, r"eps is tensor\(0.1000\)"),
+        ({"methods": None}, "methods is None"),
+        ({"robust": [True] * 5}, "robust is list"),
+        ({"robust": torch.ones(5)}, r"robust is torch.float32 of shape \(5,\)"),
+        ({"x": torch.rand(5, 4).to_sparse()}, "x is not a dense tensor, but torch.sparse_coo"),
+        ({"x": torch.rand(5, 4, device="meta")}, "x is on the device 'meta'"),
+        ({"y": torch.zeros(5, dtype=torch.long, device="meta")}, "y is on the device 'meta'"),
     ],
 )
 def test_bad_input_is_refused(options, said):
@@ -268,7 +279,7 @@ def test_a_machine_without_auto_lirpa_is_told_both_commands_in_order(monkeypatch
 
 @pytest.mark.skipif(importlib.util.find_spec("auto_LiRPA") is None, reason="auto_LiRPA is not installed")
 def test_what_auto_lirpa_imports_and_lacks_is_named():
-    code = "import sys; sys.modules['appdirs'] = None; from sparselab.robust.lirpa_mends import load; load()"
+    code = "import sys; sys.modules['appdirs'] = None; from sparselab.robust.lirpa import load; load()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: auto_LiRPA is installed, but not appdirs") and "'sparselab[lirpa]'" in last
@@ -285,3 +296,29 @@ def test_both_engines_prove_the_same():
     assert torch.equal(native.verified, other.verified) and native.verified.any()
     assert native.proved_by == other.proved_by
     assert torch.allclose(native.margins, other.margins, rtol=1e-4, atol=1e-5)
+
+
+class Halved(ReLU):
+    """A wrong rule: the upper end of an unstable ReLU is half of what it is."""
+
+    def interval(self, x):
+        y = super().interval(x)
+        return Interval.ends(y.lb, torch.where(y.lb == 0, y.ub / 2, y.ub))
+
+
+def test_a_short_attack_finds_a_false_proof_that_no_fixed_point_shows(monkeypatch):
+    """In the middle of the box the margin falls away from the corner where, behind a kink, it is negative."""
+    net, h = nn.Sequential(nn.Linear(30, 2), nn.ReLU(), nn.Linear(2, 2)), torch.ones(30)
+    h[::2] = -1
+    with torch.no_grad():  # the margin is 2.4 + 0.1 h d - relu(h d - 0.2) for d = x - 1/2
+        net[0].weight.copy_(torch.stack([h, 0.1 * h]))
+        net[0].bias.copy_(torch.tensor([-0.2, 10.0]) - net[0].weight.sum(1) / 2)
+        net[2].weight.copy_(torch.tensor([[-1.0, 1.0], [0.0, 0.0]]))
+        net[2].bias.copy_(torch.tensor([2.4 - 10.0, 0.0]))
+    x, y = 0.5 + 0.001 * torch.randn(20, 30), torch.zeros(20, dtype=torch.long)
+    assert (worst_margin(net(x + 0.1 * h), y) < 0).all() and not verify(net, x, y, 0.1).verified.any()
+    monkeypatch.setitem(RULES, "relu", lambda x: Halved())
+    with pytest.raises(Contradiction, match="A bound is wrong"):
+        verify(net, x, y, 0.1, "ibp")
+    monkeypatch.setattr(module, "ATTACKED", 0)
+    assert verify(net, x, y, 0.1, "ibp").verified.all(), "the corners and points that are always asked do not show it"

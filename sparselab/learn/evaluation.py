@@ -20,8 +20,7 @@ from ..robust.engines import bounds
 from ..robust.ibp import interval_pass
 from ..robust.modes import eval_mode, worst_margin
 from ..robust.neurons import LayerStability, as_row, merge
-from ..robust.proofs import verify
-from ..robust.verification import check_order
+from ..robust.verification import check_order, verify
 
 # %% ../../nbs/learn/13_evaluation.ipynb #5244e008
 def beyond_chance(right: Tensor, count: Tensor) -> dict[str, float]:

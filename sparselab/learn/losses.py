@@ -76,7 +76,7 @@ class Objective:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
         """The scalar loss of images `x` in [0, 1] and labels `y` at `progress`, the share of training done."""
         moment = self.ramp(progress)
-        with recorded_statistics() as statistics:
+        with recorded_statistics(model) as statistics:
             logits = model(x)
         natural = cross_entropy(logits, y)
         if moment.kappa == 1 and not self.regularizer:

@@ -19,7 +19,9 @@ from .data import torch_seed
 from ..robust.attacks import pgd
 from ..robust.boxes import input_box, margin_matrix
 from ..robust.engines import METHODS, bounds
+from ..robust.ibp import interval_pass
 from ..robust.modes import eval_mode
+from ..robust.rules import UnsupportedLayer
 
 # %% ../../nbs/learn/11c_margins.ipynb #73cc3aff
 CROWN_NEURONS = 5_000  # CROWN bounds every neuron backwards; larger networks do without it here
@@ -69,7 +71,7 @@ def margins_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, methods: tupl
         with torch.no_grad():
             logits, attacked = model(x), model(attacks).argmax(1)
             C = margin_matrix(y, logits.shape[1], logits.dtype)
-            neurons = sum(z.numel() for z in _activations(model, x[:1]))
+            neurons = _neurons(model, x)
             for method in methods:
                 if method == "crown" and (reason := _too_long(neurons, engine)):
                     left_out[method] = f"Margins by CROWN were not recorded, as {reason}; robust.verify computes them."
@@ -79,16 +81,12 @@ def margins_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, methods: tupl
                    left_out)
 
 
-def _activations(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """What the ReLUs of `model` put out for `x`."""
-    found, relus = [], [module for module in model.modules() if isinstance(module, (nn.ReLU, nn.LeakyReLU))]
-    hooks = [module.register_forward_hook(lambda m, args, z: found.append(z)) for module in relus]
+def _neurons(model: nn.Module, x: Tensor) -> int:
+    """How many numbers of one sample go into layers that are not linear; a model that only auto_LiRPA can bound counts as large."""
     try:
-        model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+        return interval_pass(model, x[:1], x[:1]).neurons
+    except UnsupportedLayer:
+        return CROWN_NEURONS
 
 
 def _too_long(neurons: int, engine: str) -> str:

@@ -68,8 +68,8 @@ def scattered(net: Rows, name: str, state: Mapping[str, Any]) -> dict[str, Any]:
 class SparseSteps:
     """The training steps of a model in which a sparsifier has nothing to do, on the nonzeros alone.
 
-    `kernels`: "sparse" (ValueError where that cannot be), "dense", or "auto", which is sparse where that is faster. `reason` says why steps are dense. After every
-    step the model has the new weights; the optimizer of the model has its moments again when somebody asks for its
+    `kernels`: "sparse" (ValueError where that cannot be), "dense", or "auto", which is sparse where that is faster.
+    `reason` says why steps are dense. After every step the model has the new weights; the optimizer of the model has its moments again when somebody asks for its
     state_dict, or after `settle`.
     """
 

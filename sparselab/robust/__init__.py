@@ -8,17 +8,24 @@ _HOME = {  # public name -> the module that defines it
     "ENGINES": "engines",
     "LayerStability": "neurons",
     "METHODS": "engines",
-    "UnsupportedLayer": "graph",
+    "UnsupportedLayer": "rules",
     "Verification": "verification",
     "bounds": "engines",
-    "engine_table": "support",
+    "check_order": "verification",
+    "crown_ibp": "crown",
+    "engine_table": "engines",
+    "eval_mode": "modes",
     "fgsm": "attacks",
+    "full_precision": "modes",
+    "fused_upper": "crown",
     "input_box": "boxes",
+    "interval_pass": "ibp",
     "margin_matrix": "boxes",
     "pgd": "attacks",
     "recorded_statistics": "ibp",
     "stability": "neurons",
-    "verify": "proofs",
+    "survivors": "attacks",
+    "verify": "verification",
     "worst_margin": "modes",
 }
 __all__ = [
@@ -29,27 +36,33 @@ __all__ = [
     "UnsupportedLayer",
     "Verification",
     "bounds",
+    "check_order",
+    "crown_ibp",
     "engine_table",
+    "eval_mode",
     "fgsm",
+    "full_precision",
+    "fused_upper",
     "input_box",
+    "interval_pass",
     "margin_matrix",
     "pgd",
     "recorded_statistics",
     "stability",
+    "survivors",
     "verify",
     "worst_margin",
 ]
 __getattr__, __dir__ = lazy(__name__, _HOME)
 
 if TYPE_CHECKING:
-    from .attacks import fgsm, pgd
+    from .attacks import fgsm, pgd, survivors
     from .boxes import input_box, margin_matrix
-    from .engines import ENGINES, METHODS, bounds
-    from .graph import UnsupportedLayer
-    from .ibp import recorded_statistics
-    from .modes import worst_margin
+    from .crown import crown_ibp, fused_upper
+    from .engines import ENGINES, METHODS, bounds, engine_table
+    from .ibp import interval_pass, recorded_statistics
+    from .modes import eval_mode, full_precision, worst_margin
     from .neurons import LayerStability, stability
-    from .proofs import verify
     from .replay import Contradiction
-    from .support import engine_table
-    from .verification import Verification
+    from .rules import UnsupportedLayer
+    from .verification import Verification, check_order, verify

@@ -17,13 +17,13 @@ import pytest
 pytest.importorskip("playwright", reason="playwright is not installed: pip install 'sparselab[dev]'")
 
 from lab import Notebook, browser, server, until
+from sparselab.view.margins_panel import margins_panel
+from sparselab.view.panels import record_at
+from sparselab.view.strip import metrics_strip
 
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import train
 from sparselab.learn.runs import Run
-from sparselab.view.margins_panel import margins_panel
-from sparselab.view.panels import record_at
-from sparselab.view.strip import metrics_strip
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[1]

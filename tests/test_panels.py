@@ -25,7 +25,17 @@ from sparselab.robust.proofs import verify
 from sparselab.sparse.cursor import Cursor
 from sparselab.sparse.history import MaskHistory
 from sparselab.view import (
-    PANELS, Report, layers_panel, margins_panel, mask_panel, masks_panel, metrics_panel, neuron_panel, neurons_panel, stability_panel, updates_panel,
+    PANELS,
+    Report,
+    layers_panel,
+    margins_panel,
+    mask_panel,
+    masks_panel,
+    metrics_panel,
+    neuron_panel,
+    neurons_panel,
+    stability_panel,
+    updates_panel,
 )
 from sparselab.view.figures.masks import erk_densities
 from sparselab.view.figures.pixels import COLOURINGS, LEGENDS, PALETTES, mask_raster, tiles
@@ -52,8 +62,8 @@ def every_panel(run):
     name = run.history.names[0]
     return [*(panel(run) for panel in PANELS.values()), *(panel(run, 200) for panel in PANELS.values()),
             metrics_panel(run, others=[Run(EXAMPLE / "rigl")]), *(mask_panel(run, layer=name, colour=colour) for colour in COLOURINGS),
-            masks_panel(run), masks_panel(run, 200, name), updates_panel(run, layer=name), updates_panel(run, most=2), neurons_panel(run, sort="flips"),
-            neuron_panel(run, layer=layer), neuron_panel(run, 200, layer, 5), stability_panel(run, layers=(layer,)),
+            masks_panel(run), masks_panel(run, 200, name), updates_panel(run, layer=name), updates_panel(run, most=2),
+            neurons_panel(run, sort="flips"), neuron_panel(run, layer=layer), neuron_panel(run, 200, layer, 5), stability_panel(run, layers=(layer,)),
             *(margins_panel(run, method=method) for method in run.margins.lb)]
 
 
@@ -291,9 +301,11 @@ def test_files_that_were_cut_short_are_skipped_or_said(broken, left):
 
 def test_wrong_names_are_answered_with_the_nearest(run):
     for ask, near in [(lambda: mask_panel(run, layer="conv1.weigth"), "conv1.weight"), (lambda: neurons_panel(run, layer="relu11"), "relu1"),
-                      (lambda: masks_panel(run, layer="conv1.weigth"), "conv1.weight"), (lambda: updates_panel(run, layer="conv1.weigth"), "conv1.weight"),
+                      (lambda: masks_panel(run, layer="conv1.weigth"), "conv1.weight"),
+                      (lambda: updates_panel(run, layer="conv1.weigth"), "conv1.weight"),
                       (lambda: neurons_panel(run, sort="flip"), "flips"), (lambda: margins_panel(run, method="crwn"), "crown"),
-                      (lambda: mask_panel(run, layer="conv1.weight", colour="ages"), "age"), (lambda: stability_panel(run, layers=("relu11",)), "relu1")]:
+                      (lambda: mask_panel(run, layer="conv1.weight", colour="ages"), "age"),
+                      (lambda: stability_panel(run, layers=("relu11",)), "relu1")]:
         with pytest.raises(ValueError, match=f"Did you mean '{near}'"):
             ask()
     with pytest.raises(ValueError, match="there is no 9999"):

@@ -31,7 +31,7 @@ CHECKS = {".json": read_sealed, ".jsonl": read_rows, ".safetensors": check_file}
 
 
 class Run(Source):
-    """A run folder, a source that is read as it is asked for, and again what has changed. Raises ValueError, saying what is missing, for what cannot be read."""
+    """A run folder, a source: read as it is asked for, and again when it has changed. Raises ValueError, saying what is missing."""
 
     def __init__(self, path: str | Path):
         self.path, self._kept = Path(path), Kept()

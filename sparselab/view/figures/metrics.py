@@ -77,8 +77,8 @@ def metrics_panel(source: Source, step: float | None = None, others: Sequence[So
     fig.update_xaxes(title_text="step", row=len(parts), col=1)
     now_line(fig, step)
     note = "; ".join(f"{name + ', ' if others else ''}{_note(rows, step)}" for name, rows in runs.items())
-    return Panel("Metrics", "Lines follow the training from left to right" + ", one dash for each run" * bool(others) + "; the shaded ramp is the radius "
-                 "that the loss is trained at, the dotted line the moment that all other panels show.",
+    return Panel("Metrics", f"Lines follow the training from left to right{', one dash for each run' * bool(others)}; the shaded ramp is the "
+                 "radius that the loss is trained at, the dotted line the moment that all other panels show.",
                  call_of("metrics_panel", source, others, step=step), titled(fig, "Metrics", note, height=160 + 80 * sum(heights)))
 
 # %% ../../../nbs/view/figures/05_metrics.ipynb #89a8d953

@@ -63,7 +63,8 @@ def updates_panel(source: Source, step: float | None = None, layer: str | None =
     panel_titles(fig.update_layout(barmode="relative", bargap=0.1))
     title = (f"Updates of {short(layer)}" if layer else "Updates") + ", busiest layers" * (several and len(shown) < 1 + len(counts))
     return Panel("Updates", "Bars above zero were grown (light: not for the first time), below zero dropped; falling overlap with the first mask and "
-                 "rising exploration say how much the training has searched.", call_of("updates_panel", source, step=step, layer=layer, most=None if most == MOST else most),
+                 "rising exploration say how much the training has searched.",
+                 call_of("updates_panel", source, step=step, layer=layer, most=None if most == MOST else most),
                  titled(fig, title, _note(history.steps, record_at(history, step), total), height=220 + 95 * rows))
 
 # %% ../../../nbs/view/figures/06_updates.ipynb #f4d56dd4

@@ -108,6 +108,52 @@ def test_runs_of_one_name_are_told_apart(run):
     assert {"sparsevlr clean", "sparsevlr (2) clean"} <= names
 
 
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+def test_a_training_without_a_folder_is_a_source_too():
+    """Its metrics, masks and weights are those of this moment; what only a folder has is a sentence."""
+    config = Config(model="mlp", model_options={"widths": [24, 20]}, method="rigl", sparsity=0.8, eps=0.02, test_samples=20, epochs=2,
+                    method_options={"update_every": 4}, device="cpu")
+    learner = make_learner(config)
+    live = Live(learner)
+    with pytest.raises(Unavailable, match="has not started"):
+        mask_panel(live)
+    live.start()
+    while live.alive:
+        time.sleep(0.01)
+    assert live.snapshot.status == "finished" and not live.finished and live.networks == {}
+    assert live.moments == sorted({*live.history.steps, *(row["step"] for row in live.metrics)}) and len(live.metrics) == 2
+    drawn = {title: (panel, reason) for title, panel, reason in Report(live)}
+    assert {title for title, (panel, _) in drawn.items() if panel is None} == {"Neurons", "Margins", "Stability"}
+    assert "writes no run folder" in drawn["Margins"][1]
+    name = live.history.names[0]
+    cursor = Cursor(live.history, name).seek(-1)
+    weight = dict(learner.model.named_parameters())[name].detach().numpy().ravel()
+    assert np.array_equal(live.weights_at(cursor), weight[cursor.active])
+    assert mask_panel(live, layer=name, colour="weight").figure.data[0].source
+
+
+def test_a_run_is_read_again_when_it_has_changed_and_only_then(broken):
+    history, neurons = broken.history, broken.neurons
+    assert broken.history is history and broken.neurons is neurons and broken.metrics == broken.metrics
+    rows = (broken.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (broken.path / "metrics.jsonl").write_bytes(b"".join(rows[:3]))
+    assert len(broken.metrics) == 3 and broken.history is history
+    (broken.path / "stability" / f"step-{neurons.steps[-1]:09d}.safetensors").unlink()
+    assert broken.neurons.steps == neurons.steps[:-1] and max(broken.moments) == history.steps[-1]
+
+
+def test_a_source_of_what_is_at_hand_says_what_it_lacks(run):
+    source = Given(history=run.history)
+    assert source.moments == run.history.steps and mask_panel(source).figure.data[0].source == mask_panel(run).figure.data[0].source
+    with pytest.raises(Unavailable, match="no margins: it was made of history"):
+        margins_panel(source)
+    with pytest.raises(Unavailable, match="^The disk is gone.$"):
+        metrics_panel(Given("The disk is gone."))
+    with pytest.raises(ValueError, match="no part 'metric'"):
+        Given(metric=[])
+
+
 # --- recordings against the model -----------------------------------------------------------------------------------------
 
 def test_recorded_values_are_the_weights_of_the_model(run):

@@ -175,9 +175,9 @@ def show(drawn: Panel | go.Figure, still: bool = False) -> None:
     display({form: bundle[form] for form in kept}, raw=True)
 
 # %% ../../../nbs/view/figures/02_panels.ipynb #f2105605
-def now_line(fig: go.Figure, x: float) -> go.Figure:
-    """Adds the marker of the timeline: an upright line at `x` through all parts of the figure, a shape called "now"."""
-    fig.add_shape(type="line", name="now", x0=x, x1=x, y0=0, y1=1, xref="x", yref="paper",
+def now_line(fig: go.Figure, x: float, axis: str = "x") -> go.Figure:
+    """Adds the marker of the timeline, a shape called "now": a line from top to bottom of the figure, at `x` on one of its x axes."""
+    fig.add_shape(type="line", name="now", x0=x, x1=x, y0=0, y1=1, xref=axis, yref="paper",
                   line={"color": TEXT, "width": 1, "dash": "dot"})
     return fig
 

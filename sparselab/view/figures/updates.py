@@ -59,7 +59,10 @@ def updates_panel(source: Source, step: float | None = None, layer: str | None =
     for at, c in enumerate(shown.values()):
         _bars(fig, history.steps[1:], c, {"row": at + 1, "col": 1, "showlegend": at == 0})
     _distance(fig, history.steps, counts, {name: int(np.prod(history.shapes[name])) for name in counts}, rows // 2 + rows % 2 + 1)
-    now_line(fig, step)
+    for axis in ("x", fig.data[-1].xaxis):  # one through each column
+        now_line(fig, step, axis)
+    fig.update_xaxes(title_text="step", showticklabels=True, row=rows if several else 1, col=1)
+    fig.for_each_xaxis(lambda axis: axis.update(title_text="step", showticklabels=True), {"anchor": fig.data[-1].yaxis})
     panel_titles(fig.update_layout(barmode="relative", bargap=0.1))
     title = (f"Updates of {short(layer)}" if layer else "Updates") + ", busiest layers" * (several and len(shown) < 1 + len(counts))
     return Panel("Updates", "Bars above zero were grown (light: not for the first time), below zero dropped; falling overlap with the first mask and "
@@ -77,7 +80,7 @@ def _parts(shown: Mapping[str, Counts], rows: int) -> go.Figure:
     specs[0][1], specs[upper][1] = {"rowspan": upper}, {"rowspan": rows - upper}
     titles = list(shown)
     titles.insert(1, "overlap (Jaccard)")
-    titles.insert(upper + 1 if not single else 2, "ever active (ITOP)")
+    titles.insert(2 if single else upper + 2, "ever active (ITOP)")  # titles go row by row
     return make_subplots(rows, 2, shared_xaxes="all", specs=specs, subplot_titles=titles, horizontal_spacing=0.08, vertical_spacing=0.22 / rows)
 
 

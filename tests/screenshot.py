@@ -22,9 +22,9 @@ def main(target: Path) -> None:
             book.run_all()
             book.do("live.stop()")
             page = book.page
-            page.wait_for_function("() => document.querySelectorAll('.sparselab-plot .main-svg').length >= 6", timeout=60_000)
+            page.wait_for_function("() => document.querySelectorAll('.sparselab-plot[data-ready]').length >= 5", timeout=60_000)
             book.do("explorer.go(explorer.moments[len(explorer.moments) // 4])\n"
-                    "side = explorer.sides[0]\nside.neurons.layer.value = list(side.links())[-1]\nside.neurons.sort.value = 'flips'\n"
+                    "side = explorer.sides[0]\nside.neurons.layer.value = list(side.neurons.links)[-1]\nside.neurons.sort.value = 'flips'\n"
                     "side.neuron_clicked(side.neurons.layer.value, int(side.neurons.order[2]))")
             page.wait_for_timeout(3000)
             page.locator(".sparselab-explorer").first.screenshot(path=str(target))

@@ -10,11 +10,10 @@ pytest.importorskip("anywidget", reason="the explorer needs the extra lab")
 from sparselab.learn.files import locked, read_sealed, write_sealed
 from sparselab.learn.runs import Run
 from sparselab.sparse.history_files import load, save
-from sparselab.view.explorer import Explorer
+from sparselab.view import PANELS, Explorer
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "nbs" / "example" / "rigl"
 LAST = "step-000000630.safetensors"
-PANELS = {"Metrics", "Mask", "Neurons", "Updates", "Proofs"}
 
 
 @pytest.fixture
@@ -57,12 +56,12 @@ def spoil(path: Path) -> None:
     ("metrics.jsonl", cut, "metrics.jsonl ends early: it has 15 of 30 epochs", set()),
     ("metrics.jsonl", spoil, "metrics.jsonl is damaged in line 8", {"Metrics"}),
     ("stability.jsonl", cut, "stability.jsonl ends early: it has 14 of 30 epochs", set()),
-    ("stability.jsonl", spoil, "stability.jsonl is damaged in line 8", {"Metrics"}),
-    ("masks/start.json", cut, "does not hold a readable mask history", {"Mask", "Updates"}),
-    ("masks/start.json", spoil, "does not hold a readable mask history", {"Mask", "Updates"}),
-    ("masks/start.bin", cut, "does not hold a readable mask history", {"Mask", "Updates"}),
-    ("masks/start.bin", spoil, "does not hold a readable mask history", {"Mask", "Updates"}),
-    ("masks/start.bin", Path.unlink, "does not hold a readable mask history", {"Mask", "Updates"}),
+    ("stability.jsonl", spoil, "stability.jsonl is damaged in line 8", {"Metrics", "Stability"}),
+    ("masks/start.json", cut, "does not hold a readable mask history", {"Mask", "Updates", "Layers"}),
+    ("masks/start.json", spoil, "does not hold a readable mask history", {"Mask", "Updates", "Layers"}),
+    ("masks/start.bin", cut, "does not hold a readable mask history", {"Mask", "Updates", "Layers"}),
+    ("masks/start.bin", spoil, "does not hold a readable mask history", {"Mask", "Updates", "Layers"}),
+    ("masks/start.bin", Path.unlink, "does not hold a readable mask history", {"Mask", "Updates", "Layers"}),
     ("masks/updates.bin", cut, "updates.bin ends early: how the masks changed after step 150 is not known", set()),
     ("masks/updates.bin", Path.unlink, "updates.bin ends early: how the masks changed after step 0 is not known", set()),
     ("masks/updates.jsonl", cut, "updates.jsonl ends early: how the masks changed after step 210 is not known", set()),
@@ -71,7 +70,7 @@ def spoil(path: Path) -> None:
     ("masks/updates.jsonl", Path.unlink, "updates.jsonl ends early: how the masks changed after step 0 is not known", set()),
     ("model.safetensors", cut, "model.safetensors cannot be read", set()),
     ("model.safetensors", spoil, "model.safetensors cannot be read", set()),
-    ("margins.safetensors", cut, "margins.safetensors cannot be read", {"Proofs"}),
+    ("margins.safetensors", cut, "margins.safetensors cannot be read", {"Margins"}),
     (f"stability/{LAST}", cut, f"{LAST} cannot be read", set()),
     (f"stability/{LAST}", spoil, f"{LAST} cannot be read", set()),
     (f"weights/{LAST}", cut, f"{LAST} cannot be read", set()),
@@ -87,11 +86,12 @@ def test_a_file_that_is_damaged_is_named_and_the_rest_is_shown(copied, name, har
 
 
 @pytest.mark.parametrize(("part", "without"), [
-    ("masks", {"Mask": "does not hold a readable mask history", "Updates": "does not hold a readable mask history"}),
+    ("masks", {"Mask": "does not hold a readable mask history", "Updates": "does not hold a readable mask history",
+               "Layers": "does not hold a readable mask history"}),
     ("metrics.jsonl", {"Metrics": "has no metrics yet"}),
     ("stability", {"Neurons": "has no recorded neurons"}),
-    ("margins.safetensors", {"Proofs": "has no margins.safetensors: margins are computed when training has ended"}),
-    ("weights", {}), ("model.safetensors", {}), ("stability.jsonl", {}),
+    ("margins.safetensors", {"Margins": "has no margins.safetensors: margins are computed when training has ended"}),
+    ("weights", {}), ("model.safetensors", {}), ("stability.jsonl", {"Stability": "has no stability"}),
 ])
 def test_what_was_never_written_is_said_where_it_would_be(copied, part, without):
     shutil.rmtree(copied / part) if (copied / part).is_dir() else (copied / part).unlink()
@@ -135,7 +135,7 @@ def test_a_run_that_is_being_written_or_was_killed_is_shown_so_far(copied):
     (copied / "margins.safetensors").unlink()
     state, said, explorer = shown(copied)
     assert state.startswith("run: not finished, 3 of 30 epochs so far; it was stopped, and training the same configuration")
-    assert set(said) == {"Proofs"} and max(explorer.moments) == max(Run(copied).history.steps)
+    assert set(said) == {"Margins"} and max(explorer.moments) == max(Run(copied).history.steps)
     with locked(copied):
         assert shown(copied)[0].endswith("so far; it is being written now.")
 
@@ -149,5 +149,5 @@ def test_an_empty_folder_and_one_that_is_not_there_are_said_in_every_panel(tmp_p
     for folder, sentence in ((tmp_path, "has no config.json: it is not the folder of a run"),
                              (tmp_path / "nowhere", "There is no run folder")):
         state, said, explorer = shown(folder)
-        assert sentence in state and set(said) == PANELS and explorer.moments == [0]
+        assert sentence in state and set(said) == set(PANELS) and explorer.moments == [0]
         assert all(sentence and "Error(" not in sentence for sentence in said.values())

@@ -25,7 +25,7 @@ def run(*command: str, **options):
 
 def test_the_machine_is_bare():
     code = ("import shutil, kaleido, pathlib\n"
-            "from sparselab.view.theme import _camera\n"
+            "from sparselab.view.figures.panels import _camera\n"
             "print(_camera(0), shutil.which('chromium'), list(pathlib.Path('/usr/share/datasets').glob('*')))")
     done = run(sys.executable, "-c", code)
     assert (done.returncode, done.stdout.strip()) == (0, "None None []"), done.stderr

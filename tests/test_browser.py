@@ -20,10 +20,9 @@ from lab import Notebook, browser, server, until
 
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import train
+from sparselab.learn.reading import record_at
 from sparselab.learn.runs import Run
-from sparselab.view.margins_panel import margins_panel
-from sparselab.view.panels import record_at
-from sparselab.view.strip import metrics_strip
+from sparselab.view import PANELS, margins_panel, metrics_panel
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,17 +59,17 @@ def lab(tmp_path_factory, chrome):
 def opened(lab, runs):
     """A notebook with an explorer of one run and one of two."""
     root, open_notebook = lab
-    notebook(root / "runs.ipynb", "from sparselab.view.explorer import Explorer",
+    notebook(root / "runs.ipynb", "from sparselab.view import Explorer",
              f"one = Explorer({str(runs[0].path)!r})\none", f"two = Explorer({tuple(str(run.path) for run in runs)!r})\ntwo")
     book = open_notebook("runs.ipynb")
     book.run_all()
-    wait_for_figures(book, 9, 6)
+    wait_for_figures(book, 14, 6)
     yield book
     assert book.errors == [] and book.tracebacks() == []
 
 
 def wait_for_figures(book: Notebook, plots: int, canvases: int) -> None:
-    drawn = "() => [document.querySelectorAll('.sparselab-plot .main-svg').length, " \
+    drawn = "() => [document.querySelectorAll('.sparselab-plot[data-ready]').length, " \
             "document.querySelectorAll('.sparselab-canvas[data-drawn]').length]"
     until(lambda: (found := book.page.evaluate(drawn))[0] >= plots and found[1] >= canvases, 60,
           lambda: f"{book.page.evaluate(drawn)} {book.errors} {book.tracebacks()}")
@@ -165,7 +164,7 @@ def test_a_click_on_a_neuron_selects_its_weights_and_shows_its_bounds(opened, ru
     neuron = 7
     raster.click(position={"x": 20, "y": (neuron + 0.5) / count * box["height"]})
     until(lambda: opened.value("one.sides[0].neurons.neuron") == neuron)
-    linked = opened.value("one.sides[0].links()[one.sides[0].neurons.layer.value]")
+    linked = opened.value("one.sides[0].neurons.links[one.sides[0].neurons.layer.value]")
     until(lambda: opened.value("one.sides[0].mask.layer.value") == linked)
     first = "i => document.querySelectorAll('.sparselab-canvas')[i].dataset.mark.split(',')[0]"
     until(lambda: opened.page.evaluate(first, 0) == str(neuron) and opened.page.evaluate(first, 1) == str(neuron))
@@ -207,7 +206,7 @@ def test_two_runs_move_on_one_timeline(opened, runs):
            " return [plot.data?.map(trace => trace.line?.dash === 'dash'), plot.layout?.shapes?.map(shape => shape.x0)]; }"
     until(lambda: step in (opened.page.evaluate(both)[1] or []))
     dashed = opened.page.evaluate(both)[0]
-    assert 0 < sum(dashed) == len(dashed) / 2  # one strip: every metric solid and dashed
+    assert 0 < sum(dashed) == len(dashed) / 2  # one panel: every metric solid and dashed
 
 
 def tip(book: Notebook, row: int, column: int, shape: tuple[int, int]) -> str:
@@ -285,8 +284,8 @@ def download(book: Notebook, button: str, block: int) -> bytes:
 
 
 def test_csv_png_and_html_are_what_is_on_display(opened, runs, tmp_path):
-    strip, mask = 0, 1
-    rows = list(csv.DictReader(io.StringIO(download(opened, "CSV", strip).decode())))
+    metrics, mask = 0, 1
+    rows = list(csv.DictReader(io.StringIO(download(opened, "CSV", metrics).decode())))
     clean = [(float(row["x"]), float(row["y"])) for row in rows if row["trace"] == "clean"]
     assert clean == [(row["step"], pytest.approx(row["clean"])) for row in runs[0].metrics]
     press(opened, SLIDER, "Home", "ArrowRight")
@@ -298,16 +297,16 @@ def test_csv_png_and_html_are_what_is_on_display(opened, runs, tmp_path):
     picture = decoded(download(opened, "PNG", mask))
     palette = opened.value("one.sides[0].mask.content.palette")
     assert (picture == np.array(palette)[codes(opened, 0)].reshape(picture.shape)).all()
-    chart = decoded(download(opened, "PNG", strip))
+    chart = decoded(download(opened, "PNG", metrics))
     assert min(chart.shape[:2]) > 300 and len(np.unique(chart.reshape(-1, 4), axis=0)) > 20
-    page = tmp_path / "strip.html"
-    page.write_bytes(download(opened, "HTML", strip))
+    page = tmp_path / "metrics.html"
+    page.write_bytes(download(opened, "HTML", metrics))
     alone = opened.page.context.browser.new_page()
     alone.context.set_offline(True)
     alone.goto(page.as_uri())
     drawn = "() => document.querySelector('.plotly-graph-div')?.data?.length"
-    until(lambda: alone.evaluate(drawn) == len(metrics_strip(runs[0]).figure.data))
-    assert "metrics_strip(Run(" in alone.locator("pre").text_content()
+    until(lambda: alone.evaluate(drawn) == len(metrics_panel(runs[0]).figure.data))
+    assert "metrics_panel(learn.Run(" in alone.locator("pre").text_content()
     alone.close()
 
 
@@ -317,7 +316,7 @@ def test_copy_as_code_shows_the_call_and_puts_it_on_the_clipboard(opened, runs):
     call = opened.value("one.sides[0].mask.code.value")
     button.click()
     until(lambda: opened.page.evaluate("() => navigator.clipboard.readText()") == call)
-    assert "mask_panel(Run(" in call
+    assert "mask_panel(learn.Run(" in call
     assert [box.input_value() for box in opened.page.locator(".sparselab-explorer textarea:visible").all()] == [call]
     opened.page.evaluate("() => { navigator.clipboard.writeText = () => { throw new Error('not allowed'); };"
                          " document.execCommand = what => { window.copied = [what, document.activeElement.value]; }; }")
@@ -342,7 +341,7 @@ CARDS = """import torch
 from sparselab.learn.runs import Run
 from sparselab.robust.verification import verify
 from sparselab.sparse.methods import sparsify
-from sparselab.view.explorer import Explorer
+from sparselab.view import Explorer
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
 sparsifier = sparsify(model, torch.optim.SGD(model.parameters(), 0.1), method="rigl", sparsity=0.9, total_steps=40)
 x = torch.rand(20, 1, 8, 8)"""
@@ -396,8 +395,8 @@ def seconds_to_pause(book: Notebook) -> float:
 def test_live_pauses_at_once_writes_changes_and_survives_a_restart(lab):
     root, open_notebook = lab
     config = Config(**SMALL, epochs=2000, runs_dir=str(root / "live"))
-    notebook(root / "live.ipynb", "from sparselab.learn.config import Config\nfrom sparselab.view.live import Live\n"
-             f"from sparselab.view.explorer import Explorer\nlive = Live(Config.read({config.__dict__!r}))",
+    notebook(root / "live.ipynb", "from sparselab.learn.config import Config\nfrom sparselab.learn.live import Live\n"
+             f"from sparselab.view import Explorer\nlive = Live(Config.read({config.__dict__!r}))",
              "explorer = Explorer(live.start())\nexplorer")
     book = open_notebook("live.ipynb")
     book.run_all()
@@ -428,9 +427,9 @@ def test_run_all_of_the_workbench(lab):
     shutil.copytree(ROOT / "nbs" / "example", root / "example")
     book = open_notebook("explore.ipynb")
     book.run_all()
-    wait_for_figures(book, 6, 2)
+    wait_for_figures(book, 5, 2)
     until(lambda: book.value("live.snapshot.step") > 5, 60)
-    assert book.value("[block.problem.value for block in explorer.sides[0].blocks]") == [""] * 5
+    assert book.value("[block.problem.value for block in explorer.sides[0].blocks]") == [""] * len(PANELS)
     book.do("live.stop()")
     assert book.errors == [] and book.tracebacks() == []
 
@@ -441,7 +440,7 @@ def test_runs_are_chosen_sorted_and_drawn_by_hand(lab):
     shutil.copytree(ROOT / "nbs" / "example", root / "example", dirs_exist_ok=True)
     book = open_notebook("compare.ipynb")
     book.run_all()
-    chosen, drawn = "[row.values['run'] for row in browser.chosen]", "() => document.querySelector('.sparselab-plot')?.data?.length"
+    chosen, drawn = "list(browser.chosen['run'])", "() => document.querySelector('.sparselab-plot')?.data?.length"
     until(lambda: book.page.evaluate(drawn) == len(json.loads(book.value("browser.block.panel.figure.to_json()"))["data"]))
     box = book.page.locator(".jp-OutputArea .widget-select select[multiple]").first
     dropdowns = book.page.locator(".jp-OutputArea .widget-dropdown select")

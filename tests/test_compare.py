@@ -10,6 +10,7 @@ from statistics import mean, stdev
 
 import nbformat
 import numpy as np
+import pandas as pd
 import papermill
 import pytest
 import torch
@@ -27,11 +28,23 @@ from sparselab.sparse.history_files import save as save_history
 from sparselab.sparse.masks import prunable
 from sparselab.sparse.overlap import chance_overlap, mask_overlap
 from sparselab.sparse.paths import effective
-from sparselab.view.run_browser import FIGURES, RunBrowser
-from sparselab.view.run_groups import groups_of, look
-from sparselab.view.run_masks import effective_sparsity, pairs_of
-from sparselab.view.run_table import COLUMNS, RunRow, left_out, ordered, run_csv, run_rows, run_table, selected
-from sparselab.view.trade_offs import accuracy_by_flops, accuracy_by_sparsity, trade_off
+from sparselab.view import (
+    RunBrowser,
+    accuracy_by_flops,
+    accuracy_by_sparsity,
+    effective_sparsity,
+    left_out,
+    ordered,
+    run_csv,
+    run_rows,
+    run_table,
+    selected,
+    trade_off,
+)
+from sparselab.view.explorer.browser import FIGURES
+from sparselab.view.runs.networks import pairs_of
+from sparselab.view.runs.table import COLUMNS, finished, groups_of, table_of
+from sparselab.view.runs.trade_offs import LOOKS, look
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARE, EXAMPLE = ROOT / "nbs" / "compare.ipynb", ROOT / "nbs" / "example"
@@ -56,24 +69,24 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(folder) -> list[RunRow]:
+def rows(folder) -> pd.DataFrame:
     return run_rows(folder)
 
 
 # --- the table ----------------------------------------------------------------------------------------------------------
 
 def test_every_run_is_a_row_whatever_its_state(rows):
-    states = {row.values["run"]: row.values["state"] for row in rows}
+    states = dict(zip(rows["run"], rows["state"], strict=True))
     assert len(rows) == 9 and states.pop("killed") == "epoch 30 of 30" and "is damaged" in states.pop("damaged")
-    assert set(states.values()) == {"finished"} and sum(row.finished for row in rows) == 7
+    assert set(states.values()) == {"finished"} and len(finished(rows)) == 7
     assert "2 of 9 runs are in no figure: " in left_out(rows) and "killed (epoch 30 of 30)" in left_out(rows)
-    assert len(run_table(rows).rows) == 9 and run_table([]).rows == [] and "no run here" in left_out([])
+    assert len(run_table(rows).rows) == 9 and run_table(rows[:0]).rows == [] and "no run here" in left_out(rows[:0])
 
 
 def test_the_csv_holds_every_number_of_the_summaries(folder, rows):
     lines = {line["run"]: line for line in csv.DictReader(io.StringIO(run_csv(rows)))}
-    for row in (row for row in rows if row.finished):
-        line, summary = lines[row.values["run"]], json.loads((folder / row.values["run"] / "summary.json").read_text())
+    for name in finished(rows)["run"]:
+        line, summary = lines[name], json.loads((folder / name / "summary.json").read_text())
         for measure, value in summary["accuracy"].items():
             assert float(line[measure]) == value
         assert (int(line["nnz"]), int(line["total"])) == (summary["nnz"], summary["total"])
@@ -83,10 +96,12 @@ def test_the_csv_holds_every_number_of_the_summaries(folder, rows):
 
 
 def test_filters_take_values_lists_and_texts_and_refuse_other_columns(rows):
-    assert {row.values["run"] for row in selected(rows, {"method": ["static", "dense"], "seed": 0})} == {
-        row.values["run"] for row in rows if row.values["method"] in ("static", "dense") and row.values["seed"] == 0}
-    assert selected(rows, '{"sparsity": "9/10", "method": "rigl"}') == selected(rows, {"sparsity": 0.9, "method": ["rigl"]}) != []
-    assert selected(rows, {"model": "resnet18"}) == [] and selected(rows, {}) == rows
+    assert set(selected(rows, {"method": ["static", "dense"], "seed": 0})["run"]) == {
+        row["run"] for _, row in rows.iterrows() if row["method"] in ("static", "dense") and row["seed"] == 0} != set()
+    one, other = selected(rows, '{"sparsity": "9/10", "method": "rigl"}'), selected(rows, {"sparsity": 0.9, "method": ["rigl"]})
+    assert one.equals(other) and len(one) == 2
+    assert len(selected(rows, {"model": "resnet18"})) == 0 and selected(rows, {}).equals(rows)
+    assert set(selected(rows, {"model_options": [{"width": 2}]})["model"]) == {"cnn4"}
     with pytest.raises(ValueError, match="'datset'. Did you mean 'dataset'"):
         selected(rows, {"datset": "mnist"})
 
@@ -94,12 +109,14 @@ def test_filters_take_values_lists_and_texts_and_refuse_other_columns(rows):
 @pytest.mark.parametrize("column", COLUMNS)
 def test_every_column_sorts_both_ways_with_what_is_missing_last(rows, column):
     up, down = ordered(rows, column), ordered(rows, f"-{column}")
-    known = [row.values[column] for row in up if row.values[column] is not None]
+    known = up[column].dropna().tolist()
     for found in (up, down):
-        assert set(map(id, found)) == set(map(id, rows))
-        assert all(row.values[column] is None for row in found[len(known):])
+        assert set(found.index) == set(rows.index)
+        assert found[column].iloc[len(known):].isna().all()
     if known and not isinstance(known[0], dict):
-        assert known == sorted(known) and [row.values[column] for row in down[:len(known)]] == sorted(known, reverse=True)
+        assert known == sorted(known) and down[column].iloc[:len(known)].tolist() == sorted(known, reverse=True)
+    ties = up.groupby(up[column].map(str), sort=False)
+    assert all(list(group.index) == sorted(group.index) for _, group in ties), "ties stay as they were"
 
 
 def test_rounds_of_a_run_are_not_runs_of_the_folder(tmp_path):
@@ -116,29 +133,30 @@ def test_rounds_of_a_run_are_not_runs_of_the_folder(tmp_path):
 
 # --- groups and their curves --------------------------------------------------------------------------------------------
 
-def made(**values) -> RunRow:
+def made(**values) -> dict:
     """A finished row without a run."""
-    return RunRow(None, {"state": "finished", "dataset": "digits", "model": "mlp", "objective": "ibp", "eps": 0.1, "sparsity": 0.9,
-                         "method_options": {}} | values)
+    return {"state": "finished", "dataset": "digits", "model": "mlp", "objective": "ibp", "eps": 0.1, "sparsity": 0.9, "method_options": {}} | values
 
 
 def test_only_runs_that_differ_in_the_seed_are_averaged():
     rows = [made(method="rigl", seed=seed, clean=clean) for seed, clean in enumerate((0.5, 0.7, 0.9))]
-    assert [(group.label, group.spread("clean")) for group in groups_of(rows)] == [("rigl", (mean((0.5, 0.7, 0.9)), stdev((0.5, 0.7, 0.9))))]
+    found = [(group.label, group.spread("clean")) for group in groups_of(table_of(rows))]
+    assert found == [("rigl", (mean((0.5, 0.7, 0.9)), stdev((0.5, 0.7, 0.9))))]
     for change, label in (({"dataset": "mnist"}, "rigl · mnist"), ({"eps": 0.2}, "rigl · eps 0.2"), ({"batch_size": 64}, "rigl · batch_size 64"),
                           ({"method_options": {"update_every": 5}}, "rigl · update_every 5"), ({"epochs": 9}, "rigl · epochs 9")):
-        groups = {group.label: group for group in groups_of([*rows, made(method="rigl", seed=0, clean=0.1, **change)])}
+        groups = {group.label: group for group in groups_of(table_of([*rows, made(method="rigl", seed=0, clean=0.1, **change)]))}
         assert len(groups) == 2 and groups[label].spread("clean") == (0.1, 0.0), label
-    other = groups_of([*rows, made(method="set", seed=0, clean=0.1, method_options={"update_every": 5})])
+    other = groups_of(table_of([*rows, made(method="set", seed=0, clean=0.1, method_options={"update_every": 5})]))
     assert [group.name for group in other] == ["rigl 90 %", "set 90 %"]
-    assert [group.name for group in groups_of([made(method="dense", clean=1, sparsity=0.0), rows[0]])] == ["dense", "rigl 90 %"]
+    assert [group.name for group in groups_of(table_of([made(method="dense", clean=1.0, sparsity=0.0), rows[0]]))] == ["dense", "rigl 90 %"]
     with pytest.raises(ValueError, match="none of these runs has finished"):
-        groups_of([made(method="rigl", clean=None), made(method="set", clean=0.5, state="epoch 1 of 2")])
+        groups_of(table_of([made(method="rigl", clean=None), made(method="set", clean=0.5, state="epoch 1 of 2")]))
 
 
 def test_curves_are_means_and_deviations_in_the_order_of_sparsity():
     rows = [made(method="set", seed=seed, sparsity=sparsity, clean=sparsity / 2 + seed / 10, verified=sparsity / 3, training_flops=100 + seed)
             for sparsity in (0.99, 0.9, 0.95) for seed in (0, 1)]
+    rows = table_of(rows)
     clean, verified = accuracy_by_sparsity(rows).data
     assert np.allclose(clean.x, [0.1, 0.05, 0.01]) and np.allclose(clean.y, [0.5, 0.525, 0.545])
     assert np.allclose(clean.error_y.array, stdev((0, 0.1))) and not verified.error_y.visible
@@ -147,8 +165,8 @@ def test_curves_are_means_and_deviations_in_the_order_of_sparsity():
     assert np.allclose(accuracy_by_flops(rows).data[0].x, 100.5)
     for draw, what in ((accuracy_by_flops, "training flops"), (trade_off, "verified")):
         with pytest.raises(ValueError, match=f"the summary of no finished run has {what}"):
-            draw([made(method="set", clean=0.5), made(method="dense", sparsity=0.0, clean=0.5)])
-    assert len(accuracy_by_sparsity([made(method="dense", sparsity=0.0, clean=0.5)]).data) == 2
+            draw(table_of([made(method="set", clean=0.5), made(method="dense", sparsity=0.0, clean=0.5)]))
+    assert len(accuracy_by_sparsity(table_of([made(method="dense", sparsity=0.0, clean=0.5)])).data) == 2
 
 
 def test_a_method_looks_the_same_in_every_figure(rows):
@@ -156,6 +174,14 @@ def test_a_method_looks_the_same_in_every_figure(rows):
         for trace in draw(rows).data:
             if trace.name.split(" ")[0] in ("dense", "static", "rigl"):
                 assert trace.line.color == look(trace.name.split(" ")[0])["color"]
+
+
+def test_a_method_without_a_look_is_refused_loudly(monkeypatch):
+    with pytest.raises(ValueError, match="Did you mean 'rigl'"):
+        look("rigll")
+    monkeypatch.delitem(LOOKS, "dynamic")
+    with pytest.raises(ValueError, match="family 'dynamic', which has no look"):
+        look("rigl")
 
 
 # --- overlap ------------------------------------------------------------------------------------------------------------
@@ -186,11 +212,11 @@ def test_overlap_at_its_ends_and_of_other_networks():
 
 def test_pairs_are_of_one_network_and_never_dense(rows):
     pairs = pairs_of(rows)
-    assert len(pairs) == 10 and {row.values["model"] for pair in pairs for row in (pair.first, pair.second)} == {"mlp"}
+    assert len(pairs) == 10 and {run.config.model for pair in pairs for run in (pair.first, pair.second)} == {"mlp"}
     for pair in pairs:
-        both = [np.concatenate([row.run.history.mask(-1, name).numpy().ravel() for name in row.masks]) for row in (pair.first, pair.second)]
+        both = [np.concatenate([run.history.mask(-1, name).numpy().ravel() for name in run.history.names]) for run in (pair.first, pair.second)]
         assert pair.overlap.jaccard == pytest.approx((both[0] & both[1]).sum() / (both[0] | both[1]).sum())
-        assert pair.same_seed == (pair.first.run.config.seed == pair.second.run.config.seed)
+        assert pair.same_seed == (pair.first.config.seed == pair.second.config.seed)
 
 
 # --- effective sparsity -------------------------------------------------------------------------------------------------
@@ -299,15 +325,15 @@ def test_wrong_masks_and_unknown_layers_are_refused_in_words():
 
 
 def test_a_run_whose_paths_cannot_be_followed_is_left_out_and_named(tmp_path, folder):
-    known = next(row for row in run_rows(folder) if row.values["method"] == "rigl" and row.finished)
+    known = finished(selected(run_rows(folder), {"method": "rigl"}))["source"].iloc[0]
     for name in ("known", "strange"):
-        shutil.copytree(known.run.path, tmp_path / name)
+        shutil.copytree(known.path, tmp_path / name)
     shutil.rmtree(tmp_path / "strange" / "masks")
     save_history(MaskHistory({"fc1.weight": torch.ones(3, 64, dtype=torch.bool)}), tmp_path / "strange" / "masks")
     fig = effective_sparsity(run_rows(tmp_path))
     assert "without 1 of 2 runs, the first strange: fc1.weight needs a mask" in fig.layout.meta["note"]
     with pytest.raises(ValueError, match="paths of no run"):
-        effective_sparsity([row for row in run_rows(tmp_path) if row.values["run"] == "strange"])
+        effective_sparsity(run_rows(tmp_path).query("run == 'strange'"))
 
 
 # --- the browser and the notebook ---------------------------------------------------------------------------------------
@@ -317,7 +343,7 @@ def test_the_browser_filters_sorts_and_hands_out_the_same_call(folder):
     assert set(browser.filters) == {"method", "sparsity", "model", "objective", "eps", "seed"}
     browser.filters["method"].value, browser.filters["model"].value = ("rigl", "static"), ("mlp",)
     browser.sort.value, browser.falling.value = "verified", True
-    values = [row.values["verified"] for row in browser.chosen]
+    values = browser.chosen["verified"].tolist()
     assert len(values) == 5 and values == sorted(values, reverse=True)
     for name in FIGURES:
         browser.figure.value = name
@@ -330,7 +356,7 @@ def test_the_browser_filters_sorts_and_hands_out_the_same_call(folder):
 
 def test_a_browser_of_an_empty_folder_says_so(tmp_path):
     browser = RunBrowser(tmp_path)
-    assert browser.chosen == [] and "no run here" in browser.said.value and "nothing to draw" in browser.block.problem.value
+    assert len(browser.chosen) == 0 and "no run here" in browser.note.value and "nothing to draw" in browser.block.problem.value
 
 
 def executed(cwd: Path, *parameters: str) -> tuple[str, list[dict]]:
@@ -348,13 +374,13 @@ def executed(cwd: Path, *parameters: str) -> tuple[str, list[dict]]:
 def test_the_notebook_shows_the_example_runs_by_itself(tmp_path):
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
     text, figures = executed(tmp_path)
-    assert len(figures) == 7 and "Every run has finished (2)." in text and "sparsevlr" in text
+    assert len(figures) == 8 and "Every run has finished (2)." in text and "sparsevlr" in text
 
 
 def test_the_notebook_compares_a_folder_of_runs_and_writes_it(tmp_path, folder):
     text, figures = executed(tmp_path, "-p", "runs_dir", str(folder), "-p", "sort", "-verified", "-p", "csv", "table/runs.csv",
                              "-y", "{where: {model: [mlp, cnn4], method: [rigl, static, dense]}}")
-    assert len(figures) == 7 and "1 of 8 runs is in no figure: killed" in text and "8 rows are in table/runs.csv." in text
+    assert len(figures) == 8 and "1 of 8 runs is in no figure: killed" in text and "8 rows are in table/runs.csv." in text
     lines = list(csv.DictReader((tmp_path / "table" / "runs.csv").read_text().splitlines()))
     verified = [float(line["verified"]) for line in lines if line["verified"]]
     assert len(lines) == 8 and len(verified) == 7 and verified == sorted(verified, reverse=True)
@@ -369,5 +395,5 @@ def test_the_notebook_says_that_a_folder_is_empty(tmp_path):
 
 def test_every_parameter_of_the_notebook_is_described():
     parameters = papermill.inspect_notebook(str(COMPARE))
-    assert set(parameters) == {"runs_dir", "where", "sort", "csv"}
+    assert set(parameters) == {"runs_dir", "where", "sort", "csv", "side_by_side", "panels"}
     assert all(len(parameter["help"]) > 20 for parameter in parameters.values())

@@ -101,8 +101,8 @@ def test_every_module_has_its_notebook_and_the_reverse():
     assert exported == set(map(relative, MODULES))
 
 
-def imported_wings(module: Path) -> set[str]:
-    """Wings imported anywhere in a module, at its top or inside a function."""
+def imported(module: Path) -> list[list[str]]:
+    """Dotted names imported anywhere in a module, at its top or inside a function, in parts."""
     package = list(module.relative_to(ROOT).with_suffix("").parts[:-1])
     names = set()
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
@@ -112,15 +112,24 @@ def imported_wings(module: Path) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             start = ".".join([*base, *([node.module] if node.module else [])])
             names |= {f"{start}.{alias.name}" for alias in node.names}
-    parts = [name.split(".") for name in names]
-    return {part[1] for part in parts if part[0] == "sparselab" and len(part) > 1 and part[1] in BELOW}
+    return [name.split(".") for name in names if name.startswith("sparselab.")]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=relative)
 def test_imports_point_downward(module):
     wing = module.relative_to(ROOT / "sparselab").parts[0]
     allowed = BELOW[wing] | {wing} if wing in BELOW else set()  # a module outside the wings stands below all of them
-    assert imported_wings(module) <= allowed
+    assert {parts[1] for parts in imported(module)} & set(BELOW) <= allowed
+
+
+def test_a_notebook_of_view_imports_only_what_one_reads_before_it():
+    """In figures/, runs/ and explorer/ the number of a notebook is its place in the reading order, and imports point to smaller ones."""
+    place = {default_exp(path): int(path.name[:2]) for path in LIBRARY if path.parent.parent == ROOT / "nbs" / "view"}
+    assert sorted(place.values()) == list(range(len(place)))
+    for name, number in place.items():
+        module = ROOT / "sparselab" / f"{name.replace('.', '/')}.py"
+        for parts in imported(module):
+            assert place.get(".".join(parts[1:4]), -1) < number, f"{name} imports {'.'.join(parts)}"
 
 
 def tracked() -> list[Path]:

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("plotly", "ipywidgets", "anywidget", "papermill", "auto_LiRPA", "nbdev", "fastcore", "datasets", "IPython",
-            "pyarrow", "PIL", "pytest", "kaleido", "matplotlib", "numba")
+            "pyarrow", "PIL", "pytest", "kaleido", "matplotlib", "numba", "pandas")
 HEAVY = ("torch", "numpy", "sklearn", *OPTIONAL)
 WINGS = ("sparse", "robust", "learn", "view")
 PUBLIC = ("sparselab", *(f"sparselab.{wing}" for wing in WINGS))
@@ -48,7 +48,7 @@ def wheel(tmp_path_factory):
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("setup.py", "settings.ini", "README.md", "LICENSE", "MANIFEST.in"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    for path in [*(ROOT / "sparselab").rglob("*.py"), ROOT / "sparselab/py.typed"]:
+    for path in [*(path for kind in ("*.py", "*.js", "*.css") for path in (ROOT / "sparselab").rglob(kind)), ROOT / "sparselab/py.typed"]:
         copy = source / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
@@ -84,8 +84,10 @@ def bare(wheel, packed, tmp_path_factory):
 
 
 def test_the_wheel_holds_every_module(wheel):
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
-    assert packed == {path.relative_to(ROOT).as_posix() for path in (ROOT / "sparselab").rglob("*.py")}
+    kinds = (".py", ".js", ".css")  # what runs in the browser is package data
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(kinds)}
+    assert packed == {path.relative_to(ROOT).as_posix() for kind in kinds for path in (ROOT / "sparselab").rglob(f"*{kind}")}
+    assert "sparselab/view/explorer/canvas.js" in packed
 
 
 def test_every_folder_of_modules_is_a_package():

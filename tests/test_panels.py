@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("plotly", reason="figures need the extra lab")
+from sparselab.learn import Given, Live, growth_scores
 from sparselab.learn.arrays import Unavailable
 from sparselab.learn.assembly import make_learner
 from sparselab.learn.config import Config
@@ -23,18 +24,22 @@ from sparselab.robust.ibp import interval_pass
 from sparselab.robust.verification import verify
 from sparselab.sparse.cursor import Cursor
 from sparselab.sparse.history import MaskHistory
-from sparselab.view.codes import mask_codes
-from sparselab.view.compare import compare_masks, compare_strip
-from sparselab.view.flow_panel import erk_densities, flow_panel
-from sparselab.view.live import Live
-from sparselab.view.margins_panel import margins_panel
-from sparselab.view.mask_panel import mask_panel, weight_values
-from sparselab.view.neurons import neuron_panel, stability_raster
-from sparselab.view.palettes import LEGENDS, PALETTES
-from sparselab.view.sources import Reading, networks, scores_at
-from sparselab.view.strip import metrics_strip
-from sparselab.view.theme import COLORS
-from sparselab.view.tiles import tiles
+from sparselab.view import (
+    PANELS,
+    Report,
+    layers_panel,
+    margins_panel,
+    mask_panel,
+    masks_panel,
+    metrics_panel,
+    neuron_panel,
+    neurons_panel,
+    stability_panel,
+    updates_panel,
+)
+from sparselab.view.figures.masks import erk_densities
+from sparselab.view.figures.pixels import COLOURINGS, LEGENDS, PALETTES, mask_raster, tiles
+from sparselab.view.figures.theme import COLORS
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "nbs" / "example"
 NAMES = ("sparsevlr", "rigl")
@@ -55,9 +60,11 @@ def model(run):
 def every_panel(run):
     layer = next(iter(run.neurons.layers))
     name = run.history.names[0]
-    return [metrics_strip(run), *(mask_panel(run, name, colour=colour) for colour in ("event", "age", "weight")),
-            flow_panel(run), stability_raster(run), stability_raster(run, sort="flips"), neuron_panel(run, layer, 0),
-            *(margins_panel(run, method) for method in run.margins.lb)]
+    return [*(panel(run) for panel in PANELS.values()), *(panel(run, 200) for panel in PANELS.values()),
+            metrics_panel(run, others=[Run(EXAMPLE / "rigl")]), *(mask_panel(run, layer=name, colour=colour) for colour in COLOURINGS),
+            masks_panel(run), masks_panel(run, 200, name), updates_panel(run, layer=name), updates_panel(run, most=2),
+            neurons_panel(run, sort="flips"), neuron_panel(run, layer=layer), neuron_panel(run, 200, layer, 5), stability_panel(run, layers=(layer,)),
+            *(margins_panel(run, method=method) for method in run.margins.lb)]
 
 
 # --- the bundled runs ---------------------------------------------------------------------------------------------------
@@ -85,16 +92,66 @@ def test_every_panel_draws_says_how_to_read_it_and_can_be_called_again(run):
 
 def test_two_runs_are_compared_on_one_timeline(run):
     other = Run(EXAMPLE / "rigl")
-    name = run.history.names[-1]
-    a, b = compare_masks(run, other, name, step=200)
-    record = sum(step <= 200 for step in run.history.steps) - 1
-    assert a.figure.data[0].source == mask_panel(run, name, record).figure.data[0].source
-    assert b.figure.data[0].source != a.figure.data[0].source
-    lines = {trace.name: trace for trace in compare_strip(run, other, 200).figure.data}
-    assert list(lines["A verified"].y) == [row["verified"] for row in run.metrics]
-    assert list(lines["B verified"].y) == [row["verified"] for row in other.metrics]
+    lines = {trace.name: trace for trace in metrics_panel(run, 200, others=[other]).figure.data}
+    assert list(lines["sparsevlr verified"].y) == [row["verified"] for row in run.metrics]
+    assert list(lines["rigl verified"].y) == [row["verified"] for row in other.metrics]
+    assert {(name.split()[0], line.line.dash) for name, line in lines.items()} == {("sparsevlr", "solid"), ("rigl", "dash")}
+    drawn = {title: panel for title, panel, reason in Report(run, other, step=200)}
+    assert list(drawn)[:3] == ["Metrics", "Mask of sparsevlr", "Mask of rigl"] and len(drawn) == 1 + 2 * (len(PANELS) - 1) and all(drawn.values())
+    assert drawn["Mask of rigl"].figure.to_json() == mask_panel(other, 200).figure.to_json()
     with pytest.raises(ValueError, match="Did you mean"):
-        compare_masks(run, other, name[:-1])
+        mask_panel(other, 200, run.history.names[-1][:-1])
+
+
+def test_runs_of_one_name_are_told_apart(run):
+    names = {trace.name for trace in metrics_panel(run, others=[run]).figure.data}
+    assert {"sparsevlr clean", "sparsevlr (2) clean"} <= names
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+def test_a_training_without_a_folder_is_a_source_too():
+    """Its metrics, masks and weights are those of this moment; what only a folder has is a sentence."""
+    config = Config(model="mlp", model_options={"widths": [24, 20]}, method="rigl", sparsity=0.8, eps=0.02, test_samples=20, epochs=2,
+                    method_options={"update_every": 4}, device="cpu")
+    learner = make_learner(config)
+    live = Live(learner)
+    with pytest.raises(Unavailable, match="has not started"):
+        mask_panel(live)
+    live.start()
+    while live.alive:
+        time.sleep(0.01)
+    assert live.snapshot.status == "finished" and not live.finished and live.networks == {}
+    assert live.moments == sorted({*live.history.steps, *(row["step"] for row in live.metrics)}) and len(live.metrics) == 2
+    drawn = {title: (panel, reason) for title, panel, reason in Report(live)}
+    assert {title for title, (panel, _) in drawn.items() if panel is None} == {"Neurons", "Margins", "Stability"}
+    assert "writes no run folder" in drawn["Margins"][1]
+    name = live.history.names[0]
+    cursor = Cursor(live.history, name).seek(-1)
+    weight = dict(learner.model.named_parameters())[name].detach().numpy().ravel()
+    assert np.array_equal(live.weights_at(cursor), weight[cursor.active])
+    assert mask_panel(live, layer=name, colour="weight").figure.data[0].source
+
+
+def test_a_run_is_read_again_when_it_has_changed_and_only_then(broken):
+    history, neurons = broken.history, broken.neurons
+    assert broken.history is history and broken.neurons is neurons and broken.metrics == broken.metrics
+    rows = (broken.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (broken.path / "metrics.jsonl").write_bytes(b"".join(rows[:3]))
+    assert len(broken.metrics) == 3 and broken.history is history
+    (broken.path / "stability" / f"step-{neurons.steps[-1]:09d}.safetensors").unlink()
+    assert broken.neurons.steps == neurons.steps[:-1] and max(broken.moments) == history.steps[-1]
+
+
+def test_a_source_of_what_is_at_hand_says_what_it_lacks(run):
+    source = Given(history=run.history)
+    assert source.moments == run.history.steps and mask_panel(source).figure.data[0].source == mask_panel(run).figure.data[0].source
+    with pytest.raises(Unavailable, match="no margins: it was made of history"):
+        margins_panel(source)
+    with pytest.raises(Unavailable, match="^The disk is gone.$"):
+        metrics_panel(Given("The disk is gone."))
+    with pytest.raises(ValueError, match="no part 'metric'"):
+        Given(metric=[])
 
 
 # --- recordings against the model -----------------------------------------------------------------------------------------
@@ -103,7 +160,7 @@ def test_recorded_values_are_the_weights_of_the_model(run):
     for name, values in run.values.read(run.values.steps[-1])[0].items():
         weight, mask = run.weights[name], run.history.mask(-1, name)
         assert np.array_equal(values, weight[mask].half().numpy()) and not weight[~mask].any()
-        assert np.array_equal(weight_values(run, Cursor(run.history, name).seek(-1)), values.astype(np.float32))
+        assert np.array_equal(run.weights_at(Cursor(run.history, name).seek(-1)), values.astype(np.float32))
 
 
 def test_recorded_neurons_are_those_of_the_trained_model(run, model):
@@ -173,7 +230,8 @@ def test_flow_against_sets(seed, updates):
     for step, mask in enumerate(masks[1:], 1):
         history.record(step, {name: torch.from_numpy(m) for name, m in mask.items()})
     on = [{(name, i) for name, mask in m.items() for i in np.flatnonzero(mask)} for m in masks]
-    drawn = {trace.name: trace for trace in flow_panel(history).figure.data}
+    drawn = {trace.name: trace for trace in updates_panel(Given(history=history)).figure.data[:3]}
+    drawn |= {trace.name: trace for trace in updates_panel(Given(history=history)).figure.data[9:]}
     ever = set()
     for at, now in enumerate(on):
         before = on[max(at - 1, 0)]
@@ -195,23 +253,23 @@ def test_large_layers_are_summarised_and_say_so():
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(1200, 900, generator=generator) < 0.01
     history = MaskHistory({"fc": mask})
-    panel = mask_panel(history, "fc")
-    assert "summarised" in panel.title and "block of 2 x 1" in panel.figure.layout.title.text
-    raster = mask_codes(Cursor(history, "fc"))
+    panel = mask_panel(Given(history=history))
+    assert "summarised" in panel.figure.layout.title.text and "block of 2 x 1" in panel.figure.layout.title.text
+    raster, at = mask_raster(Cursor(history, "fc")), tiles((1200, 900))
     assert raster.codes.size <= 1024 * 1024
     assert ((raster.codes > 1) == mask.view(600, 2, 900).any(1).numpy()).all()
-    assert raster.position(900 * 5 + 7) == (2, 7) and raster.index(2, 7) == (4, 7)
+    assert divmod(int(at.place(np.array(900 * 5 + 7))), at.size[1]) == (2, 7) and at.index(2, 7) == (4, 7)
     assert tiles((1000, 1000)).block == (1, 1)
 
 
 def test_weights_and_scores_keep_sign_order_and_unknowns():
     history = MaskHistory({"fc": torch.tensor([[True, True, True, False, True]])})
-    codes = mask_codes(Cursor(history, "fc"), "weight", np.array([-2.0, 0.1, 1.0, np.nan])).codes[0]
+    codes = mask_raster(Cursor(history, "fc"), "weight", np.array([-2.0, 0.1, 1.0, np.nan])).codes[0]
     assert codes[0] == 2 and 34 <= codes[1] < codes[2] < 66 and codes[3] == 1 and codes[4] == LEGENDS["weight"]["value not recorded"]
-    score = mask_codes(Cursor(history, "fc"), "score", np.array([0.0, 0.5, 1.0, 0.25, np.nan])).codes[0]
+    score = mask_raster(Cursor(history, "fc"), "score", np.array([0.0, 0.5, 1.0, 0.25, np.nan])).codes[0]
     assert score[0] == 1 and score[4] == 1 and score[3] < score[1] < score[2] == LEGENDS["score"]["high"]
     with pytest.raises(ValueError, match="needs 4 values, not 3"):
-        mask_codes(Cursor(history, "fc"), "weight", np.zeros(3))
+        mask_raster(Cursor(history, "fc"), "weight", np.zeros(3))
 
 
 def luminance(rgb):
@@ -236,8 +294,8 @@ def test_colours_stand_out_on_white_and_dark_and_are_told_apart_by_the_colour_bl
     pairs = [("event", "kept", "grown now"), ("event", "grown now", "dropped now"), ("event", "kept", "dropped now"),
              ("age", "new", "old"), ("weight", "negative", "positive")]
     for page in ((255, 255, 255), (17, 17, 17)):
-        for colour, legend in LEGENDS.items():
-            for word, code in legend.items():
+        for colour in COLOURINGS:
+            for word, code in LEGENDS[colour].items():
                 r, g, b, opacity = PALETTES[colour][code]
                 if opacity == 255:
                     assert contrast((r, g, b), page) >= 3, (colour, word, page)
@@ -265,9 +323,8 @@ def test_what_is_missing_is_a_sentence(broken):
         shutil.rmtree(broken.path / part)
     for part in ("margins.safetensors", "metrics.jsonl"):
         (broken.path / part).unlink()
-    asks = [lambda: stability_raster(broken), lambda: neuron_panel(broken, "relu1", 0), lambda: margins_panel(broken),
-            lambda: metrics_strip(broken), lambda: flow_panel(broken), lambda: mask_panel(broken, "conv1.weight"),
-            lambda: broken.values]
+    asks = [lambda: neuron_panel(broken, layer="relu1"), lambda: broken.values, *(lambda draw=draw: draw(broken) for draw in
+            (neurons_panel, margins_panel, metrics_panel, updates_panel, layers_panel, mask_panel, masks_panel))]
     for ask in asks:
         with pytest.raises(ValueError, match=r"(?s)^.*(no recorded|has no|does not hold).*\.$"):
             ask()
@@ -277,7 +334,7 @@ def test_what_is_missing_is_a_sentence(broken):
 def test_files_that_were_cut_short_are_skipped_or_said(broken, left):
     newest = broken.path / "stability" / f"step-{broken.neurons.steps[-1]:09d}.safetensors"
     newest.write_bytes(newest.read_bytes()[:left])
-    assert len(broken.neurons.skipped) == 1 and "1 looks cannot be read" in stability_raster(broken).figure.layout.title.text
+    assert len(broken.neurons.skipped) == 1 and "1 recordings cannot be read" in neurons_panel(broken).figure.layout.title.text
     margins = broken.path / "margins.safetensors"
     margins.write_bytes(margins.read_bytes()[:left])
     with pytest.raises(Unavailable, match="cannot be read .* cut short"):
@@ -289,13 +346,16 @@ def test_files_that_were_cut_short_are_skipped_or_said(broken, left):
 
 
 def test_wrong_names_are_answered_with_the_nearest(run):
-    for ask, near in [(lambda: mask_panel(run, "conv1.weigth"), "conv1.weight"), (lambda: stability_raster(run, "relu11"), "relu1"),
-                      (lambda: stability_raster(run, sort="flip"), "flips"), (lambda: margins_panel(run, "crwn"), "crown"),
-                      (lambda: mask_panel(run, "conv1.weight", colour="ages"), "age")]:
+    for ask, near in [(lambda: mask_panel(run, layer="conv1.weigth"), "conv1.weight"), (lambda: neurons_panel(run, layer="relu11"), "relu1"),
+                      (lambda: masks_panel(run, layer="conv1.weigth"), "conv1.weight"),
+                      (lambda: updates_panel(run, layer="conv1.weigth"), "conv1.weight"),
+                      (lambda: neurons_panel(run, sort="flip"), "flips"), (lambda: margins_panel(run, method="crwn"), "crown"),
+                      (lambda: mask_panel(run, layer="conv1.weight", colour="ages"), "age"),
+                      (lambda: stability_panel(run, layers=("relu11",)), "relu1")]:
         with pytest.raises(ValueError, match=f"Did you mean '{near}'"):
             ask()
     with pytest.raises(ValueError, match="there is no 9999"):
-        neuron_panel(run, "relu1", 9999)
+        neuron_panel(run, layer="relu1", neuron=9999)
 
 
 def test_growth_scores_are_there_wherever_the_whole_network_was_saved(tmp_path):
@@ -303,11 +363,11 @@ def test_growth_scores_are_there_wherever_the_whole_network_was_saved(tmp_path):
     config = Config(model="mlp", model_options={"widths": [24, 20]}, method="rigl", sparsity=0.8, eps=0.02, test_samples=20, epochs=2,
                     method_options={"update_every": 4}, runs_dir=str(tmp_path), device="cpu")
     live = Live(config).step()
-    reading = Reading(live.folder)
-    while not networks(reading):
+    while not live.networks:
         time.sleep(0.01)
-    (step, network), = networks(reading).items()
-    cursor = Cursor(reading.history, reading.history.names[0]).seek(-1)
+    source = Run(live.folder)
+    (step, network), = source.networks.items()
+    cursor = Cursor(source.history, source.history.names[0]).seek(-1)
     assert step == cursor.step == 4
 
     def gradient(state: dict, step: int) -> np.ndarray:
@@ -317,12 +377,12 @@ def test_growth_scores_are_there_wherever_the_whole_network_was_saved(tmp_path):
         learner.objective(learner.model.train(), x, y, step / learner.total_steps).backward()
         return learner.model.get_parameter(cursor.name).grad.abs().flatten().numpy()
 
-    assert np.array_equal(scores_at(reading, cursor), gradient(network(), 4)) and (scores_at(reading, cursor) > 0).mean() > 0.5
+    assert np.array_equal(growth_scores(source, cursor), gradient(network(), 4)) and (growth_scores(source, cursor) > 0).mean() > 0.5
+    assert np.array_equal(growth_scores(live, cursor), growth_scores(source, cursor))
     with pytest.raises(ValueError, match="saved at step 4: move the timeline there"):
-        scores_at(reading, cursor.seek(0))
+        growth_scores(source, cursor.seek(0))
     live.start()
     while live.alive:
         time.sleep(0.01)
-    done = Reading(live.folder)
-    cursor = Cursor(done.history, cursor.name).seek(-1)
-    assert np.array_equal(scores_at(done, cursor), gradient(done.run.weights, done.moments[-1]))
+    cursor = Cursor(source.history, cursor.name).seek(-1)  # the same source: it reads again what has changed
+    assert cursor.step > 4 and np.array_equal(growth_scores(source, cursor), gradient(source.weights, source.moments[-1]))

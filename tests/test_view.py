@@ -22,15 +22,26 @@ from hypothesis import strategies as st
 pytest.importorskip("plotly", reason="figures need the extra lab")
 import plotly.graph_objects as go
 
+from sparselab.learn import Given
+from sparselab.learn.recordings import STATES
 from sparselab.png import data_uri, fewer_colours, indexed_png
+from sparselab.sparse.cursor import Cursor
 from sparselab.sparse.history import MaskHistory
-from sparselab.view import theme
-from sparselab.view.masks import layer_sparsity, layers_of, mask_evolution, mask_image
-from sparselab.view.raster import GAP, OFF, PALETTE, events, layout, pixels
-from sparselab.view.results import COLUMNS, accuracy_bars, results_table
-from sparselab.view.stability import STATES, stability_by_layer
-from sparselab.view.training import training_curves
-from sparselab.view.updates import flow, overlap
+from sparselab.view import (
+    accuracy_bars,
+    layers_panel,
+    mask_panel,
+    masks_panel,
+    metrics_panel,
+    results_table,
+    show,
+    stability_panel,
+    titled,
+    updates_panel,
+)
+from sparselab.view.figures import panels, theme
+from sparselab.view.figures.pixels import EMPTY, OFF, PALETTES, mask_raster, tiles
+from sparselab.view.runs.results import RESULTS
 
 SHAPES = {"conv1.weight": (6, 1, 3, 3), "point.weight": (5, 6, 1, 1), "fc1.weight": (9, 37), "fc2.weight": (3, 9)}
 
@@ -72,6 +83,17 @@ def random_history(shapes=SHAPES, updates=7, seed=0, density=0.3):
     return history, all_masks
 
 
+def updated(before, now):
+    """A cursor at the update that made `now` of `before`, bool arrays."""
+    history = MaskHistory({"w": torch.from_numpy(before)})
+    history.record(1, {"w": torch.from_numpy(now)})
+    return Cursor(history, "w").seek(1)
+
+
+def of(history):
+    return Given(history=history)
+
+
 # --- png and raster ---------------------------------------------------------------------------------------------------
 
 @settings(max_examples=60, deadline=None)
@@ -92,7 +114,12 @@ def test_a_png_that_is_not_of_chrome_stays_as_it_is():
 
 
 def naive(now, before, at):
-    """The summary of masks, one block at a time."""
+    """The picture of masks, one kernel and one block at a time."""
+    if not at.summarised:
+        codes = np.select([now & before, now & ~before, before & ~now], [5, 9, 13], OFF)
+        kernels = codes.reshape(*codes.shape[:2], *at.kernel)
+        rows = [np.concatenate([np.pad(kernel, ((0, at.gap), (0, at.gap)), constant_values=EMPTY) for kernel in row], 1) for row in kernels]
+        return np.concatenate(rows)[:at.size[0], :at.size[1]]
     now, before = (mask.reshape(len(mask), -1) for mask in (now, before))
     image = np.full((-(-now.shape[0] // at.block[0]), -(-now.shape[1] // at.block[1])), OFF)
     for i, j in np.ndindex(image.shape):
@@ -104,38 +131,63 @@ def naive(now, before, at):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(1, 11), st.integers(1, 13), st.sampled_from([(), (1, 1), (3,), (2, 3)]), st.integers(1, 12),
-       st.integers(1, 40), st.sampled_from([0.02, 0.3, 1.0]), st.integers(0, 2 ** 32 - 1))
-def test_pixels_are_the_masks_block_by_block(outputs, inputs, kernel, rows, columns, density, seed):
+@given(st.integers(1, 11), st.integers(1, 13), st.sampled_from([(), (1, 1), (3,), (2, 3)]), st.integers(1, 300),
+       st.integers(1, 12), st.sampled_from([0.02, 0.3, 1.0]), st.integers(0, 2 ** 32 - 1))
+def test_pixels_are_the_masks_block_by_block(outputs, inputs, kernel, most, side, density, seed):
     random = np.random.default_rng(seed)
     now, before = random.random((2, outputs, inputs, *kernel)) < density
-    at = layout(now.shape, (rows, columns))
-    image = pixels(events(now, before), at)
-    assert image.shape[0] <= rows and image.shape[1] <= columns and image.max() < len(PALETTE)
-    if at.gaps:
-        gaps = np.arange(at.kernel, image.shape[1], at.kernel + 1)
-        assert (image[:, gaps] == GAP).all()
-        image = np.delete(image, gaps, axis=1)
+    at = tiles(now.shape, most, side)
+    image = mask_raster(updated(before, now), at=at).codes
+    assert at.weights.sum() == now.size and (not at.summarised or max(image.shape) <= side)
+    assert image.shape == at.size and image.max() < len(PALETTES["event"])
     assert (image == naive(now, before, at)).all()
 
 
-def test_kernels_that_fit_only_without_gaps_are_one_pixel_each():
-    assert layout((4, 10, 3), (10, 40)).gaps
-    assert pixels(events(np.ones((4, 10, 3), bool)), layout((4, 10, 3), (10, 35))).shape == (4, 10)
+def test_long_rows_of_kernels_are_one_pixel_a_kernel_or_several_kernels():
+    assert tiles((4, 10, 3), 100, 35).block == (1, 1)
+    assert tiles((4, 10, 3), 100, 29).size == (4, 10) and tiles((4, 10, 3), 100, 9).block == (1, 6)
 
 
-@pytest.mark.parametrize("shape", [(10, 7), (10, 7, 3, 3), (300, 900), (300, 900, 3, 3), (7, 900, 1, 1), (4, 90, 5, 5)])
+@pytest.mark.parametrize("shape", [(10, 7), (10, 7, 3, 3), (300, 900), (300, 900, 3, 3), (7, 900, 1, 1), (4, 90, 5, 5), (1200, 1100), (3, 5, 4)])
 def test_axes_count_output_and_input_units(shape):
-    at = layout(shape)
-    rows, columns = pixels(events(np.ones(shape, bool)), at).shape
+    at = tiles(shape)
     axes, half = at.axes, 0.5 + 1e-9
-    for first, step, size, units in [("x0", "dx", columns, shape[1]), ("y0", "dy", rows, shape[0])]:
+    for first, step, size, units in [("x0", "dx", at.size[1], shape[1]), ("y0", "dy", at.size[0], shape[0])]:
         left, right = axes[first] - axes[step] / 2, axes[first] + axes[step] * (size - 0.5)
         assert -half <= left and right >= units - 0.5 - axes[step] - 1e-9  # the pixels cover the units
         assert right < units - 0.5 + axes[step]
-    if at.gaps:  # the middle of a kernel is a whole number
-        middle = axes["x0"] + axes["dx"] * ((at.kernel - 1) / 2 + 3 * (at.kernel + 1))
-        assert middle == pytest.approx(3)
+    if at.gap:  # the middle of a kernel is a whole number
+        for first, step, length in (("x0", "dx", at.kernel[1]), ("y0", "dy", at.kernel[0])):
+            assert axes[first] + axes[step] * ((length - 1) / 2 + 3 * (length + 1)) == pytest.approx(3)
+
+
+LAYERS = {"linear": lambda: torch.nn.Linear(37, 9), "wide linear": lambda: torch.nn.Linear(1025, 2049),
+          "long linear": lambda: torch.nn.Linear(70_001, 15), "conv1d": lambda: torch.nn.Conv1d(5, 7, 3),
+          "conv2d": lambda: torch.nn.Conv2d(3, 6, (2, 3)), "point": lambda: torch.nn.Conv2d(8, 4, 1),
+          "grouped": lambda: torch.nn.Conv2d(6, 8, 3, groups=2), "depthwise": lambda: torch.nn.Conv2d(6, 6, 3, groups=6),
+          "wide conv2d": lambda: torch.nn.Conv2d(333, 401, 3), "wide conv1d": lambda: torch.nn.Conv1d(1201, 301, 3)}
+
+
+@pytest.mark.parametrize("density", [1.0, 0.3])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_report_and_explorer_draw_the_same_pixels(kind, density):
+    """Every layer kind: the report's last picture, its slider and the explorer's canvas, pixel by pixel, and each against the masks."""
+    pytest.importorskip("ipywidgets", reason="the explorer needs the extra lab")
+    from sparselab.view.explorer.mask_block import MaskBlock
+
+    shape = tuple(LAYERS[kind]().weight.shape)
+    masks = np.random.default_rng(0).random((2, *shape)) < density
+    source = of(updated(*masks).history)
+    block = MaskBlock(source, selected=print, pressed=print)
+    slider = masks_panel(source).figure
+    for step, before, now in ((0, masks[0], masks[0]), (1, *masks)):
+        block.show(step)
+        canvas = np.frombuffer(block.content.get_state("codes")["codes"], np.uint8).reshape(block.content.shape)
+        drawn = decode(mask_panel(source, step).figure.data[0].source)
+        assert (drawn == canvas).all() and (decode(slider.frames[step].data[0].source) == canvas).all()
+        assert (canvas == naive(now, before, tiles(shape))).all()
+        if density == 1:
+            assert set(np.unique(canvas)) <= {EMPTY, 5}, "a dense layer is as strong at its edges as inside"
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
@@ -143,23 +195,20 @@ def test_axes_count_output_and_input_units(shape):
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_frame_of_an_evolution_is_the_masks(name):
     history, masks = random_history()
-    fig = mask_evolution(history, name)
+    fig = masks_panel(of(history), layer=name).figure
     assert len(fig.frames) == len(masks) == len(fig.layout.sliders[0].steps)
     assert fig.data[0].source == fig.frames[fig.layout.sliders[0].active].data[0].source
-    at = layout(SHAPES[name])
     for i, frame in enumerate(fig.frames):
         now, before = masks[i][name].numpy(), masks[max(0, i - 1)][name].numpy()
-        image = decode(frame.data[0].source)
-        shown = image[:, [c for c in range(image.shape[1]) if not at.gaps or c % (at.kernel + 1) != at.kernel]]
-        assert (shown == naive(now, before, at)).all()
+        assert (decode(frame.data[0].source) == naive(now, before, tiles(SHAPES[name]))).all()
         assert fig.layout.sliders[0].steps[i].args[0] == (frame.name,) and frame.traces == (0,)
-        counts = (now & before).sum(), (now & ~before).sum(), (before & ~now).sum()
-        assert frame.name == f"step {10 * i}: {counts[0]} kept, {counts[1]} grown, {counts[2]} dropped"
+        counts = now.sum(), now.size, (now & ~before).sum(), (before & ~now).sum()
+        assert frame.name == f"step {10 * i}: {counts[0]} of {counts[1]} weights, {counts[2]} grown and {counts[3]} dropped here"
 
 
 def test_too_many_updates_are_thinned_and_said():
     history, masks = random_history(updates=50)
-    fig = mask_evolution(history, "fc1.weight", max_updates=7)
+    fig = masks_panel(of(history), layer="fc1.weight", most=7).figure
     steps = [int(frame.name.split(":")[0].split()[1]) for frame in fig.frames]
     assert len(steps) == 7 and steps[0] == 0 and steps[-1] == 500 and "7 of 51 masks" in fig.layout.meta["note"]
     at = steps[3] // 10  # events compare with the update just before, which is not shown
@@ -169,57 +218,53 @@ def test_too_many_updates_are_thinned_and_said():
 
 def test_pictures_stay_within_their_bytes():
     history, _ = random_history({"big.weight": (300, 1000)}, updates=12)
-    free, tight = (mask_evolution(history, "big.weight", max_bytes=size) for size in (10 ** 9, 200_000))
-    assert len(free.frames) == 13 and sum(len(f.data[0].source) for f in free.frames) > 220_000
-    assert 2 <= len(tight.frames) < 13 and sum(len(f.data[0].source) for f in tight.frames) < 220_000
-    assert "2 x 2 weights" in tight.layout.meta["note"] and f"{len(tight.frames)} of 13" in tight.layout.meta["note"]
+    free, tight = (masks_panel(of(history), max_bytes=size).figure for size in (10 ** 9, 400_000))
+    assert len(free.frames) == 13 and sum(len(f.data[0].source) for f in free.frames) > 440_000
+    assert 2 <= len(tight.frames) < 13 and sum(len(f.data[0].source) for f in tight.frames) < 440_000
+    assert f"{len(tight.frames)} of 13" in tight.layout.meta["note"]
 
 
 def test_one_image_is_that_record():
     history, masks = random_history()
-    for record in (0, 3, -1):
-        image = decode(mask_image(history, "fc1.weight", record).data[0].source)
+    for step, record in ((0, 0), (9, 0), (30, 3), (39.5, 3), (None, -1), (10**6, -1)):
+        image = decode(mask_panel(of(history), step, "fc1.weight").figure.data[0].source)
         now = masks[record]["fc1.weight"].numpy()
         before = now if record == 0 else masks[record - 1]["fc1.weight"].numpy()
-        assert (image == naive(now, before, layout((9, 37)))).all()
-    with pytest.raises(IndexError):
-        mask_image(history, "fc1.weight", 99)
+        assert (image == naive(now, before, tiles((9, 37)))).all()
 
 
 def test_a_static_history_has_figures_without_slider():
     history = MaskHistory({"fc.weight": torch.eye(4).bool()})
-    fig = mask_evolution(history, "fc.weight")
+    fig = masks_panel(of(history)).figure
     assert not fig.layout.sliders and (decode(fig.data[0].source) == np.where(np.eye(4), 5, OFF)).all()
-    assert "never changed" in flow(history).layout.meta["note"]
-    assert [list(trace.y) for trace in overlap(history).data] == [[1], [1], [0.25], [0.25]]
+    updates = updates_panel(of(history)).figure
+    assert "never changed" in updates.layout.meta["note"]
+    assert [list(trace.y) for trace in updates.data[3:]] == [[1], [1], [0.25]]
 
 
-@pytest.mark.parametrize("draw", [mask_evolution, mask_image, lambda h, n: flow(h, [n]),
-                                  lambda h, n: overlap(h, [n])])
+@pytest.mark.parametrize("draw", [mask_panel, masks_panel, updates_panel])
 def test_unknown_layers_are_answered_with_the_nearest(draw):
     with pytest.raises(ValueError, match="'fc1.wieght'.*Did you mean 'fc1.weight'"):
-        draw(random_history()[0], "fc1.wieght")
+        draw(of(random_history()[0]), layer="fc1.wieght")
 
 
-@pytest.mark.parametrize("draw", [flow, overlap])
+@pytest.mark.parametrize("draw", [updates_panel, layers_panel, mask_panel, masks_panel])
 def test_a_history_without_layers_is_refused_in_words(draw):
     with pytest.raises(ValueError, match="no layers.*dense"):
-        draw(MaskHistory({}))
+        draw(of(MaskHistory({})))
 
 
-def test_layer_sparsity_is_the_history_counted():
+def test_layers_are_the_history_counted():
+    from sparselab.sparse import layer_budgets
+
     history, masks = random_history()
-    for record in (0, -1):
-        layers = layers_of(history, record)
-        drawn = {trace.name: list(trace.x) for trace in layer_sparsity(layers, dict.fromkeys(SHAPES, 0.5)).data}
-        assert drawn["kept weights"] == [int(mask.sum()) for mask in masks[record].values()]
-        assert drawn["all weights"] == [mask.numel() for mask in masks[record].values()]
+    for step, record in ((0, 0), (35, 3), (None, -1)):
+        drawn = {trace.name: list(trace.x) for trace in layers_panel(of(history), step).figure.data}
+        assert drawn["kept weights"] == (kept := [int(mask.sum()) for mask in masks[record].values()])
+        assert drawn["all weights"] == (total := [mask.numel() for mask in masks[record].values()])
         assert drawn["density"] == [float(mask.float().mean(dtype=torch.float64)) for mask in masks[record].values()]
-        assert drawn["ERK"] == [0.5] * 4
-    with pytest.raises(ValueError, match="no layer"):
-        layer_sparsity({})
-    with pytest.raises(ValueError, match="erk.*fc2.weight"):
-        layer_sparsity(layers, {name: 0.1 for name in list(SHAPES)[:-1]})
+        erk = layer_budgets(SHAPES, 1 - sum(kept) / sum(total), "erk")
+        assert drawn["ERK"] == [erk[name] / count for name, count in zip(SHAPES, total, strict=True)]
 
 
 # --- updates ----------------------------------------------------------------------------------------------------------
@@ -231,15 +276,15 @@ def as_sets(masks, names):
 def test_parts_of_a_sequential_are_called_layers():
     history, _ = random_history({"0.weight": (6, 8), "2.1.weight": (9, 6), "head.weight": (3, 9)})
     assert [theme.short(name) for name in history.names] == ["layer 0", "layer 2.1", "head"]
-    assert mask_image(history, "0.weight").layout.title.text.startswith("Mask of layer 0<")
+    assert mask_panel(of(history), layer="0.weight").figure.layout.title.text.startswith("Mask of layer 0 by event<")
     shares = {"active": 0.5, "unstable": 0.5, "inactive": 0.0, "dead": 0.0}
-    fig = stability_by_layer([{"step": 0, "epoch": 0, "layers": {"0": shares, "relu1": shares}}])
+    fig = stability_panel(Given(stability=[{"step": 0, "epoch": 0, "layers": {"0": shares, "relu1": shares}}])).figure
     assert {"layer 0", "relu1"} <= {note.text for note in fig.layout.annotations}
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.1, 0.03, 0.0004])
 def test_the_density_axis_has_two_ticks_and_holds_every_layer(density):
-    fig = layer_sparsity({"a": {"nnz": round(density * 10_000), "total": 10_000}, "b": {"nnz": 100, "total": 100}})
+    fig = layers_panel(of(MaskHistory({"a": (torch.arange(10_000) < round(density * 10_000)).view(100, 100), "b": torch.ones(10, 10).bool()}))).figure
     low, high = fig.layout.xaxis.range
     assert low < np.log10(density) < high and np.floor(high) - np.ceil(low) >= 1
 
@@ -247,8 +292,8 @@ def test_the_density_axis_has_two_ticks_and_holds_every_layer(density):
 @pytest.mark.parametrize("seed", range(5))
 def test_flow_and_overlap_against_sets(seed):
     history, masks = random_history(seed=seed, updates=9)
-    fig = flow(history)
-    for panel, name in enumerate(SHAPES):
+    fig = updates_panel(of(history)).figure
+    for panel, name in enumerate(SHAPES, 1):  # the first is their sum
         sets = as_sets(masks, [name])
         new, again, dropped = (np.array(trace.y) for trace in fig.data[3 * panel:3 * panel + 3])
         for i, (before, now) in enumerate(zip(sets, sets[1:], strict=False)):
@@ -259,18 +304,18 @@ def test_flow_and_overlap_against_sets(seed):
         assert (-dropped).tolist() == [row["dropped"] for row in rows]
         assert (new + again + dropped).sum() == len(sets[-1]) - len(sets[0])
     sets, total = as_sets(masks, SHAPES), sum(np.prod(shape) for shape in SHAPES.values())
-    drawn = {trace.name: list(trace.y) for trace in overlap(history).data}
-    assert drawn["with the first"] == pytest.approx([len(s & sets[0]) / len(s | sets[0]) for s in sets])
+    drawn = {trace.name: list(trace.y) for trace in fig.data[3 * 5:]}
+    assert drawn["overlap with the first"] == pytest.approx([len(s & sets[0]) / len(s | sets[0]) for s in sets])
     pairs = zip([sets[0], *sets], sets, strict=False)
-    assert drawn["with the previous"] == pytest.approx([len(a & b) / len(a | b) for a, b in pairs])
-    assert drawn["all layers"] == pytest.approx([len(set().union(*sets[:i + 1])) / total for i in range(len(sets))])
+    assert drawn["overlap with the previous"] == pytest.approx([len(a & b) / len(a | b) for a, b in pairs])
+    assert drawn["ever active"] == pytest.approx([len(set().union(*sets[:i + 1])) / total for i in range(len(sets))])
 
 
 def test_many_layers_show_the_busiest_below_the_sum():
     shapes = {f"l{i}.weight": (4, 4 + 4 * (i % 5)) for i in range(9)}
     history, _ = random_history(shapes)
-    fig = flow(history)
-    titles = [annotation.text for annotation in fig.layout.annotations]
+    fig = updates_panel(of(history)).figure
+    titles = [note.text for note in fig.layout.annotations if note.text.startswith(("all", "l"))]
     assert titles[0] == "all 9 layers" and len(titles) == 7 and "busiest" in fig.layout.meta["title"]
     moved = {name: sum(r["grown"] + r["dropped"] for r in history.flow() if r["name"] == name) for name in shapes}
     left_out = [moved[name] for name in shapes if name.removesuffix(".weight") not in titles]
@@ -284,7 +329,7 @@ def test_curves_skip_what_rows_lack_and_sort_by_step():
     rows = [{"step": 30, "loss": 1.0, "clean": 0.5, "train_eps": 0.1},
             {"step": 10, "loss": 3.0, "verified": 0.25, "clean": None},
             {"step": 20, "nnz": 7, "sparsity": 0.5, "train_eps": 0.0}]
-    drawn = {trace.name: (list(trace.x), list(trace.y)) for trace in training_curves(rows).data}
+    drawn = {trace.name: (list(trace.x), list(trace.y)) for trace in metrics_panel(Given(metrics=rows)).figure.data}
     assert drawn == {"loss": ([10, 30], [3.0, 1.0]), "clean": ([30], [0.5]), "verified": ([10], [0.25]),
                      "train_eps": ([20, 30], [0.0, 0.1]), "nnz": ([20], [7])}
 
@@ -294,10 +339,10 @@ def test_curves_of_any_choice_of_columns_and_one_row(present):
     row = {"step": 1, **dict.fromkeys(present, 0.5)}
     if present == ("train_eps",):
         with pytest.raises(ValueError, match="nothing to draw in 1 rows"):
-            training_curves([row])
+            metrics_panel(Given(metrics=[row]))
         return
     panels = len({"loss", "clean", "nnz"} & set(present))
-    fig = training_curves([row])
+    fig = metrics_panel(Given(metrics=[row])).figure
     assert len([axis for axis in fig.layout if axis.startswith("xaxis")]) == panels
     assert {t.name for t in fig.data} == set(present) - ({"train_eps"} if "clean" not in present else set())
 
@@ -305,7 +350,7 @@ def test_curves_of_any_choice_of_columns_and_one_row(present):
 @pytest.mark.parametrize("eps", [None, 0.0, 0.1])
 def test_every_quantity_has_its_own_panel(eps):
     rows = [{"step": i, "loss": 1.0, "clean": 0.5, "verified": 0.5, "nnz": 9, "train_eps": eps} for i in range(3)]
-    fig = training_curves(rows)
+    fig = metrics_panel(Given(metrics=rows)).figure
     axes = {trace.name: fig.layout["yaxis" + trace.yaxis[1:]] for trace in fig.data}
     domain = {name: (fig.layout["yaxis" + axis.overlaying[1:]] if axis.overlaying else axis).domain
               for name, axis in axes.items()}
@@ -318,10 +363,10 @@ def test_every_quantity_has_its_own_panel(eps):
 
 
 def test_curves_survive_a_diverged_run_and_refuse_an_empty_one():
-    fig = training_curves([{"step": 1, "loss": 2.0, "clean": 0.1, "train_eps": 0.0}, {"step": 2, "loss": float("nan")}])
+    fig = metrics_panel(Given(metrics=[{"step": 1, "loss": 2.0, "clean": 0.1, "train_eps": 0.0}, {"step": 2, "loss": float("nan")}])).figure
     assert np.isnan(fig.data[0].y[1]) and json.loads(fig.to_json())
     with pytest.raises(ValueError, match="nothing to draw in 0 rows"):
-        training_curves([])
+        metrics_panel(Given(metrics=[]))
 
 
 @settings(max_examples=12, deadline=None)
@@ -338,7 +383,7 @@ def test_stability_bars_fill_every_layer_at_every_row(layers, rows, seed):
     shown = [name for name in dict.fromkeys(n for row in table for n in row["layers"])][:9]
     if not shown:
         return
-    fig = stability_by_layer(table[::-1])  # rows in any order
+    fig = stability_panel(Given(stability=table[::-1])).figure  # rows in any order
     assert len(fig.data) == 4 * len(shown)
     for at, name in enumerate(shown):
         bars = {trace.name: np.array(trace.y) for trace in fig.data[4 * at:4 * at + 4]}
@@ -354,14 +399,14 @@ def test_stability_bars_fill_every_layer_at_every_row(layers, rows, seed):
                                    {"active": 0.5, "unstable": 0.25, "inactive": 0.25, "dead": 0.5}])
 def test_stability_that_is_no_share_names_layer_and_step(layer):
     with pytest.raises(ValueError, match="layer fc1 at step 7"):
-        stability_by_layer([{"step": 7, "layers": {"fc1": layer}}])
+        stability_panel(Given(stability=[{"step": 7, "layers": {"fc1": layer}}]))
 
 
 def test_stability_names_are_checked():
     rows = [{"step": 7, "layers": {"relu1": {"active": 0.5, "unstable": 0.25, "inactive": 0.25, "dead": 0}}}]
-    assert len(stability_by_layer(rows, ["relu1"]).data) == 4
+    assert len(stability_panel(Given(stability=rows), layers=("relu1",)).figure.data) == 4
     with pytest.raises(ValueError, match="'relu2'.*'relu1'"):
-        stability_by_layer(rows, ["relu2"])
+        stability_panel(Given(stability=rows), layers=("relu2",))
 
 
 def summary(clean, pgd, verified, **more):
@@ -407,7 +452,7 @@ def test_the_table_holds_the_numbers_and_escapes_names():
     assert table.rows[0][:4] == ["<b>|both", "90.10% ± 1.41%", "85.00%", "82.00% ± 2.83%"]
     assert "&lt;b&gt;|both" in table._repr_html_() and "<b>" not in table._repr_html_()
     lines = table._repr_markdown_().splitlines()
-    assert len(lines) == 4 and {line.replace("\\|", "").count("|") for line in lines} == {len(COLUMNS) + 1}
+    assert len(lines) == 4 and {line.replace("\\|", "").count("|") for line in lines} == {len(RESULTS) + 1}
     assert results_table(summary(1, 1, 1, verified_by={"ibp": 1, "crown": 0})).rows[0][4] == "ibp 1, crown 0"
 
 
@@ -415,16 +460,16 @@ def test_the_table_holds_the_numbers_and_escapes_names():
 
 @pytest.fixture
 def no_browser(monkeypatch):
-    monkeypatch.setattr(theme, "_photograph", lambda fig, width, timeout: None)
+    monkeypatch.setattr(panels, "_photograph", lambda fig, width, timeout: None)
 
 
 def test_every_figure_wears_the_theme(no_browser):
     history, _ = random_history()
-    for fig in (flow(history), overlap(history), mask_evolution(history, "fc1.weight"),
-                layer_sparsity(layers_of(history)), training_curves([{"step": 1, "loss": 1.0}]),
-                accuracy_bars({"a": summary(1, 1, 1)})):
+    source = Given(history=history, metrics=[{"step": 1, "loss": 1.0}])
+    drawn = [panel(source).figure for panel in (updates_panel, masks_panel, mask_panel, layers_panel, metrics_panel)]
+    for fig in (*drawn, accuracy_bars({"a": summary(1, 1, 1)})):
         assert fig.layout.template.layout.paper_bgcolor == theme.CLEAR and fig.layout.width is None
-        bundle = theme.mimebundle(fig)
+        bundle = panels.mimebundle(fig)
         assert bundle["text/plain"] == f"Figure: {fig.layout.meta['title']}"
         png = base64.b64decode(bundle.pop("image/png"))
         assert struct.unpack(">II", png[16:24]) == (900, fig.layout.height) and len(png) < 40_000
@@ -439,42 +484,45 @@ def colours_in(png):
 
 def test_a_picture_without_a_browser_shows_the_numbers(no_browser):
     rows = [{"step": i, "loss": 1 / (i + 1), "clean": i / 9} for i in range(9)]
-    drawn = colours_in(theme.picture(training_curves(rows)))
+    drawn = colours_in(panels.picture(metrics_panel(Given(metrics=rows)).figure))
     assert {theme.COLORS["loss"], theme.COLORS["clean"]} <= set(drawn) and theme.COLORS["pgd"] not in drawn
-    taller = [colours_in(theme.picture(accuracy_bars({"a": summary(share, share / 2, 0.1)})))[theme.COLORS["clean"]] for share in (0.4, 0.8)]
+    taller = [colours_in(panels.picture(accuracy_bars({"a": summary(share, share / 2, 0.1)})))[theme.COLORS["clean"]] for share in (0.4, 0.8)]
     assert 1.9 < taller[1] / taller[0] < 2.1, "a bar twice as high has twice the pixels"
     history, _ = random_history()
-    mask = theme.picture(mask_image(history, "fc1.weight"))
+    mask = panels.picture(mask_panel(of(history), layer="fc1.weight").figure)
     assert theme.COLORS["grown"] in colours_in(mask) and theme.COLORS["dropped"] in colours_in(mask)
 
 
 def test_a_figure_of_which_less_than_all_can_be_drawn_has_no_picture(no_browser):
-    fig = theme.titled(go.Figure(go.Pie(values=[1, 2])), "shares")
+    fig = titled(go.Figure(go.Pie(values=[1, 2])), "shares")
     with pytest.warns(UserWarning, match="without a picture.*pie"):
-        assert "image/png" not in theme.mimebundle(fig)
+        assert "image/png" not in panels.mimebundle(fig)
 
 
 def test_the_flipbook_has_the_frames_of_the_figure(no_browser):
     history, _ = random_history()
-    fig = mask_evolution(history, "fc1.weight")
-    book = theme.mimebundle(fig)["text/html"]
+    fig = masks_panel(of(history), layer="fc1.weight").figure
+    book = panels.mimebundle(fig)["text/html"]
     frames = json.loads(unescape(book.split('data-frames="')[1].split('"')[0]))
     assert frames == [[frame.name, frame.data[0].source] for frame in fig.frames]
     assert f'src="{frames[-1][1]}"' in book and f'max="{len(frames) - 1}"' in book and "http" not in book
-    assert "text/html" not in theme.mimebundle(flow(history))
+    assert "text/html" not in panels.mimebundle(updates_panel(of(history)).figure)
 
 
 def test_show_does_nothing_in_tests_and_displays_otherwise(no_browser, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append((bundle, raw)))
-    fig = training_curves([{"step": 1, "loss": 1.0}])
+    panel = metrics_panel(Given(metrics=[{"step": 1, "loss": 1.0}]))
+    fig = panel.figure
     monkeypatch.setenv("IN_TEST", "1")
-    theme.show(fig)
+    show(fig)
     assert shown == []
     monkeypatch.delenv("IN_TEST")
-    theme.show(fig)
-    theme.show(fig, still=True)
-    (bundle, raw), (still, _) = shown
+    show(fig)
+    show(fig, still=True)
+    show(panel)
+    (bundle, raw), (still, _), (same, _) = shown
+    assert same == bundle
     assert raw and "application/vnd.plotly.v1+json" in bundle and set(still) == {"image/png", "text/plain"}
 
 
@@ -490,21 +538,21 @@ def test_a_browser_that_never_answers_is_given_up_once(monkeypatch):
 
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    monkeypatch.setattr(theme, "_camera", lambda process: (loop, Stuck()))
-    monkeypatch.setattr(theme, "_blind", set())
-    fig = training_curves([{"step": 1, "loss": 1.0}])
+    monkeypatch.setattr(panels, "_camera", lambda process: (loop, Stuck()))
+    monkeypatch.setattr(panels, "_blind", set())
+    fig = metrics_panel(Given(metrics=[{"step": 1, "loss": 1.0}])).figure
     with pytest.warns(UserWarning, match="failed.*matplotlib draws"):
-        png = theme.picture(fig, timeout=0.2)
-    assert png == theme.picture(fig) and png.startswith(b"\x89PNG") and Stuck.calls == 1
+        png = panels.picture(fig, timeout=0.2)
+    assert png == panels.picture(fig) and png.startswith(b"\x89PNG") and Stuck.calls == 1
     loop.call_soon_threadsafe(loop.stop)
 
 
 @pytest.mark.browser
 def test_a_real_browser_draws_the_figure_small():
     pytest.importorskip("kaleido")
-    code = ("import sys\nfrom sparselab.view import theme, training\n"
-            "fig = training.training_curves([{'step': i, 'loss': 1 / (i + 1), 'clean': i / 9} for i in range(9)])\n"
-            "sys.stdout.buffer.write(theme.picture(fig))")
+    code = ("import sys\nfrom sparselab import learn, view\n"
+            "panel = view.metrics_panel(learn.Given(metrics=[{'step': i, 'loss': 1 / (i + 1), 'clean': i / 9} for i in range(9)]))\n"
+            "sys.stdout.buffer.write(panel.png())")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=240, env=os.environ)
     assert done.returncode == 0, done.stderr.decode()
     image = decode(done.stdout)
@@ -518,8 +566,8 @@ def test_a_real_browser_draws_the_figure_small():
 def test_the_slider_of_a_saved_notebook_works_as_html_without_network(tmp_path, no_browser):
     sync_api = pytest.importorskip("playwright.sync_api")
     nbformat, nbconvert = pytest.importorskip("nbformat"), pytest.importorskip("nbconvert")
-    fig = mask_evolution(random_history()[0], "conv1.weight")
-    output = nbformat.v4.new_output("display_data", data=theme.mimebundle(fig))
+    fig = masks_panel(of(random_history()[0]), layer="conv1.weight").figure
+    output = nbformat.v4.new_output("display_data", data=panels.mimebundle(fig))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("show(fig)", outputs=[output])])
     page_file = tmp_path / "saved.html"
     page_file.write_text(nbconvert.HTMLExporter().from_notebook_node(notebook)[0])
@@ -539,35 +587,34 @@ def test_the_slider_of_a_saved_notebook_works_as_html_without_network(tmp_path, 
 
 def test_figures_are_plain_figures():
     history, _ = random_history()
-    assert type(mask_evolution(history, "fc1.weight")) is go.Figure  # a FigureWidget would save 5 MB of JavaScript
+    assert type(masks_panel(of(history)).figure) is go.Figure  # a FigureWidget would save 5 MB of JavaScript
 
 
-def test_explorer_and_live_are_names_of_view_and_imported_only_when_used():
-    code = ("import sys, sparselab.view; assert 'ipywidgets' not in sys.modules; "
-            "from sparselab.view import Explorer, Live; print(Explorer.__module__, Live.__module__)")
+def test_explorer_and_live_are_imported_only_when_used_and_live_needs_no_widgets():
+    code = ("import sys, sparselab.view; from sparselab.learn import Live; assert not {'ipywidgets', 'plotly'} & set(sys.modules); "
+            "from sparselab.view import Explorer; print(Explorer.__module__, Live.__module__)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["sparselab.view.explorer", "sparselab.view.live"]
+    assert done.stdout.split() == ["sparselab.view.explorer.explorer", "sparselab.learn.live"]
 
 
 def test_every_panel_of_the_explorer_saves_a_page_and_a_table(monkeypatch):
     pytest.importorskip("ipywidgets", reason="the explorer needs the extra lab")
     from pathlib import Path
 
-    from sparselab.view import Explorer
-    from sparselab.view.blocks import Block
-    from sparselab.view.plot import Plot
+    from sparselab.view import PANELS, Explorer
+    from sparselab.view.explorer.plot import Plot
 
     saved = {}
     monkeypatch.setattr(Plot, "save", lambda self, name, data, media: saved.update({name: (data.decode(), media)}))
     explorer = Explorer(Path(__file__).parents[1] / "nbs" / "example" / "sparsevlr")
     explorer.go(130)
     explorer._settle()
-    panels = [block for block in vars(explorer.sides[0]).values() if isinstance(block, Block)]
-    assert len(panels) == 5
-    for block in panels:
-        for button in block.children[4 if block.title != "Neurons" else 5].children:
+    blocks = explorer.sides[0].blocks
+    assert [block.title for block in blocks] == list(PANELS)
+    for block in blocks:
+        for button in block.buttons.children:
             if button.description in ("HTML", "CSV"):
                 button.value = True
-    assert sorted(saved) == sorted(f"{block.name}.{kind}" for block in panels for kind in ("html", "csv"))
+    assert sorted(saved) == sorted(f"{block.name}.{kind}" for block in blocks for kind in ("html", "csv"))
     assert all("Plotly.newPlot" in text and media == "text/html" for name, (text, media) in saved.items() if name.endswith("html"))
     assert all(text.count("\n") > 5 and media == "text/csv" for name, (text, media) in saved.items() if name.endswith("csv"))

@@ -11,15 +11,19 @@ _HOME = {  # public name -> the module that defines it
     "Config": "config",
     "DATASETS": "known",
     "Data": "data",
+    "Given": "reading",
     "Learner": "learner",
+    "Live": "live",
     "MODELS": "models",
     "OBJECTIVES": "objectives",
     "Run": "runs",
+    "Source": "reading",
     "TrainingStopped": "learner",
     "build": "models",
     "evaluate": "evaluation",
     "examples": "runs",
     "family": "experiments",
+    "growth_scores": "growth",
     "load": "data",
     "make_optimizer": "optimizers",
     "margins_of": "margins",
@@ -37,15 +41,19 @@ __all__ = [
     "Config",
     "DATASETS",
     "Data",
+    "Given",
     "Learner",
+    "Live",
     "MODELS",
     "OBJECTIVES",
     "Run",
+    "Source",
     "TrainingStopped",
     "build",
     "evaluate",
     "examples",
     "family",
+    "growth_scores",
     "load",
     "make_optimizer",
     "margins_of",
@@ -63,11 +71,14 @@ if TYPE_CHECKING:
     from .data import Data, load, to_float
     from .evaluation import evaluate
     from .experiments import ALL_METHODS, family, train
+    from .growth import growth_scores
     from .known import DATASETS
     from .learner import Callback, Learner, TrainingStopped
+    from .live import Live
     from .margins import margins_of
     from .models import MODELS, build
     from .objectives import OBJECTIVES, objective
     from .optimizers import make_optimizer
     from .parameters import read_parameters
+    from .reading import Given, Source
     from .runs import Run, examples, runs_in

@@ -16,9 +16,11 @@ from torch import Tensor
 from ..cards import Card, Course, Share, Shown, Table
 from ..errors import attempt
 from .arrays import Unavailable, check_file, or_unavailable
+from .checkpoints import load_state
 from .config import Config
 from .files import being_written, read_rows, read_sealed, read_tensors
 from .margins import Margins, load_margins
+from .reading import Kept, Source
 from .recordings import Looks, NeuronLooks
 from ..sparse.history import MaskHistory
 from ..sparse.history_files import load as load_history
@@ -55,11 +57,11 @@ def courses(rows: Sequence[Mapping]) -> Table | str:
 CHECKS = {".json": read_sealed, ".jsonl": read_rows, ".safetensors": check_file}
 
 
-class Run(Shown):
-    """A run folder, read as it is asked for. Raises ValueError, saying what is missing, for what cannot be read."""
+class Run(Shown, Source):
+    """A run folder, a source: read as it is asked for, and again when it has changed. Raises ValueError, saying what is missing."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self._kept = Path(path), Kept()
         if not self.path.is_dir():
             raise ValueError(f"There is no run folder {self.path}.")
 
@@ -117,17 +119,17 @@ class Run(Shown):
     @property
     def metrics(self) -> list[dict]:
         """One row per epoch so far."""
-        return read_rows(self.path / "metrics.jsonl")
+        return list(self._kept.read(self.path / "metrics.jsonl", read_rows))
 
     @property
     def stability(self) -> list[dict]:
         """One row per epoch so far: layer -> fractions of active, inactive, unstable and dead neurons."""
-        return read_rows(self.path / "stability.jsonl")
+        return list(self._kept.read(self.path / "stability.jsonl", read_rows))
 
-    @cached_property
+    @property
     def history(self) -> MaskHistory:
         """The masks of the run."""
-        return load_history(self.path / "masks")
+        return self._kept.read(self.path / "masks", load_history)
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -140,12 +142,12 @@ class Run(Shown):
     @property
     def neurons(self) -> NeuronLooks:
         """State and mean bounds of every neuron, once per epoch so far. Raises Unavailable when there are none."""
-        return NeuronLooks(self.path / "stability")
+        return self._kept.read(self.path / "stability", NeuronLooks)
 
     @property
     def values(self) -> Looks:
         """Values of the active weights, once per epoch so far, in flat order. Raises Unavailable when there are none."""
-        return Looks(self.path / "weights", "weights")
+        return self._kept.read(self.path / "weights", lambda folder: Looks(folder, "weights"))
 
     @cached_property
     def margins(self) -> Margins:
@@ -154,6 +156,32 @@ class Run(Shown):
             raise Unavailable(f"{self.path} has no margins.safetensors: margins are computed when training has ended, by "
                               "runs of this version with eps above 0; learn.margins.margins_of computes them from any model.")
         return load_margins(self.path / "margins.safetensors")
+
+    @property
+    def networks(self) -> dict[int, Callable[[], dict[str, Tensor]]]:
+        """Steps at which the whole network was saved (checkpoints, the end) -> how to read its parameters and buffers."""
+        found = {int(path.stem.removeprefix("step-")): lambda path=path: load_state(path)["model"]
+                 for path in (self.path / "checkpoint").glob("step-*.safetensors")}
+        if (self.path / "model.safetensors").exists():
+            found[self.moments[-1]] = lambda: self.weights
+        return dict(sorted(found.items()))
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.path.name
+
+    @property
+    def call(self) -> str:
+        """Python that opens the run."""
+        return f"learn.Run({str(self.path)!r})"
+
+    @property
+    def headline(self) -> str:
+        """`state`, whether the network has collapsed, and a sentence for every damaged file, in a line."""
+        state, problem = attempt(lambda: self.state)
+        collapsed, _ = attempt(lambda: self.summary.get("collapse"))
+        return " ".join(filter(None, dict.fromkeys([problem or f"{self.name}: {state}.", collapsed, *self.damage])))
 
     @property
     def rounds(self) -> list["Run"]:

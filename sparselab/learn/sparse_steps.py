@@ -68,9 +68,9 @@ def scattered(net: Rows, name: str, state: Mapping[str, Any]) -> dict[str, Any]:
 class SparseSteps:
     """The training steps of a model in which a sparsifier has nothing to do, on the nonzeros alone.
 
-    `kernels`: "sparse" (ValueError where that cannot be), "dense", or "auto", which is sparse where that is faster.
-    `reason` says why steps are dense. After every step the model has the new weights; the optimizer of the model has its moments again when somebody asks for its
-    state_dict, or after `settle`.
+    `kernels`: "sparse" (ValueError where that cannot be), "dense", or "auto", which is sparse where that is faster; `reason` says why
+    steps are dense. After every step the model has the new weights. The optimizer of the model has its moments again when somebody
+    asks for its state_dict, or after `settle`.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: Sparsifier, goal: Objective, kernels: str = "auto"):

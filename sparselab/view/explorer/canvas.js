@@ -1,0 +1,149 @@
+// A raster of codes: what arrives, how it is painted, what the mouse and the keys do. `Canvas` in canvas.py is its other half.
+const bytes = view => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
+
+export default () => {
+  let codes = new Uint8Array(), held = 0, views = new Set();
+  const whole = model => { codes = bytes(model.get("codes")).slice(); held = model.get("version"); };
+  const take = model => {
+    const patch = bytes(model.get("patch")), version = model.get("version");
+    if (model.get("whole") === version) whole(model);
+    else if (held === version - 1) {
+      const n = patch.length / 5, places = new Uint32Array(patch.slice(0, 4 * n).buffer);
+      for (let i = 0; i < n; i++) codes[places[i]] = patch[4 * n + i];
+      held = version;
+    } else {  // a patch of a raster that never arrived
+      model.set("missed", version); model.save_changes();
+    }
+    for (const redraw of views) redraw();
+  };
+  return {
+    initialize({ model }) {
+      whole(model);
+      model.on("change:version", () => take(model));
+    },
+    render({ model, el }) {
+      const box = document.createElement("div"), canvas = document.createElement("canvas");
+      const tip = document.createElement("div"), line = document.createElement("div");
+      box.className = "sparselab-canvas"; tip.className = "sparselab-tip"; line.className = "sparselab-line";
+      canvas.tabIndex = 0;
+      box.dataset.lmSuppressShortcuts = "true";  // JupyterLab would take the arrow keys
+      box.append(canvas, tip, line); el.append(box);
+      const data = box.dataset, shadow = document.createElement("canvas");
+      let zoom = 1, left = 0, top = 0, pressed = null, drawn = 0, waiting = false, down = null;
+      canvas.codes = () => codes;
+
+      function paint() {  // -> the size of a block of weights that shares a pixel
+        const [rows, columns] = model.get("shape"), palette = model.get("palette"), dense = devicePixelRatio || 1;
+        const width = canvas.width = Math.max(1, Math.round(box.clientWidth * dense));
+        const height = canvas.height = Math.round(model.get("height") * dense);
+        canvas.style.height = model.get("height") + "px";
+        if (!rows || !columns) return [1, 1];
+        const down = Math.max(1, Math.ceil(rows / (height * zoom)));
+        const across = Math.max(1, Math.ceil(columns / (width * zoom)));
+        const h = Math.ceil(rows / down), w = Math.ceil(columns / across), image = new ImageData(w, h);
+        const colours = new Uint32Array(256), pixels = new Uint32Array(image.data.buffer);
+        palette.forEach(([r, g, b, opacity], i) => { colours[i] = (opacity << 24 | b << 16 | g << 8 | r) >>> 0; });
+        if (down * across === 1) for (let i = 0; i < pixels.length; i++) pixels[i] = colours[codes[i]];
+        else summarise(pixels, colours, rows, columns, down, across, w);
+        shadow.width = w; shadow.height = h; shadow.getContext("2d").putImageData(image, 0, 0);
+        const context = canvas.getContext("2d");
+        context.imageSmoothingEnabled = false;
+        context.drawImage(shadow, -left * width, -top * height, width * zoom, height * zoom);
+        outline(context, width, height, rows, columns);
+        return [down, across];
+      }
+      function summarise(pixels, colours, rows, columns, down, across, w) {
+        const best = new Uint8Array(pixels.length), share = new Uint16Array(pixels.length);
+        const block = Uint32Array.from({ length: columns }, (_, c) => Math.floor(c / across));
+        for (let r = 0, i = 0; r < rows; r++) for (let c = 0, start = Math.floor(r / down) * w; c < columns; c++, i++) if (codes[i] > 1) {
+          const at = start + block[c];
+          share[at]++;
+          if (codes[i] > best[at]) best[at] = codes[i];
+        }
+        for (let i = 0; i < pixels.length; i++) {
+          const row = Math.floor(i / w) * down, column = i % w * across;
+          const held = Math.min(down, rows - row) * Math.min(across, columns - column);  // fewer at the edges
+          const colour = colours[best[i] || 1], faint = 0.4 + 0.6 * share[i] / held;
+          pixels[i] = best[i] ? (colour & 0xffffff | Math.round((colour >>> 24) * faint) << 24) >>> 0 : colour;
+        }
+      }
+      function outline(context, width, height, rows, columns) {
+        const [row, column, down, across] = model.get("mark");
+        const tall = height * zoom / rows, wide = width * zoom / columns;
+        context.strokeStyle = getComputedStyle(line).color; context.lineWidth = 2;
+        if (row >= 0) context.strokeRect(-left * width, row * tall - top * height, width * zoom, Math.max(down * tall, 3));
+        if (column >= 0) context.strokeRect(column * wide - left * width, -top * height, Math.max(across * wide, 3), height * zoom);
+      }
+      const redraw = () => {
+        if (waiting) return;
+        waiting = true;
+        requestAnimationFrame(() => {
+          waiting = false;
+          const [down, across] = paint();
+          const summary = down * across > 1 ? ` · zoomed out: a pixel stands for ${down} x ${across}` : "";
+          line.textContent = model.get("label") + summary;
+          data.version = model.get("version"); data.mark = model.get("mark"); data.drawn = ++drawn;
+          if (pressed && model.get("version") !== pressed.version) {
+            data.latency = (performance.now() - pressed.at).toFixed(1); pressed = null;
+          }
+        });
+      };
+      const place = event => {
+        const [rows, columns] = model.get("shape"), frame = canvas.getBoundingClientRect();
+        const x = ((event.clientX - frame.left) / frame.width + left) / zoom;
+        const y = ((event.clientY - frame.top) / frame.height + top) / zoom;
+        return [Math.min(rows - 1, Math.max(0, Math.floor(y * rows))), Math.min(columns - 1, Math.max(0, Math.floor(x * columns)))];
+      };
+      const tell = (name, value) => { model.set(name, value); model.save_changes(); };
+      const clamp = () => {
+        left = Math.min(Math.max(left, 0), zoom - 1); top = Math.min(Math.max(top, 0), zoom - 1); redraw();
+      };
+      canvas.onwheel = event => {
+        event.preventDefault();
+        const frame = canvas.getBoundingClientRect(), before = zoom;
+        const x = (event.clientX - frame.left) / frame.width, y = (event.clientY - frame.top) / frame.height;
+        zoom = Math.min(64, Math.max(1, zoom * Math.exp(-event.deltaY / 400)));
+        left = (left + x) * zoom / before - x; top = (top + y) * zoom / before - y; clamp();
+      };
+      canvas.ondblclick = () => { zoom = 1; left = top = 0; redraw(); };
+      canvas.onpointerdown = event => {
+        canvas.focus(); canvas.setPointerCapture(event.pointerId);
+        down = [event.clientX, event.clientY, left, top];
+      };
+      canvas.onpointerup = event => {
+        const moved = down ? Math.hypot(event.clientX - down[0], event.clientY - down[1]) : 9;
+        if (moved < 4) tell("clicked", [...place(event), model.get("clicked")[2] + 1]);
+        down = null;
+      };
+      canvas.onpointermove = event => {
+        const frame = canvas.getBoundingClientRect();
+        const x = event.clientX - frame.left, y = event.clientY - frame.top;
+        if (down) {
+          left = down[2] - (event.clientX - down[0]) / frame.width; top = down[3] - (event.clientY - down[1]) / frame.height;
+          clamp();
+        }
+        tip.style.left = Math.min(x + 12, frame.width * 0.7) + "px"; tip.style.top = y + 12 + "px";
+        const at = place(event), last = model.get("hover");
+        if (at[0] !== last[0] || at[1] !== last[1]) { tip.textContent = ""; tell("hover", at); }
+      };
+      canvas.onpointerleave = () => { tip.textContent = ""; tell("hover", [-1, -1]); };
+      canvas.onkeydown = event => {
+        if (!["ArrowLeft", "ArrowRight", "Home", "End", " "].includes(event.key)) return;
+        event.preventDefault(); event.stopPropagation();
+        pressed = { at: performance.now(), version: model.get("version") };
+        const [count, ...names] = model.get("presses");
+        tell("presses", [count + 1, ...names.slice(-31), event.key]);  // what is pressed while the kernel is busy arrives as one
+      };
+      const hint = () => { tip.textContent = model.get("tip"); };
+      const listened = { "change:tip": hint, "change:mark": redraw, "change:label": redraw, "change:palette": redraw };
+      for (const [name, act] of Object.entries(listened)) model.on(name, act);
+      views.add(redraw);
+      const resized = new ResizeObserver(redraw); resized.observe(box);
+      redraw();
+      return () => {
+        views.delete(redraw); resized.disconnect();
+        for (const [name, act] of Object.entries(listened)) model.off(name, act);
+      };
+    },
+  };
+};

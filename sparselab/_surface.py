@@ -1,7 +1,17 @@
 """The public names of a package, each imported from its module when it is first used."""
+import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
+
+
+class _Package(ModuleType):
+    """A package in which a public name stays what it is when a module of the same name is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and name in self.__dict__["__all__"] and name not in self.__dict__["_also"]):
+            super().__setattr__(name, value)
 
 
 def lazy(package: str, home: Mapping[str, str], also: tuple[str, ...] = ()) -> tuple[Callable, Callable]:
@@ -9,7 +19,9 @@ def lazy(package: str, home: Mapping[str, str], also: tuple[str, ...] = ()) -> t
 
     `also` are subpackages that are imported when they are first named.
     """
-    module = import_module(package)
+    module = sys.modules[package]
+    module._also = also
+    module.__class__ = _Package
 
     def __getattr__(name: str) -> object:
         if name in also:

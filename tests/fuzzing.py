@@ -33,8 +33,8 @@ from torch.overrides import TorchFunctionMode
 
 from sparselab.program import BATCH_NORMS, Program, fetch, operation, read, run
 from sparselab.robust import verification as verify_module
+from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
 from sparselab.robust.boxes import Interval
-from sparselab.robust.engines import METHODS, bounds, input_box, margin_matrix
 from sparselab.robust.ibp import apply_rows, recorded_statistics
 from sparselab.robust.layers import Layer
 from sparselab.robust.modes import worst_margin

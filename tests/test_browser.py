@@ -340,7 +340,7 @@ CONTRAST = """element => {
 CARDS = """import torch
 from sparselab.learn.runs import Run
 from sparselab.robust.verification import verify
-from sparselab.sparse.methods import sparsify
+from sparselab.sparse.sparsify import sparsify
 from sparselab.view import Explorer
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
 sparsifier = sparsify(model, torch.optim.SGD(model.parameters(), 0.1), method="rigl", sparsity=0.9, total_steps=40)

@@ -16,7 +16,7 @@ from sparselab.learn.files import locked
 from sparselab.learn.runs import Run
 from sparselab.robust.verification import Verification
 from sparselab.sparse.masks import Masks, assign, prunable
-from sparselab.sparse.methods import sparsify
+from sparselab.sparse.sparsify import sparsify
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "nbs" / "example"
 

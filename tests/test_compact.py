@@ -12,8 +12,8 @@ from sparselab.learn.models import build
 from sparselab.sparse.channels import Channels, links
 from sparselab.sparse.compaction import compact
 from sparselab.sparse.masks import prunable
-from sparselab.sparse.methods import sparsify
 from sparselab.sparse.paths import effective
+from sparselab.sparse.sparsify import sparsify
 
 
 class Model(nn.Module):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparselab.robust.bounds import METHODS, bounds, margin_matrix
 from sparselab.robust.boxes import Interval
 from sparselab.robust.curves import (
     ELU,
@@ -24,7 +25,6 @@ from sparselab.robust.curves import (
     Softplus,
     Tanh,
 )  # fmt: skip
-from sparselab.robust.engines import METHODS, bounds, margin_matrix
 from sparselab.robust.products import Maximum, Minimum, Product
 from sparselab.robust.relu import ReLU, _Lines
 from sparselab.robust.rules import Refused

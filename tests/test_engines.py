@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselab.learn.models import MODELS, build
-from sparselab.robust.engines import METHODS, bounds, input_box, margin_matrix
-from sparselab.sparse.methods import sparsify
+from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
+from sparselab.sparse.sparsify import sparsify
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("auto_LiRPA") is None, reason="auto_LiRPA is not installed")
 DEEP = ("resnet32", "resnet56", "resnet18", "vgg", "wrn")  # minutes under full CROWN: `make slow`

@@ -8,7 +8,7 @@ import torch
 from fuzzing import BROKEN_READERS, OTHER_DEVICES, PARTS, Report, broken, examine, shrunk_rule
 from torch import Tensor, nn
 
-from sparselab.robust.engines import METHODS, bounds
+from sparselab.robust.bounds import METHODS, bounds
 from sparselab.robust.rules import RULES
 from sparselab.robust.verification import verify
 

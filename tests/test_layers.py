@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparselab.robust.bounds import METHODS, bounds
 from sparselab.robust.boxes import Interval
-from sparselab.robust.engines import METHODS, bounds
 from sparselab.robust.layers import Add, Concat, Linear, MatMul, Move, Reshape, Scale
 from sparselab.robust.windows import AvgPool, Conv, MaxPool
 

@@ -19,7 +19,7 @@ from sparselab.learn.margins import margins_of
 from sparselab.learn.models import build
 from sparselab.learn.recordings import STATES, NeuronLooks, NeuronSums
 from sparselab.learn.runs import Run
-from sparselab.robust.engines import METHODS, input_box
+from sparselab.robust.bounds import METHODS, input_box
 from sparselab.robust.ibp import interval_pass
 from sparselab.robust.verification import verify
 from sparselab.sparse.cursor import Cursor

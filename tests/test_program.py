@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from sparselab.program import LastReading, Unreadable, read, run, structure
+from sparselab.robust.bounds import METHODS, bounds
 from sparselab.robust.boxes import input_box, margin_matrix
-from sparselab.robust.engines import METHODS, bounds
 from sparselab.robust.ibp import interval_pass, recorded_statistics
 from sparselab.robust.neurons import stability
 from sparselab.robust.verification import verify
-from sparselab.sparse.methods import sparsify
+from sparselab.sparse.sparsify import sparsify
 
 
 class Net(nn.Module):
@@ -575,7 +575,7 @@ def test_a_detach_inside_the_model_does_not_stop_the_gradient_of_a_bound(method)
 def test_the_table_in_the_readme_is_that_of_the_engines():
     from pathlib import Path
 
-    from sparselab.robust.engines import engine_table
+    from sparselab.robust.bounds import engine_table
 
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     assert readme.split("<!-- engines -->")[1].split("<!-- end of engines -->")[0].strip() == engine_table()

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparselab.robust.engines import METHODS, bounds, margin_matrix
+from sparselab.robust.bounds import METHODS, bounds, margin_matrix
 
 CLASSES, BOXES, POINTS = 4, 4, 100
 

@@ -22,10 +22,10 @@ from sparselab.sparse.fan_in import fan_in
 from sparselab.sparse.history import MaskHistory, pack_sorted, unpack_sorted
 from sparselab.sparse.history_files import from_tensors, load, save, to_tensors
 from sparselab.sparse.masks import Masks, assign, mask_gradients, mask_weights, new_state, prunable
-from sparselab.sparse.methods import METHODS, method_options, sparsify
 from sparselab.sparse.schedules import CubicSparsity, Periodic
 from sparselab.sparse.scores import top
 from sparselab.sparse.sparsifier import Sparsifier
+from sparselab.sparse.sparsify import METHODS, method_options, sparsify
 
 settings.register_profile("any speed", deadline=None)  # a busy machine is not a wrong result
 settings.load_profile("any speed")

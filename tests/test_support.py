@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparselab.program import operation, read
+from sparselab.robust.bounds import METHODS, bounds, engine_table
 from sparselab.robust.curves import Curve
-from sparselab.robust.engines import METHODS, bounds, engine_table
 from sparselab.robust.layers import Layer
 from sparselab.robust.lirpa import SOUND
 from sparselab.robust.neurons import stability

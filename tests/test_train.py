@@ -20,7 +20,7 @@ from sparselab.learn.learner import TrainingStopped
 from sparselab.learn.runs import Run
 from sparselab.sparse.compaction import compact
 from sparselab.sparse.masks import prunable
-from sparselab.sparse.methods import METHODS, method_options
+from sparselab.sparse.sparsify import METHODS, method_options
 
 SMALL = dict(model="mlp", model_options={"widths": [24, 24]}, epochs=4, eps=0.02, test_samples=60, device="cpu",
              method_options={"update_every": 3})

@@ -12,8 +12,8 @@ from torch import nn
 
 from sparselab.robust import verification as module
 from sparselab.robust.attacks import pgd, survivors
+from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
 from sparselab.robust.boxes import Interval
-from sparselab.robust.engines import METHODS, bounds, input_box, margin_matrix
 from sparselab.robust.lirpa import load
 from sparselab.robust.modes import worst_margin
 from sparselab.robust.relu import ReLU

@@ -25,7 +25,7 @@ from .models import build
 from .objectives import objective
 from .optimizers import make_optimizer
 from ..sparse.fan_in import scale_to_fan_in_
-from ..sparse.methods import METHODS, method_options, sparsify
+from ..sparse.sparsify import METHODS, method_options, sparsify
 
 # %% ../../nbs/learn/14c_assembly.ipynb #32f7b276
 def pick_device(name: str) -> torch.device:

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import Split
 from ..robust.attacks import survivors
+from ..robust.bounds import bounds
 from ..robust.boxes import input_box, margin_matrix
-from ..robust.engines import bounds
 from ..robust.ibp import interval_pass
 from ..robust.modes import eval_mode, worst_margin
 from ..robust.neurons import LayerStability, as_row, merge

@@ -22,7 +22,7 @@ from .runs import Run
 from .scratch import DSTEnsemble, ScratchB, ScratchE
 from .tickets import COLT, IMP
 from .training import complete
-from ..sparse.methods import METHODS
+from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/15_experiments.ipynb #d6355bc5
 PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": LotteryJackpots, "scratch_e": ScratchE,

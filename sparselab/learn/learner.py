@@ -18,7 +18,6 @@ from ..errors import unknown
 from .data import Data
 from .losses import Objective
 from .optimizers import SCHEDULES, lr_share
-from .sparse_steps import SparseSteps
 from ..sparse.sparsifier import Sparsifier
 
 # %% ../../nbs/learn/11_learner.ipynb #712af18d
@@ -58,6 +57,8 @@ class Learner:
         self.peak_lr = [group["lr"] for group in optimizer.param_groups]
         self.epoch, self.step, self.seconds, self.row = 0, 0, 0.0, {}
         self.losses: Tensor | float = 0.0  # the sum over the steps of the current epoch
+        from sparselab.learn.sparse_steps import SparseSteps  # with it comes numba, which takes a while
+
         self.on_nonzeros = SparseSteps(model, optimizer, sparsifier, objective, kernels)
 
     @property

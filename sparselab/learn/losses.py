@@ -16,8 +16,8 @@ from .ramps import Moment, Ramp
 from .regularizers import balance, tightness
 from ..program import LastReading, Program, spared
 from ..robust.attacks import pgd
+from ..robust.bounds import bounds
 from ..robust.boxes import input_box, margin_matrix
-from ..robust.engines import bounds
 from ..robust.ibp import interval_pass, recorded_statistics
 from ..robust.replay import check_point
 from ..sparse.scores import generator_for

@@ -17,8 +17,8 @@ from ..errors import unknown
 from .arrays import Unavailable, read_arrays, write_arrays
 from .data import torch_seed
 from ..robust.attacks import pgd
+from ..robust.bounds import METHODS, bounds
 from ..robust.boxes import input_box, margin_matrix
-from ..robust.engines import METHODS, bounds
 from ..robust.ibp import interval_pass
 from ..robust.modes import eval_mode
 from ..robust.rules import UnsupportedLayer

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import unknown
 from .losses import PGD, Batch, Natural, Objective, robust_cross_entropy
+from ..robust.bounds import bounds
 from ..robust.crown import crown_ibp, fused_upper
-from ..robust.engines import bounds
 from ..robust.ibp import interval_pass
 
 # %% ../../nbs/learn/09b_objectives.ipynb #8bce38f6

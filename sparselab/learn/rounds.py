@@ -24,8 +24,8 @@ from .learner import Callback, Learner
 from .runs import Run
 from .training import begin, complete, train_in
 from ..sparse.masks import prunable
-from ..sparse.methods import method_options
 from ..sparse.sparsifier import check_family
+from ..sparse.sparsify import method_options
 
 # %% ../../nbs/learn/14e_rounds.ipynb #52ca81e3
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from .config import Config
 from .ensembles import ensemble_summary
 from .learner import Learner
 from .rounds import Procedure, sparsity_of
-from ..sparse.methods import METHODS
+from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/14g_scratch.ipynb #da21f532
 def matched_epochs(epochs: int, dense: float, pruned: float, most: float) -> int:

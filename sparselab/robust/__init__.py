@@ -5,15 +5,15 @@ from .._surface import lazy
 
 _HOME = {  # public name -> the module that defines it
     "Contradiction": "replay",
-    "ENGINES": "engines",
+    "ENGINES": "bounds",
     "LayerStability": "neurons",
-    "METHODS": "engines",
+    "METHODS": "bounds",
     "UnsupportedLayer": "rules",
     "Verification": "verification",
-    "bounds": "engines",
+    "bounds": "bounds",
     "check_order": "verification",
     "crown_ibp": "crown",
-    "engine_table": "engines",
+    "engine_table": "bounds",
     "eval_mode": "modes",
     "fgsm": "attacks",
     "full_precision": "modes",
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from .attacks import fgsm, pgd, survivors
     from .boxes import input_box, margin_matrix
     from .crown import crown_ibp, fused_upper
-    from .engines import ENGINES, METHODS, bounds, engine_table
+    from .bounds import ENGINES, METHODS, bounds, engine_table
     from .ibp import interval_pass, recorded_statistics
     from .modes import eval_mode, full_precision, worst_margin
     from .neurons import LayerStability, stability

@@ -17,8 +17,8 @@ from ..cards import Card, Course, Share, Shown, Table
 from ..errors import unknown
 from ..program import Program, read, restored
 from .attacks import gradient, pgd
+from .bounds import METHODS, bounds, input_box, margin_matrix
 from .boxes import check_dense
-from .engines import METHODS, bounds, input_box, margin_matrix
 from .modes import check_classes, check_labels, eval_mode, full_precision, worst_margin
 from .replay import ask, check_alone, check_bounds, check_point, check_reading, probes
 

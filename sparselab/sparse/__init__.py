@@ -6,7 +6,7 @@ from .._surface import lazy
 _HOME = {  # public name -> the module that defines it
     "Cursor": "cursor",
     "DISTRIBUTIONS": "distributions",
-    "METHODS": "methods",
+    "METHODS": "sparsify",
     "METHOD_FAMILIES": "sparsifier",
     "MaskHistory": "history",
     "Masks": "masks",
@@ -18,9 +18,9 @@ _HOME = {  # public name -> the module that defines it
     "exploration": "explored",
     "layer_budgets": "distributions",
     "mask_overlap": "overlap",
-    "method_options": "methods",
+    "method_options": "sparsify",
     "prunable": "masks",
-    "sparsify": "methods",
+    "sparsify": "sparsify",
 }
 __all__ = [
     "Cursor",
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .explored import exploration
     from .history import MaskHistory
     from .masks import Masks, prunable
-    from .methods import METHODS, method_options, sparsify
+    from .sparsify import METHODS, method_options, sparsify
     from .overlap import mask_overlap
     from .paths import effective
     from .scores import Score

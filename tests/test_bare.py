@@ -47,14 +47,15 @@ for path in sys.argv[1:]:
 """
 
 
-def has_pictures(path: Path) -> bool:
+def draws_with_plotly(path: Path) -> bool:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return any("image/png" in output.get("data", ()) for cell in cells for output in cell.get("outputs", ()))
+    return any("application/vnd.plotly.v1+json" in output.get("data", ()) for cell in cells for output in cell.get("outputs", ()))
 
 
-def test_every_library_notebook_that_draws_has_its_pictures():
-    drawing = list(filter(has_pictures, (ROOT / "nbs").glob("*/[0-9]*.ipynb")))
-    assert len(drawing) > 25
+def test_every_library_notebook_that_draws_with_plotly_has_its_pictures():
+    """The others draw with matplotlib, which has never heard of a browser."""
+    drawing = list(filter(draws_with_plotly, (ROOT / "nbs").rglob("[0-9]*.ipynb")))
+    assert len(drawing) > 8
     done = run(sys.executable, "-c", DRAW, *drawing, cwd=ROOT, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(drawing), done.stdout[-3000:] + done.stderr[-3000:]
 

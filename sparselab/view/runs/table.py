@@ -18,10 +18,10 @@ import pandas as pd
 from torch import Tensor
 
 from ...errors import attempt, unknown
+from ...learn import DATASETS
 from ...learn.config import Config
 from ...learn.models import build
 from ...learn.runs import Run, runs_in
-from ...learn import DATASETS
 from ...learn.values import READERS
 from ...sparse.paths import effective
 from .results import MEASURES, ResultsTable, flops_share, spread

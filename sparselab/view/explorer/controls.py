@@ -13,7 +13,7 @@ import ipywidgets as widgets
 from ...learn.changes import GROWTH
 from ...learn.gate import Snapshot
 from ...learn.live import Live
-from .blocks import press
+from .blocks import chooser, press
 
 # %% ../../../nbs/view/explorer/21_controls.ipynb #c07b77a4
 class LiveControls(widgets.VBox):
@@ -22,14 +22,14 @@ class LiveControls(widgets.VBox):
     def __init__(self, live: Live):
         self.live = live
         self.state = widgets.HTML()
-        self.buttons = {"run": press("▶ run", live.start), "pause": press("❚❚ pause", live.pause),
+        self.buttons = {"run": press("train", live.start, "train, or go on"), "pause": press("pause", live.pause),
                         "update": press("one update", live.step, "train until the masks have changed once, then pause"),
-                        "stop": press("■ stop", lambda: live.stop(0), "end, with a checkpoint; run continues")}
-        wide = {"width": "17em"}
-        self.drop_fraction = widgets.FloatSlider(0.3, min=0, max=1, step=0.01, description="drop", layout=wide,
+                        "stop": press("stop training", lambda: live.stop(0), "end, with a checkpoint; train continues")}
+        close = {"description_width": "initial"}
+        self.drop_fraction = widgets.FloatSlider(0.3, min=0, max=1, step=0.01, description="drop", layout={"width": "20em"}, style=close,
                                                  continuous_update=False, tooltip="share of weights replaced, at first")
-        self.growth = widgets.Dropdown(options=list(GROWTH), description="grow by", layout={"width": "15em"})
-        self.lr = widgets.FloatText(0.0, description="peak lr", layout={"width": "13em"}, continuous_update=False)
+        self.growth = chooser("grow by", list(GROWTH), "12em")
+        self.lr = widgets.FloatText(0.0, description="peak lr", layout={"width": "11em"}, style=close, continuous_update=False)
         self.knobs = {"drop_fraction": self.drop_fraction, "growth": self.growth, "lr": self.lr}
         for name, control in self.knobs.items():
             control.observe(lambda change, name=name: self._turned(name, change["new"]), "value")

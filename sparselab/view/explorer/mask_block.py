@@ -14,9 +14,9 @@ import numpy as np
 from ...errors import attempt
 from ...learn.reading import Source, record_at
 from ...sparse.cursor import Cursor
-from .blocks import Block, Selection, heading, legend_html
+from .blocks import KEYS, RASTER, Block, Selection, chooser, heading, legend_html
 from .canvas import Canvas
-from ..figures.masks import HOW_TO_READ, mask_panel, raster_of
+from ..figures.masks import HOW_TO_READ, mask_axes, mask_panel, raster_of
 from ..figures.panels import Panel, call_of, layer_of
 from ..figures.pixels import COLOURINGS, Raster, Tiles, tiles
 from ..figures.theme import short
@@ -30,10 +30,10 @@ class MaskBlock(Block):
         self.raster: Raster | None = None
         self.tiles: Tiles | None = None
         self.values: np.ndarray | None = None
-        self.layer = widgets.Dropdown(description="layer", layout={"width": "22em"})
-        self.colour = widgets.Dropdown(description="colour", options=COLOURINGS, layout={"width": "14em"})
+        self.layer = chooser("layer", width="16em")
+        self.colour = chooser("colour", COLOURINGS, "10em")
         self.legend = widgets.HTML()
-        canvas = Canvas(np.zeros((0, 0), np.uint8), [])
+        canvas = Canvas(np.zeros((0, 0), np.uint8), [], height=RASTER)
         super().__init__("Mask", canvas, (self.layer, self.colour, self.legend))
         for control in (self.layer, self.colour):
             control.observe(lambda _: self.redraw(), "value")
@@ -68,11 +68,12 @@ class MaskBlock(Block):
         cursor.seek(record)
         self.values = attempt(lambda: self.source.weights_at(cursor))[0]
         self.tiles, self.raster = tiles(cursor.shape), raster_of(self.source, cursor, colour)
+        self.content.subject, self.content.axes = name, mask_axes(self.tiles)
         self.content.palette = [list(each) for each in self.raster.palette]
         self.content.show(self.raster.codes, self.raster.note)
         self.legend.value = legend_html(self.raster.legend)
         self.code.value = call_of("mask_panel", self.source, step=self.step, layer=name, colour=colour)
-        self.heading.value = heading(self.title, f"{HOW_TO_READ[colour]} Wheel: zoom. Arrows: step. Space: play.")
+        self.heading.value = heading(self.title, f"{HOW_TO_READ[colour]} {KEYS}")
         self._mark()
 
     @property
@@ -130,8 +131,3 @@ class MaskBlock(Block):
         values = self.values if self.values is not None else np.full(len(self.cursor.active), np.nan)
         rows = zip(self.cursor.active, self.cursor.since, values, strict=True)
         return "weight,since_record,value\n" + "".join(f"{weight},{since},{value:.6g}\n" for weight, since, value in rows)
-
-    def save_png(self) -> None:
-        """Download the picture, one pixel per weight."""
-        if self.raster is not None:
-            self.saver.save(f"{self.name}.png", self.raster.png(), "image/png")

@@ -92,7 +92,7 @@ def test_the_wheel_scrolls_the_page_and_zooms_only_with_ctrl_or_after_a_click(bo
     book.page.mouse.wheel(0, 120)
     until(lambda: canvas(book, MASK)[1]["y"] < box["y"] - 50)
     assert zoom(book) == 1
-    assert "Ctrl" in book.page.locator(".sparselab-tip").first.text_content()
+    assert "Ctrl" in book.page.locator(".sparselab-how").first.text_content()
     assert "Ctrl + wheel" in book.page.locator(".sparselab-explorer").first.text_content()
     scroll(book, 0)
     book.page.keyboard.down("Control")
@@ -164,7 +164,7 @@ def test_a_saved_picture_of_a_mask_has_axes_title_and_legend(book):
     codes = np.array(book.page.evaluate("() => Array.from(document.querySelector('.sparselab-canvas canvas').codes())"))
     palette = np.array(book.value("explorer.sides[0].mask.content.palette"))
     used = [code for code in np.unique(codes) if palette[code][3] == 255]
-    share = [(np.abs(picture[..., :3] - palette[code][:3]).max(-1) < 3).sum() for code in used]
+    share = [((np.abs(picture[..., :3] - palette[code][:3]).max(-1) < 3) & (picture[..., 3] == 255)).sum() for code in used]
     held = [(codes == code).sum() for code in used]
     assert np.allclose(np.array(share) / sum(share), np.array(held) / sum(held), atol=0.05)  # the weights
     pixels = np.argwhere((np.abs(picture[..., :3] - palette[used[0]][:3]).max(-1) < 3) & (picture[..., 3] == 255))

@@ -55,13 +55,13 @@ export default () => {
     render({ model, el }) {
       const box = document.createElement("div"), canvas = document.createElement("canvas");
       const tip = document.createElement("div"), line = document.createElement("div");
-      const upright = rim("upright"), level = rim("level");
-      box.className = "sparselab-canvas"; tip.className = "sparselab-tip"; line.className = "sparselab-line";
+      const how = document.createElement("div"), upright = rim("upright"), level = rim("level");
+      box.className = "sparselab-canvas"; tip.className = "sparselab-tip"; line.className = "sparselab-line"; how.className = "sparselab-tip sparselab-how";
       canvas.tabIndex = 0;
       box.dataset.lmSuppressShortcuts = "true";  // JupyterLab would take the arrow keys
-      box.append(upright, canvas, level, line, tip); el.append(box);
+      box.append(upright, canvas, level, line, tip, how); el.append(box);
       const data = box.dataset, shadow = document.createElement("canvas");
-      let zoom = 1, left = 0, top = 0, pressed = null, drawn = 0, waiting = false, down = null, ruled = "";
+      let zoom = 1, left = 0, top = 0, pressed = null, drawn = 0, waiting = false, down = null, ruled = "", hinted = 0;
       canvas.codes = () => codes;
 
       function paint() {  // -> the size of a block of weights that shares a pixel
@@ -141,7 +141,8 @@ export default () => {
       };
       canvas.onwheel = event => {
         if (!event.ctrlKey && !event.metaKey && document.activeElement !== canvas) {  // the page scrolls
-          if (zoom > 1 || !data.hinted) { tip.textContent = "Ctrl + wheel zooms; so does the wheel after a click"; data.hinted = "yes"; }
+          how.textContent = "Ctrl + wheel zooms; so does the wheel after a click";
+          clearTimeout(hinted); hinted = setTimeout(() => { how.textContent = ""; }, 2500);
           return;
         }
         event.preventDefault();

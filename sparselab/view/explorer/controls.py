@@ -30,23 +30,29 @@ class LiveControls(widgets.VBox):
                                                  continuous_update=False, tooltip="share of weights replaced, at first")
         self.growth = chooser("grow by", list(GROWTH), "12em")
         self.lr = widgets.FloatText(0.0, description="peak lr", layout={"width": "11em"}, style=close, continuous_update=False)
+        self.rested = widgets.HBox([press("begin anew", live.anew, "train from the start; the finished run is kept beside its folder"),
+                                    press("train twice the epochs", self.twice,
+                                          "a run of its own, from the start: its schedules stretch over all epochs")], layout={"display": "none"})
         self.knobs = {"drop_fraction": self.drop_fraction, "growth": self.growth, "lr": self.lr}
         for name, control in self.knobs.items():
             control.observe(lambda change, name=name: self._turned(name, change["new"]), "value")
         super().__init__([widgets.HBox([*self.buttons.values(), *self.knobs.values()], layout={"flex_flow": "row wrap"}),
-                          self.state])
+                          widgets.HBox([self.state, self.rested])])
         self.add_class("sparselab-live")
-        self._shown: dict = {}
         live.watch(self.show)
 
     def show(self, now: Snapshot) -> None:
         """Take over what the training says of itself; a knob that it does not have is disabled."""
-        self.state.value = html.escape(f"{now.status}, step {now.step:,} of {now.total_steps:,}. {now.note}")
+        self.state.value = html.escape(self.live.headline)
+        self.rested.layout.display = None if self.live.rested or now.status == "finished" else "none"
         for name, control in self.knobs.items():
             control.disabled = name not in now.knobs
-            if name in now.knobs and now.knobs[name] != self._shown.get(name):
-                self._shown[name] = now.knobs[name]
+            if name in now.knobs:  # also what was refused goes back to what is in force
                 control.value = now.knobs[name]
+
+    def twice(self) -> None:
+        """Train the same configuration for twice its epochs."""
+        self.live.anew(epochs=2 * self.live.source.epochs)
 
     def _turned(self, name: str, value: object) -> None:
         """Hand a change to the training, unless it came from there."""

@@ -1,0 +1,73 @@
+"""What the explorer does with its sources, without a browser: a run that had finished, a refusal, two runs."""
+import time
+
+import pytest
+
+pytest.importorskip("anywidget", reason="anywidget is not installed: pip install 'sparselab[lab]'")
+
+from sparselab.learn import Config, Live, Run, train
+from sparselab.view import Explorer
+
+SMALL = dict(model="mlp", model_options={"widths": [24, 20]}, method="rigl", sparsity=0.8, eps=0.02, test_samples=40,
+             method_options={"update_every": 4, "drop_fraction": 0.3}, device="cpu")
+
+
+def until(true, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory) -> list[Config]:
+    """Of two finished runs."""
+    folder = str(tmp_path_factory.mktemp("runs"))
+    configs = [Config(**SMALL, epochs=2, seed=seed, runs_dir=folder) for seed in (0, 1)]
+    for config in configs:
+        train(config, callbacks=[])
+    return configs
+
+
+def test_a_live_training_that_had_finished_shows_the_finished_run(configs):
+    run = Run(Live(configs[0]).folder)
+    live = Live(configs[0]).start()
+    until(lambda: live.snapshot.status == "finished")
+    explorer = Explorer(live)
+    assert live.rested and live.metrics == run.metrics and live.history.steps == run.history.steps
+    assert explorer.moments == run.moments and explorer.moments[-1] > 0
+    assert [block.problem.value for block in explorer.sides[0].blocks] == [""] * len(explorer.sides[0].blocks)
+    controls = next(child for child in explorer.children[1].children if hasattr(child, "rested"))
+    until(lambda: "finished" in controls.state.value)
+    assert "of 0" not in controls.state.value and controls.rested.layout.display is None
+
+
+def test_a_finished_run_can_begin_anew_and_is_kept(configs):
+    live = Live(configs[1])
+    before = (live.folder / "model.safetensors").read_bytes()
+    live.anew()
+    until(lambda: live.snapshot.status == "finished" and not live.rested)
+    assert live.folder.with_name(live.folder.name + ".old-1").joinpath("model.safetensors").read_bytes() == before
+    assert (live.folder / "model.safetensors").read_bytes() == before and len(live.metrics) == 2
+    live.start()  # and not anew a second time
+    until(lambda: not live.alive)
+    assert not live.folder.with_name(live.folder.name + ".old-2").exists()
+    folder = live.folder
+    live.anew(epochs=3)
+    until(lambda: live.snapshot.status == "finished" and not live.rested)
+    assert live.folder != folder and len(live.metrics) == 3 and Run(folder).finished
+
+
+def test_a_refused_learning_rate_leaves_its_field(configs):
+    from sparselab.view.explorer.controls import LiveControls
+
+    live = Live(Config(**SMALL, epochs=200, runs_dir=configs[0].runs_dir)).step()
+    until(lambda: live.snapshot.status == "paused")
+    controls = LiveControls(live)
+    until(lambda: controls.lr.value > 0)
+    lr = controls.lr.value
+    for _ in range(2):  # the second refusal says the same
+        controls.lr.value = -1.0
+        until(lambda: controls.lr.value == lr)
+        assert live.snapshot.knobs["lr"] == lr and live.snapshot.note
+    live.stop()

@@ -71,3 +71,55 @@ def test_a_refused_learning_rate_leaves_its_field(configs):
         until(lambda: controls.lr.value == lr)
         assert live.snapshot.knobs["lr"] == lr and live.snapshot.note
     live.stop()
+
+
+@pytest.fixture(scope="module")
+def pair(configs) -> Explorer:
+    return Explorer(tuple(Run(Live(config).folder) for config in configs))
+
+
+def test_layer_and_relu_follow_each_other(configs):
+    side = Explorer(Live(configs[0]).folder).sides[0]
+    links = side.neurons.links
+    assert links[side.neurons.layer.value] == side.mask.layer.value
+    for relu in links:
+        side.neurons.layer.value = relu
+        assert side.mask.layer.value == links[relu]
+    for relu, weight in links.items():
+        side.mask.layer.value = weight
+        assert side.neurons.layer.value == relu
+
+
+def test_two_runs_share_what_is_selected(pair):
+    one, two = pair.sides
+    relu = list(one.neurons.links)[-1]
+    one.neuron_clicked(relu, 3)
+    assert two.neurons.neuron == 3 and two.neurons.layer.value == relu and two.mask.layer.value == one.mask.layer.value
+    assert two.mask.content.mark == one.mask.content.mark and two.mask.content.mark[0] == 3
+    two.mask.layer.value = one.neurons.links[list(one.neurons.links)[0]]
+    assert one.mask.layer.value == two.mask.layer.value
+
+
+def test_the_difference_of_two_masks_is_that_of_the_masks(pair):
+    import numpy as np
+
+    block = next(block for block in pair.sides[0].blocks if block.title == "Difference")
+    for step in (0, 8, pair.moments[-1]):
+        pair.go(step)
+        a, b = (np.asarray(side.source.history.mask(side.mask.cursor.record, side.mask.layer.value)) for side in pair.sides)
+        expected = np.select([a & ~b, b & ~a, a & b], [2, 3, 4], 1)
+        assert (block.content._raster == expected).all() and (expected == 2).any() and (expected == 4).any()
+    names = [side.source.name for side in pair.sides]
+    assert all(name in block.legend.value for name in names) and not block.problem.value
+    one, both = (sum(line.endswith(label) for line in block.csv().splitlines()) for label in ("only the first", "both"))
+    assert (one, both) == ((expected == 2).sum(), (expected == 4).sum())
+
+
+def test_a_colouring_without_values_keeps_the_picture(configs):
+    explorer = Explorer(Live(configs[0]).folder)
+    mask = explorer.sides[0].mask
+    explorer.go(4)
+    mask.colour.value = "score"
+    assert mask.problem.value and mask.content.layout.display != "none"
+    mask.colour.value = "event"
+    assert not mask.problem.value

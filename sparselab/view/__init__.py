@@ -16,6 +16,7 @@ _HOME = {  # public name -> the module that defines it
     "accuracy_bars": "runs.results",
     "accuracy_by_flops": "runs.trade_offs",
     "accuracy_by_sparsity": "runs.trade_offs",
+    "difference_panel": "figures.masks",
     "effective_sparsity": "runs.networks",
     "layer_densities": "runs.networks",
     "layers_panel": "figures.masks",
@@ -51,6 +52,7 @@ __all__ = [
     "accuracy_bars",
     "accuracy_by_flops",
     "accuracy_by_sparsity",
+    "difference_panel",
     "effective_sparsity",
     "layer_densities",
     "layers_panel",
@@ -84,7 +86,7 @@ if TYPE_CHECKING:
     from .explorer.explorer import Explorer
     from .figures.evidence import matrices, seed_dots
     from .figures.margins import margins_panel
-    from .figures.masks import layers_panel, mask_panel, masks_panel
+    from .figures.masks import difference_panel, layers_panel, mask_panel, masks_panel
     from .figures.metrics import metrics_panel
     from .figures.neurons import neuron_panel, neurons_panel, stability_panel
     from .figures.panels import Panel, show

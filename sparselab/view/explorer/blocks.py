@@ -120,6 +120,10 @@ class Block(widgets.VBox):
         self.problem.layout.display = None if problem else "none"
         self.content.layout.display = "none" if problem else None
 
+    def warn(self, problem: str) -> None:
+        """Show a sentence above the content."""
+        self.problem.value, self.problem.layout.display = f"<i>{html.escape(problem)}</i>", None
+
     def whole(self) -> Panel:
         """The panel as a figure of its own, which needs no kernel."""
         return self.panel
@@ -130,11 +134,11 @@ class Block(widgets.VBox):
 
     def save_png(self) -> None:
         """Download the figure as a picture with its axes, title and legend."""
-        if not self.problem.value and self.code.value:
+        if self.content.layout.display != "none" and self.code.value:
             self.saver.save_png(self.name, self.whole().figure)
 
     def _save(self, kind: str, make: Callable[[], str]) -> None:
-        if not self.problem.value and self.code.value:  # something is on display
+        if self.content.layout.display != "none" and self.code.value:  # something is on display
             self.saver.save(f"{self.name}.{kind}", make().encode(), f"text/{kind}")
 
     def _copy_code(self) -> None:

@@ -27,7 +27,7 @@ from ...learn.runs import Run
 from .blocks import Block, PanelBlock, Selection, press
 from .controls import LiveControls
 from .margins_block import MarginsBlock
-from .mask_block import MaskBlock
+from .mask_block import DifferenceBlock, MaskBlock
 from .neuron_block import NeuronBlock
 from .plot import asset
 from ..figures.masks import counts_of
@@ -49,16 +49,18 @@ OPTIONS = {"Updates": {"most": 2}}  # of panels that have less room than in a re
 
 
 class Side:
-    """The blocks of one source, and what links them. `go` is called with a step, `pressed` with keys."""
+    """The blocks of one source, and what links them. `go` is called with a step, `pressed` with keys, `chosen` with a selection or a layer."""
 
-    def __init__(self, source: Source, go: Callable[[float], None], pressed: Callable[[list[str]], None]):
-        self.source, self.selection = source, Selection()
+    def __init__(self, source: Source, go: Callable[[float], None], pressed: Callable[[list[str]], None], chosen: Callable[[Selection], None]):
+        self.source, self.selection, self.chosen = source, Selection(), chosen
         self.state = widgets.HTML()
         self.mask = MaskBlock(source, self.unit_clicked, pressed)
         self.neurons, self.margins = NeuronBlock(source, self.neuron_clicked), MarginsBlock(source)
         own: dict[str, Block] = {block.title: block for block in (self.mask, self.neurons, self.margins)}
         self.blocks = [own.get(title) or PanelBlock(title, partial(panel, source, **OPTIONS.get(title, {})), go if title in TIMED else None)
                        for title, panel in PANELS.items()]
+        self.mask.layer.observe(lambda change: chosen(Selection(change["new"] or "")), "value")
+        self.neurons.layer.observe(lambda change: chosen(Selection(relu=change["new"] or "")), "value")
 
     def block(self, title: str) -> Block:
         """The block called `title`."""
@@ -81,15 +83,24 @@ class Side:
 
     def neuron_clicked(self, relu: str, neuron: int) -> None:
         """A row of the neurons was clicked: select it, and the unit that it belongs to."""
-        self.select(Selection(self.neurons.links.get(relu, ""), neuron // self.neurons.per_unit(relu), relu, neuron))
+        self.chosen(Selection(self.neurons.links.get(relu, ""), neuron // self.neurons.per_unit(relu), relu, neuron))
 
     def unit_clicked(self, weight: str, unit: int) -> None:
         """A row of the mask was clicked: select it, and its first neuron."""
         relu = next((relu for relu, fed_by in self.neurons.links.items() if fed_by == weight), "")
-        self.select(Selection(weight, unit, relu, unit * self.neurons.per_unit(relu) if relu else -1))
+        self.chosen(Selection(weight, unit, relu, unit * self.neurons.per_unit(relu) if relu else -1))
 
     def select(self, selection: Selection) -> None:
-        """Select a unit in every block."""
+        """Select a unit in every block; without one, show its layer, and the ReLU behind it or the layer before it."""
+        links = self.neurons.links
+        if selection.unit < 0:
+            weight = selection.weight or links.get(selection.relu, "")
+            relu = selection.relu or next((relu for relu, fed_by in links.items() if fed_by == weight), "")
+            if weight in [name for _, name in self.mask.layer.options]:
+                self.mask.layer.value = weight
+            if relu in self.neurons.layer.options and (links.get(self.neurons.layer.value) != weight or not weight or selection.relu):
+                self.neurons.layer.value = relu
+            return
         self.selection = selection
         for block in self.blocks:
             block.select(selection)
@@ -153,11 +164,17 @@ class Explorer(widgets.VBox):
 
     def __init__(self, source: Source | str | Path | tuple):
         sources = [opened(each) for each in (source if isinstance(source, (tuple, list)) else (source,))]
-        self.sides = [Side(each, self.go, self.pressed) for each in sources]
+        self._lock, self._choosing = threading.RLock(), False
+        self.sides = [Side(each, self.go, self.pressed, self.choose) for each in sources]
         self.metrics = MetricsBlock(sources, self.go)
         for side in self.sides:
             side.blocks[0] = self.metrics  # one for all
-        self.moments, self.seen, self._lock = [0], [()] * len(self.sides), threading.RLock()
+        if len(sources) > 1:
+            self.sides[0].blocks.insert(1, DifferenceBlock(self.sides[0].mask, sources[1]))
+        for side in self.sides:
+            for block in side.blocks:
+                block.lock = self._lock  # what is chosen in one is drawn in others
+        self.moments, self.seen = [0], [()] * len(self.sides)
         self._read, self._calm = 0.0, None
         wide = {"flex": "1 1 auto", "width": "auto"}
         self.timeline = widgets.IntSlider(0, 0, 0, description="moment", readout=False, layout=wide)
@@ -172,6 +189,7 @@ class Explorer(widgets.VBox):
             for side in self.sides:
                 side.read()
             self._extend(follow=True)
+            self.choose(Selection(self.sides[0].mask.layer.value or ""))
             self.timeline.observe(lambda _: self.show(), "value")
             if all(source.finished for source in sources):
                 self.go(busiest_moment(sources))
@@ -187,6 +205,17 @@ class Explorer(widgets.VBox):
     def go(self, step: float) -> None:
         """Move to the moment at or before `step`."""
         self.timeline.value = min(max(0, bisect_left(self.moments, step + 0.5) - 1), self.timeline.max)
+
+    def choose(self, selection: Selection) -> None:
+        """Select a unit or a layer on every side."""
+        with self._lock:
+            if not self._choosing:  # what follows from a choice is none
+                self._choosing = True
+                try:
+                    for side in self.sides:
+                        side.select(selection)
+                finally:
+                    self._choosing = False
 
     def pressed(self, keys: list[str]) -> None:
         """What keys pressed on a mask do, one after another."""
@@ -237,6 +266,7 @@ class Explorer(widgets.VBox):
                 self.seen[i] = known
                 if now.status != "running" or self._read == 0 or time.monotonic() - self._read > RARELY:
                     side.read()
+                    side.select(Selection(side.mask.layer.value or ""))
                     self._read = time.monotonic()
                 self._extend(at_end)
 
@@ -247,8 +277,8 @@ class Explorer(widgets.VBox):
 
         heads = [LiveControls(side.source) if isinstance(side.source, Live) else side.state for side in self.sides]  # both say how far it is
         if len(self.sides) > 1:
-            below = (column(widgets.HTML(f"<b>{html.escape(side.source.name)}</b>"), head, *side.blocks[1:])
+            below = (column(widgets.HTML(f"<b>{html.escape(side.source.name)}</b>"), head, *(side.block(title) for title in list(PANELS)[1:]))
                      for head, side in zip(heads, self.sides, strict=True))
-            return widgets.VBox([self.metrics, widgets.HBox(list(below))])
+            return widgets.VBox([self.metrics, widgets.HBox(list(below)), self.sides[0].block("Difference")])
         rest = self.sides[0].blocks[1:]
         return widgets.VBox([heads[0], self.metrics, widgets.HBox([column(*rest[0::2]), column(*rest[1::2])])])

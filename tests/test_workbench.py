@@ -123,3 +123,25 @@ def test_a_colouring_without_values_keeps_the_picture(configs):
     assert mask.problem.value and mask.content.layout.display != "none"
     mask.colour.value = "event"
     assert not mask.problem.value
+
+
+def test_the_run_picker_offers_the_newest_first_and_explores_one_or_two(configs, tmp_path):
+    import os
+    import shutil
+
+    from sparselab.view import RunPicker
+
+    folders = [Live(config).folder for config in configs]
+    for age, folder in enumerate(folders):
+        shutil.copytree(folder, tmp_path / folder.name)
+        for path in (tmp_path / folder.name).iterdir():
+            os.utime(path, (1e9 + age, 1e9 + age))
+    picker = RunPicker(tmp_path)
+    assert [name for name, _ in picker.choice.options] == [folder.name for folder in reversed(folders)]
+    picker.explore()
+    assert picker.explorer.sides[0].source.name == folders[1].name and picker.stage.children == (picker.explorer,)
+    picker.choice.value = tuple(run for _, run in picker.choice.options)
+    picker.explore()
+    assert len(picker.explorer.sides) == 2
+    picker.explorer.faster()
+    assert (picker.explorer.play.interval, picker.explorer.speed.description) == (200, "2 x")

@@ -13,6 +13,7 @@ _HOME = {  # public name -> the module that defines it
     "Panel": "figures.panels",
     "Report": "figures.report",
     "RunBrowser": "explorer.browser",
+    "RunPicker": "explorer.browser",
     "accuracy_bars": "runs.results",
     "accuracy_by_flops": "runs.trade_offs",
     "accuracy_by_sparsity": "runs.trade_offs",
@@ -49,6 +50,7 @@ __all__ = [
     "Panel",
     "Report",
     "RunBrowser",
+    "RunPicker",
     "accuracy_bars",
     "accuracy_by_flops",
     "accuracy_by_sparsity",
@@ -82,7 +84,7 @@ __all__ = [
 __getattr__, __dir__ = lazy(__name__, _HOME)
 
 if TYPE_CHECKING:
-    from .explorer.browser import RunBrowser
+    from .explorer.browser import RunBrowser, RunPicker
     from .explorer.explorer import Explorer
     from .figures.evidence import matrices, seed_dots
     from .figures.margins import margins_panel

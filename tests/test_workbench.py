@@ -37,7 +37,7 @@ def test_a_live_training_that_had_finished_shows_the_finished_run(configs):
     assert live.rested and live.metrics == run.metrics and live.history.steps == run.history.steps
     assert explorer.moments == run.moments and explorer.moments[-1] > 0
     assert [block.problem.value for block in explorer.sides[0].blocks] == [""] * len(explorer.sides[0].blocks)
-    controls = next(child for child in explorer.children[1].children if hasattr(child, "rested"))
+    controls = next(child for child in explorer.children[2].children if hasattr(child, "rested"))
     until(lambda: "finished" in controls.state.value)
     assert "of 0" not in controls.state.value and controls.rested.layout.display is None
 
@@ -145,3 +145,23 @@ def test_the_run_picker_offers_the_newest_first_and_explores_one_or_two(configs,
     assert len(picker.explorer.sides) == 2
     picker.explorer.faster()
     assert (picker.explorer.play.interval, picker.explorer.speed.description) == (200, "2 x")
+
+
+def test_a_bookmark_is_kept_in_the_run_and_leads_back(configs, tmp_path):
+    import shutil
+
+    from sparselab.learn.bookmarks import bookmarks
+
+    folder = tmp_path / "run"
+    shutil.copytree(Live(configs[0]).folder, folder)
+    explorer = Explorer(folder)
+    explorer.timeline.value = 2
+    explorer.bookmarks.toggle()
+    explorer.bookmarks.note.value = "here <b>it</b> is"
+    explorer.bookmarks.keep()
+    assert bookmarks(folder) == [(explorer.moments[2], "here <b>it</b> is")]
+    again = Explorer(folder)
+    again.timeline.value = 0
+    again.bookmarks.kept.children[0].value = True  # as a click does
+    assert again.timeline.value == 2
+    assert not Explorer(tmp_path / "nothing").bookmarks.kept.children

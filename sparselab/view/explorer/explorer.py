@@ -10,7 +10,7 @@ __all__ = ['TIMED', 'OPTIONS', 'CALM', 'RARELY', 'opened', 'Side', 'metrics_of',
 import html
 import threading
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +25,7 @@ from ...learn.live import Live
 from ...learn.reading import Given, Source
 from ...learn.runs import Run
 from .blocks import Block, PanelBlock, Selection, press
-from .controls import LiveControls
+from .controls import Bookmarks, LiveControls
 from .margins_block import MarginsBlock
 from .mask_block import DifferenceBlock, MaskBlock
 from .neuron_block import NeuronBlock
@@ -182,9 +182,12 @@ class Explorer(widgets.VBox):
         self.speed = press("1 x", self.faster, "moments a second: 2.5, 5, 10, 20")
         self.label = widgets.HTML()
         widgets.jslink((self.play, "value"), (self.timeline, "value"))
-        bar = widgets.HBox([self.play, self.speed, self.timeline, self.label])
+        first = sources[0]
+        self.bookmarks = Bookmarks(first.folder if isinstance(first, Live) else getattr(first, "path", None), lambda: self.step, self.at)
+        keep = press("bookmark", self.bookmarks.toggle, "keep this moment with a note")
+        bar = widgets.HBox([self.play, self.speed, self.timeline, self.label, keep])
         bar.add_class("sparselab-timeline")
-        super().__init__([bar, self._arranged(), Stage()])
+        super().__init__([bar, self.bookmarks, self._arranged(), Stage()])
         self.add_class("sparselab-explorer")
         with self._lock:
             for side in self.sides:
@@ -222,6 +225,10 @@ class Explorer(widgets.VBox):
         """Play twice as fast, and after the fastest as at first."""
         self.play.interval = 400 if self.play.interval == 50 else self.play.interval // 2
         self.speed.description = f"{400 // self.play.interval} x"
+
+    def at(self, step: int) -> None:
+        """Move to the moment of exactly this step, or the last before it."""
+        self.timeline.value = max(0, bisect_right(self.moments, step) - 1)
 
     def pressed(self, keys: list[str]) -> None:
         """What keys pressed on a mask do, one after another."""

@@ -57,8 +57,7 @@ def scroll(book: Notebook, explorer: int, down: int = 0) -> None:
 
 
 def test_run_all_shows_timeline_metrics_mask_and_neurons_without_scrolling(book):
-    outside = {i: in_sight(book, i) for i in (0, 1)}
-    assert [] in outside.values(), (outside, places(book, 1))
+    until(lambda: in_sight(book, 1) == [], 20, lambda: f"{in_sight(book, 1)} {places(book, 1)}")
     found = places(book, 1)
     assert found["mask"][2] <= found["neurons"][0] and abs(found["mask"][1] - found["neurons"][1]) < 40  # beside each other
     scroll(book, 0)
@@ -137,6 +136,10 @@ def test_a_click_takes_the_place_at_pointer_down(book):
 
 def test_axes_have_ticks_that_fit_the_raster(book):
     scroll(book, 0)
+    book.do("mask = explorer.sides[0].mask\n"
+            "mask.layer.value = next(name for name, shape in mask.source.history.shapes.items() if len(shape) == 2)")
+    until(lambda: book.value("len(explorer.sides[0].mask.tiles.shape)") == 2)
+    book.page.wait_for_timeout(500)
     book.page.evaluate("() => document.querySelectorAll('.sparselab-canvas canvas')[0].ondblclick()")
     zoom(book)
     read = """() => { const box = document.querySelector('.sparselab-canvas'), frame = box.querySelector('canvas').getBoundingClientRect();

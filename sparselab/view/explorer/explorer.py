@@ -286,7 +286,7 @@ class Explorer(widgets.VBox):
     def _arranged(self) -> widgets.Widget:
         """The metrics above mask and neurons, side by side, and the rest below in two columns; of several runs, a column each."""
         def column(*blocks):
-            return widgets.VBox(list(blocks), layout={"flex": "1 1 0", "min_width": "0"})
+            return widgets.VBox(list(blocks), layout={"flex": "1 1 0", "min_width": "0", "padding": "0 6px 0 0"})
 
         heads = [LiveControls(side.source) if isinstance(side.source, Live) else side.state for side in self.sides]  # both say how far it is
         if len(self.sides) > 1:

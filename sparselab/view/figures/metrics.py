@@ -65,7 +65,7 @@ def metrics_panel(source: Source, step: float | None = None, others: Sequence[So
     heights = [2 if part == "accuracy" else 1 for part in parts]
     specs = [{"secondary_y": top > 0 and part == "accuracy"} for part in parts]
     if folded:
-        fig = make_subplots(1, len(parts), horizontal_spacing=0.11, column_widths=heights, specs=[specs])
+        fig = make_subplots(1, len(parts), horizontal_spacing=0.13, column_widths=heights, specs=[specs])
     else:
         fig = make_subplots(len(parts), 1, shared_xaxes=True, vertical_spacing=0.06, row_heights=heights, specs=[[spec] for spec in specs])
     for i, (part, keys) in enumerate(parts.items(), 1):

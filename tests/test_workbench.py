@@ -165,3 +165,14 @@ def test_a_bookmark_is_kept_in_the_run_and_leads_back(configs, tmp_path):
     again.bookmarks.kept.children[0].value = True  # as a click does
     assert again.timeline.value == 2
     assert not Explorer(tmp_path / "nothing").bookmarks.kept.children
+
+
+def test_what_a_training_has_recorded_is_shown_when_it_stops(configs):
+    """Panels of a running training are read only now and then; the last epoch must not be left out."""
+    live = Live(Config(**SMALL, epochs=400, runs_dir=configs[0].runs_dir))
+    explorer = Explorer(live)
+    live.start()
+    until(lambda: len(live.snapshot.metrics) > 1)
+    live.stop()
+    neurons = explorer.sides[0].neurons
+    until(lambda: neurons.recorded is not None and neurons.recorded.steps == live.neurons.steps, 10)

@@ -175,7 +175,7 @@ class Explorer(widgets.VBox):
             for block in side.blocks:
                 block.lock = self._lock  # what is chosen in one is drawn in others
         self.moments, self.seen = [0], [()] * len(self.sides)
-        self._read, self._calm = 0.0, None
+        self._read, self._unread, self._calm = 0.0, set(), None
         wide = {"flex": "1 1 auto", "width": "auto"}
         self.timeline = widgets.IntSlider(0, 0, 0, description="moment", readout=False, layout=wide)
         self.play = widgets.Play(interval=400, show_repeat=False, layout={"width": "auto"})
@@ -195,7 +195,7 @@ class Explorer(widgets.VBox):
             self._extend(follow=True)
             self.choose(Selection(self.sides[0].mask.layer.value or ""))
             self.timeline.observe(lambda _: self.show(), "value")
-            if all(source.finished for source in sources):
+            if not any(isinstance(source, Live) and not source.rested for source in sources):
                 self.go(busiest_moment(sources))
         for i, each in enumerate(sources):
             if isinstance(each, Live):
@@ -277,11 +277,13 @@ class Explorer(widgets.VBox):
             known = (len(now.metrics), len(now.history.updates) if now.history else -1, now.status == "finished")
             if known != self.seen[i]:
                 self.seen[i] = known
-                if now.status != "running" or self._read == 0 or time.monotonic() - self._read > RARELY:
-                    side.read()
-                    side.select(Selection(side.mask.layer.value or ""))
-                    self._read = time.monotonic()
+                self._unread.add(i)
                 self._extend(at_end)
+            if i in self._unread and (now.status != "running" or time.monotonic() - self._read > RARELY):
+                self._unread.discard(i)
+                side.read()
+                side.select(Selection(side.mask.layer.value or ""))
+                self._read = time.monotonic()
 
     def _arranged(self) -> widgets.Widget:
         """The metrics above mask and neurons, side by side, and the rest below in two columns; of several runs, a column each."""

@@ -82,7 +82,7 @@ export default () => {
         context.imageSmoothingEnabled = false;
         context.drawImage(shadow, -left * width, -top * height, width * zoom, height * zoom);
         outline(context, width, height, rows, columns);
-        rule(rows, columns);
+        rule(rows, columns, Math.round(width / dense), model.get("height"));
         return [down, across];
       }
       function summarise(pixels, colours, rows, columns, down, across, w) {
@@ -107,13 +107,13 @@ export default () => {
         if (row >= 0) context.strokeRect(-left * width, row * tall - top * height, width * zoom, Math.max(down * tall, 3));
         if (column >= 0) context.strokeRect(column * wide - left * width, -top * height, Math.max(across * wide, 3), height * zoom);
       }
-      function rule(rows, columns) {  // the axes of what is in sight, when that has changed
-        const { x, y } = model.get("axes"), view = [canvas.clientWidth, canvas.clientHeight, zoom, left, top, rows, columns];
+      function rule(rows, columns, wide, high) {  // the axes of what is in sight, when that has changed
+        const { x, y } = model.get("axes"), view = [wide, high, zoom, left, top, rows, columns];
         const now = JSON.stringify([view, x, y]);
         if (now === ruled) return;
         ruled = now; data.zoom = zoom.toFixed(2);
-        ticks(level, x, left / zoom * columns, (left + 1) / zoom * columns, canvas.clientWidth, false);
-        ticks(upright, y, top / zoom * rows, (top + 1) / zoom * rows, canvas.clientHeight, true);
+        ticks(level, x, left / zoom * columns, (left + 1) / zoom * columns, wide, false);
+        ticks(upright, y, top / zoom * rows, (top + 1) / zoom * rows, high, true);
       }
       const redraw = () => {
         if (waiting) return;

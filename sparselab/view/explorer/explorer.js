@@ -5,6 +5,10 @@ export default () => {
   let shown = false;
   return {
     render({ el }) {
+      setTimeout(() => {  // marked once: a selector with :has would be asked again at every change of the page
+        const holds = ".jp-Cell-outputWrapper, .jp-OutputArea, .jp-OutputArea-child, .jp-OutputArea-output";
+        for (let box = el; box; box = box.parentElement) if (box.matches(holds)) box.classList.add("sparselab-holds");
+      }, 50);
       if (shown) return;
       shown = shelf.arrived = {};  // of several, the last
       const mine = shown, events = ["wheel", "pointerdown", "keydown"], leave = () => { if (shelf.arrived === mine) shelf.arrived = null; };

@@ -18,16 +18,17 @@ def main(target: Path) -> None:
         shutil.copytree(ROOT / "nbs" / "example", place / "example")
         shutil.copy(ROOT / "nbs" / "explore.ipynb", place)
         with server(place, scratch) as url, browser() as chrome:
-            book = Notebook(chrome, url, "explore.ipynb", scratch, size=(1500, 2120))
+            book = Notebook(chrome, url, "explore.ipynb", scratch, size=(1440, 900))
             book.run_all()
             book.do("live.stop()")
             page = book.page
             page.wait_for_function("() => document.querySelectorAll('.sparselab-plot[data-ready]').length >= 5", timeout=60_000)
-            book.do("explorer.go(explorer.moments[len(explorer.moments) // 4])\n"
-                    "side = explorer.sides[0]\nside.neurons.layer.value = list(side.neurons.links)[-1]\nside.neurons.sort.value = 'flips'\n"
-                    "side.neuron_clicked(side.neurons.layer.value, int(side.neurons.order[2]))")
-            page.wait_for_timeout(3000)
-            page.locator(".sparselab-explorer").first.screenshot(path=str(target))
+            book.do("side = explorer.sides[0]\nside.neurons.layer.value = list(side.neurons.links)[-1]\nside.neurons.sort.value = 'flips'")
+            page.wait_for_timeout(5000)
+            page.evaluate("""() => { const page = document.querySelector('.jp-WindowedPanel-outer');
+                page.scrollTop += document.querySelector('.sparselab-explorer').getBoundingClientRect().top - page.getBoundingClientRect().top; }""")
+            page.wait_for_timeout(1000)
+            page.screenshot(path=str(target))  # one screen: what the window shows
     print(f"{target}, {target.stat().st_size:,} bytes")
 
 

@@ -192,7 +192,7 @@ def test_the_eps_slider_draws_the_proofs_of_that_radius(opened, runs):
 
 
 def test_two_runs_move_on_one_timeline(opened, runs):
-    assert opened.page.locator(".sparselab-canvas canvas").count() == 6
+    assert opened.page.locator(".sparselab-canvas canvas").count() == 7  # the last is the difference of two masks
     handle = opened.page.locator(".sparselab-explorer").nth(1).locator(".widget-hslider .noUi-handle").first
     handle.focus()
     for moment, key in enumerate(("Home", "ArrowRight", "ArrowRight", "ArrowRight")):
@@ -294,9 +294,10 @@ def test_csv_png_and_html_are_what_is_on_display(opened, runs, tmp_path):
     until(lambda: codes(opened, 0) == expected(runs[0], name, step))
     active = [int(row["weight"]) for row in csv.DictReader(io.StringIO(download(opened, "CSV", mask).decode()))]
     assert active == np.flatnonzero(runs[0].history.mask(1, name)).tolist()
-    picture = decoded(download(opened, "PNG", mask))
-    palette = opened.value("one.sides[0].mask.content.palette")
-    assert (picture == np.array(palette)[codes(opened, 0)].reshape(picture.shape)).all()
+    picture = decoded(download(opened, "PNG", mask)).astype(int)  # with axes, title and legend around the weights
+    palette = np.array(opened.value("one.sides[0].mask.content.palette"))
+    for code in set(codes(opened, 0)) - {1}:
+        assert (np.abs(picture - palette[code]).max(-1) < 3).sum() > 50 * codes(opened, 0).count(code)
     chart = decoded(download(opened, "PNG", metrics))
     assert min(chart.shape[:2]) > 300 and len(np.unique(chart.reshape(-1, 4), axis=0)) > 20
     page = tmp_path / "metrics.html"

@@ -9,6 +9,7 @@ __all__ = ['Live']
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,13 @@ class Live(Source):
     """
 
     def __init__(self, source: Config | Learner):
-        self.source, self._thread, self._run = source, None, None
-        folder = Path(source.runs_dir) / source.run_id if isinstance(source, Config) else next(
-            (each.folder for each in source.callbacks if isinstance(each, Record)), None)
-        self.gate = Gate(folder)
+        self._thread, self._fresh = None, False
+        self._take(source)
+
+    def _take(self, source: Config | Learner) -> None:
+        self.source, self._run = source, None
+        self.gate = Gate(Path(source.runs_dir) / source.run_id if isinstance(source, Config) else next(
+            (each.folder for each in source.callbacks if isinstance(each, Record)), None))
 
     snapshot = property(lambda self: self.gate.snapshot, doc="What was published last.")
     folder = property(lambda self: self.gate.folder, doc="Where the run is written; None for a learner without Record.")
@@ -58,6 +62,23 @@ class Live(Source):
         return self
 
     resume = start
+
+    @property
+    def rested(self) -> bool:
+        """Whether the run had finished before, so that nothing of it is trained here."""
+        return self.snapshot.history is None and self.finished
+
+    def anew(self, **changes: object) -> "Live":
+        """Train from the start, with other `changes` of the configuration if wanted (epochs=120); returns at once.
+
+        An earlier run of the same configuration is kept beside its folder, as `<folder>.old-1`. Raises ValueError for a Learner.
+        """
+        if not isinstance(self.source, Config):
+            raise ValueError("A Learner has been trained and cannot begin anew; build another one, or use Live(config).")
+        self.stop()
+        self._fresh = True
+        self._take(replace(self.source, **changes))
+        return self.start()
 
     def step(self) -> "Live":
         """Train until the masks have changed once more, then pause."""
@@ -92,7 +113,8 @@ class Live(Source):
         status, note = "finished", ""
         try:
             if isinstance(self.source, Config):
-                train(self.source, [self.gate])
+                fresh, self._fresh = self._fresh, False
+                train(replace(self.source, resume=False) if fresh else self.source, [self.gate])
             else:
                 self._fit(self.source)
         except Stopped:
@@ -133,11 +155,15 @@ class Live(Source):
     def headline(self) -> str:
         """What the training does, how far it is, and its note."""
         now = self.snapshot
+        if self.rested:
+            return f"{self.run.headline} Nothing is left to train."
         return f"live: {now.status} at step {now.step:,} of {now.total_steps:,}{'. ' * bool(now.note)}{now.note}"
 
     @property
     def history(self) -> MaskHistory:
         """The masks so far. Raises Unavailable before the start."""
+        if self.rested:
+            return self.run.history
         if self.snapshot.history is None:
             raise Unavailable("The training has not started; the masks appear when it has.")
         return self.snapshot.history
@@ -153,8 +179,8 @@ class Live(Source):
             return self.snapshot.weights[cursor.name].cpu().numpy().reshape(-1)[cursor.active]
         return super().weights_at(cursor, step)
 
-    metrics = property(lambda self: list(self.snapshot.metrics), doc="One row per epoch so far.")
-    stability = property(lambda self: list(self.snapshot.stability), doc="One row per epoch so far.")
+    metrics = property(lambda self: self.run.metrics if self.rested else list(self.snapshot.metrics), doc="One row per epoch so far.")
+    stability = property(lambda self: self.run.stability if self.rested else list(self.snapshot.stability), doc="One row per epoch so far.")
     finished = property(lambda self: bool(self.folder) and self.folder.is_dir() and self.run.finished, doc="Whether the run has its summary.")
     config = property(lambda self: self.run.config, doc="The configuration of the run.")
     summary = property(lambda self: self.run.summary, doc="The summary of the finished run.")

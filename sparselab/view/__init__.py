@@ -13,10 +13,13 @@ _HOME = {  # public name -> the module that defines it
     "Panel": "figures.panels",
     "Report": "figures.report",
     "RunBrowser": "explorer.browser",
+    "RunPicker": "explorer.browser",
     "accuracy_bars": "runs.results",
     "accuracy_by_flops": "runs.trade_offs",
     "accuracy_by_sparsity": "runs.trade_offs",
+    "difference_panel": "figures.masks",
     "effective_sparsity": "runs.networks",
+    "explorer_html": "explorer.page",
     "layer_densities": "runs.networks",
     "layers_panel": "figures.masks",
     "left_out": "runs.table",
@@ -33,6 +36,7 @@ _HOME = {  # public name -> the module that defines it
     "run_csv": "runs.table",
     "run_rows": "runs.table",
     "run_table": "runs.table",
+    "save_html": "explorer.page",
     "seed_dots": "figures.evidence",
     "selected": "runs.table",
     "show": "figures.panels",
@@ -48,10 +52,13 @@ __all__ = [
     "Panel",
     "Report",
     "RunBrowser",
+    "RunPicker",
     "accuracy_bars",
     "accuracy_by_flops",
     "accuracy_by_sparsity",
+    "difference_panel",
     "effective_sparsity",
+    "explorer_html",
     "layer_densities",
     "layers_panel",
     "left_out",
@@ -68,6 +75,7 @@ __all__ = [
     "run_csv",
     "run_rows",
     "run_table",
+    "save_html",
     "seed_dots",
     "selected",
     "show",
@@ -80,11 +88,12 @@ __all__ = [
 __getattr__, __dir__ = lazy(__name__, _HOME)
 
 if TYPE_CHECKING:
-    from .explorer.browser import RunBrowser
+    from .explorer.browser import RunBrowser, RunPicker
     from .explorer.explorer import Explorer
+    from .explorer.page import explorer_html, save_html
     from .figures.evidence import matrices, seed_dots
     from .figures.margins import margins_panel
-    from .figures.masks import layers_panel, mask_panel, masks_panel
+    from .figures.masks import difference_panel, layers_panel, mask_panel, masks_panel
     from .figures.metrics import metrics_panel
     from .figures.neurons import neuron_panel, neurons_panel, stability_panel
     from .figures.panels import Panel, show

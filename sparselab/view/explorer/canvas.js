@@ -1,6 +1,37 @@
 // A raster of codes: what arrives, how it is painted, what the mouse and the keys do. `Canvas` in canvas.py is its other half.
 const bytes = view => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
 
+const NS = "http://www.w3.org/2000/svg";
+const rim = name => {
+  const svg = document.createElementNS(NS, "svg");
+  svg.setAttribute("class", `sparselab-axis sparselab-${name}`);
+  return svg;
+};
+// Ticks at round numbers of `axis` = {title, x0, dx}: pixel i of the raster stands for x0 + i * dx. In sight are the pixels `from`..`to`.
+function ticks(svg, axis, from, to, length, upright) {
+  svg.replaceChildren();
+  if (!axis || !length || !(to > from)) return;
+  const [low, high] = [from, to].map(at => axis.x0 + (at - 0.5) * axis.dx), rough = (high - low) / Math.max(2, length / 70);
+  const power = 10 ** Math.floor(Math.log10(rough)), step = Math.max(1, power * [1, 2, 5, 10].find(each => each * power >= rough));
+  const add = (text, x, y, anchor, turned) => {
+    const node = document.createElementNS(NS, "text");
+    node.textContent = text; node.setAttribute("x", x); node.setAttribute("y", y); node.setAttribute("text-anchor", anchor);
+    if (turned) node.setAttribute("transform", `rotate(-90 ${x} ${y})`);
+    svg.append(node);
+  };
+  for (let value = Math.ceil(low / step) * step; value <= high; value += step) {
+    const at = (value - low) / (high - low) * length, line = document.createElementNS(NS, "line");
+    const name = (value || 0).toLocaleString("en");  // not -0
+    const ends = upright ? { x1: 44, x2: 39, y1: at, y2: at } : { x1: at, x2: at, y1: 0, y2: 5 };
+    for (const [key, end] of Object.entries(ends)) line.setAttribute(key, end);
+    svg.append(line);
+    if (upright) add(name, 37, Math.min(Math.max(at + 4, 9), length - 1), "end");
+    else add(name, at, 15, at < 12 ? "start" : at > length - 12 ? "end" : "middle");
+  }
+  if (upright) add(axis.title, 9, length / 2, "middle", true);
+  else add(axis.title, length / 2, 27, "middle");
+}
+
 export default () => {
   let codes = new Uint8Array(), held = 0, views = new Set();
   const whole = model => { codes = bytes(model.get("codes")).slice(); held = model.get("version"); };
@@ -24,17 +55,18 @@ export default () => {
     render({ model, el }) {
       const box = document.createElement("div"), canvas = document.createElement("canvas");
       const tip = document.createElement("div"), line = document.createElement("div");
-      box.className = "sparselab-canvas"; tip.className = "sparselab-tip"; line.className = "sparselab-line";
+      const how = document.createElement("div"), upright = rim("upright"), level = rim("level");
+      box.className = "sparselab-canvas"; tip.className = "sparselab-tip"; line.className = "sparselab-line"; how.className = "sparselab-tip sparselab-how";
       canvas.tabIndex = 0;
       box.dataset.lmSuppressShortcuts = "true";  // JupyterLab would take the arrow keys
-      box.append(canvas, tip, line); el.append(box);
+      box.append(upright, canvas, level, line, tip, how); el.append(box);
       const data = box.dataset, shadow = document.createElement("canvas");
-      let zoom = 1, left = 0, top = 0, pressed = null, drawn = 0, waiting = false, down = null;
+      let zoom = 1, left = 0, top = 0, pressed = null, drawn = 0, waiting = false, down = null, ruled = "", hinted = 0;
       canvas.codes = () => codes;
 
       function paint() {  // -> the size of a block of weights that shares a pixel
         const [rows, columns] = model.get("shape"), palette = model.get("palette"), dense = devicePixelRatio || 1;
-        const width = canvas.width = Math.max(1, Math.round(box.clientWidth * dense));
+        const width = canvas.width = Math.max(1, Math.round(canvas.clientWidth * dense));
         const height = canvas.height = Math.round(model.get("height") * dense);
         canvas.style.height = model.get("height") + "px";
         if (!rows || !columns) return [1, 1];
@@ -50,6 +82,7 @@ export default () => {
         context.imageSmoothingEnabled = false;
         context.drawImage(shadow, -left * width, -top * height, width * zoom, height * zoom);
         outline(context, width, height, rows, columns);
+        rule(rows, columns, Math.round(width / dense), model.get("height"));
         return [down, across];
       }
       function summarise(pixels, colours, rows, columns, down, across, w) {
@@ -73,6 +106,14 @@ export default () => {
         context.strokeStyle = getComputedStyle(line).color; context.lineWidth = 2;
         if (row >= 0) context.strokeRect(-left * width, row * tall - top * height, width * zoom, Math.max(down * tall, 3));
         if (column >= 0) context.strokeRect(column * wide - left * width, -top * height, Math.max(across * wide, 3), height * zoom);
+      }
+      function rule(rows, columns, wide, high) {  // the axes of what is in sight, when that has changed
+        const { x, y } = model.get("axes"), view = [wide, high, zoom, left, top, rows, columns];
+        const now = JSON.stringify([view, x, y]);
+        if (now === ruled) return;
+        ruled = now; data.zoom = zoom.toFixed(2);
+        ticks(level, x, left / zoom * columns, (left + 1) / zoom * columns, wide, false);
+        ticks(upright, y, top / zoom * rows, (top + 1) / zoom * rows, high, true);
       }
       const redraw = () => {
         if (waiting) return;
@@ -99,20 +140,26 @@ export default () => {
         left = Math.min(Math.max(left, 0), zoom - 1); top = Math.min(Math.max(top, 0), zoom - 1); redraw();
       };
       canvas.onwheel = event => {
+        if (!event.ctrlKey && !event.metaKey && document.activeElement !== canvas) {  // the page scrolls
+          how.textContent = "Ctrl + wheel zooms; so does the wheel after a click";
+          clearTimeout(hinted); hinted = setTimeout(() => { how.textContent = ""; }, 2500);
+          return;
+        }
         event.preventDefault();
         const frame = canvas.getBoundingClientRect(), before = zoom;
         const x = (event.clientX - frame.left) / frame.width, y = (event.clientY - frame.top) / frame.height;
         zoom = Math.min(64, Math.max(1, zoom * Math.exp(-event.deltaY / 400)));
         left = (left + x) * zoom / before - x; top = (top + y) * zoom / before - y; clamp();
       };
-      canvas.ondblclick = () => { zoom = 1; left = top = 0; redraw(); };
+      canvas.ondblclick = () => everything();
       canvas.onpointerdown = event => {
-        canvas.focus(); canvas.setPointerCapture(event.pointerId);
-        down = [event.clientX, event.clientY, left, top];
+        const at = place(event);  // before the focus, which may move the page
+        canvas.focus({ preventScroll: true }); canvas.setPointerCapture(event.pointerId);
+        down = [event.clientX, event.clientY, left, top, at];
       };
       canvas.onpointerup = event => {
         const moved = down ? Math.hypot(event.clientX - down[0], event.clientY - down[1]) : 9;
-        if (moved < 4) tell("clicked", [...place(event), model.get("clicked")[2] + 1]);
+        if (moved < 4) tell("clicked", [...down[4], model.get("clicked")[2] + 1]);
         down = null;
       };
       canvas.onpointermove = event => {
@@ -122,12 +169,13 @@ export default () => {
           left = down[2] - (event.clientX - down[0]) / frame.width; top = down[3] - (event.clientY - down[1]) / frame.height;
           clamp();
         }
-        tip.style.left = Math.min(x + 12, frame.width * 0.7) + "px"; tip.style.top = y + 12 + "px";
+        tip.style.left = canvas.offsetLeft + Math.min(x + 12, frame.width * 0.7) + "px"; tip.style.top = y + 12 + "px";
         const at = place(event), last = model.get("hover");
         if (at[0] !== last[0] || at[1] !== last[1]) { tip.textContent = ""; tell("hover", at); }
       };
       canvas.onpointerleave = () => { tip.textContent = ""; tell("hover", [-1, -1]); };
       canvas.onkeydown = event => {
+        if (event.key === "Escape") canvas.blur();
         if (!["ArrowLeft", "ArrowRight", "Home", "End", " "].includes(event.key)) return;
         event.preventDefault(); event.stopPropagation();
         pressed = { at: performance.now(), version: model.get("version") };
@@ -135,7 +183,9 @@ export default () => {
         tell("presses", [count + 1, ...names.slice(-31), event.key]);  // what is pressed while the kernel is busy arrives as one
       };
       const hint = () => { tip.textContent = model.get("tip"); };
-      const listened = { "change:tip": hint, "change:mark": redraw, "change:label": redraw, "change:palette": redraw };
+      const everything = () => { zoom = 1; left = top = 0; redraw(); };
+      const listened = { "change:tip": hint, "change:mark": redraw, "change:label": redraw, "change:palette": redraw,
+                         "change:axes": redraw, "change:subject": everything };
       for (const [name, act] of Object.entries(listened)) model.on(name, act);
       views.add(redraw);
       const resized = new ResizeObserver(redraw); resized.observe(box);

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import anywidget
 import numpy as np
-from traitlets import Bytes, Int, List, Unicode
+from traitlets import Bytes, Dict, Int, List, Unicode
 
 from .plot import asset
 
@@ -21,7 +21,8 @@ class Canvas(anywidget.AnyWidget):
 
     Written by the browser: `clicked` [row, column, how often], `hover` [row, column] (-1 outside) and `presses` [how many
     keys so far, names of the last ones], of which `on_presses` tells. Set `tip` in answer to `hover`; `mark` [row, column,
-    rows, columns] outlines some rows and columns (-1: none); `label` is the line below. `changed` says how many codes the
+    rows, columns] outlines some rows and columns (-1: none); `label` is the line below. `axes`: {"x": {title, x0, dx}, "y": ...},
+    where pixel i stands for x0 + i * dx; another `subject`, the name of what is on display, resets the zoom. `changed` says how many codes the
     last `show` sent. Any thread may call `show`: what was shown last is what stays. `version` counts the rasters, `whole`
     is the last that was sent in one piece.
     """
@@ -31,6 +32,7 @@ class Canvas(anywidget.AnyWidget):
     version, whole, missed = Int(0).tag(sync=True), Int(0).tag(sync=True), Int(0).tag(sync=True)
     height, shape = Int(320).tag(sync=True), List([0, 0]).tag(sync=True)
     palette, label, tip = List().tag(sync=True), Unicode().tag(sync=True), Unicode().tag(sync=True)
+    axes, subject = Dict().tag(sync=True), Unicode().tag(sync=True)
     mark, hover = List([-1, -1, 1, 1]).tag(sync=True), List([-1, -1]).tag(sync=True)
     clicked, presses = List([-1, -1, 0]).tag(sync=True), List([0]).tag(sync=True)
 

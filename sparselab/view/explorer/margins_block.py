@@ -19,11 +19,13 @@ from ..figures.margins import image_uri, margins_panel
 class MarginsBlock(PanelBlock):
     """Margins of the samples of `source`: method and radius can be chosen, the mouse shows image and attack."""
 
+    caption = "Margins of the final network"
+
     def __init__(self, source: Source):
         self.source = source
         self.margins: Margins | None = None
         self.method = widgets.Dropdown(description="bound", layout={"width": "14em"})
-        self.eps = widgets.FloatSlider(description="eps", min=0, max=1, step=0.01, readout_format=".3f", continuous_update=False)
+        self.eps = widgets.FloatSlider(description="eps", min=0, max=1, step=0.01, readout_format=".3g", continuous_update=False)
         self.sample = widgets.HTML()
         super().__init__("Margins", lambda step: margins_panel(source, step, self.method.value, self.eps.value),
                          controls=(self.method, self.eps, self.sample))

@@ -14,10 +14,10 @@ import numpy as np
 from ...errors import attempt
 from ...learn.reading import Source
 from ...learn.recordings import STATES, NeuronLooks
-from .blocks import Block, Selection, heading, legend_html
+from .blocks import RASTER, Block, Selection, chooser, heading, legend_html
 from .canvas import Canvas
 from .plot import Plot
-from ..figures.neurons import SORTS, flips, neuron_panel, neurons_panel, neurons_raster
+from ..figures.neurons import SORTS, flips, neuron_panel, neurons_axes, neurons_panel, neurons_raster
 from ..figures.panels import Panel, call_of
 from ..figures.pixels import PALETTES, Raster
 
@@ -29,10 +29,10 @@ class NeuronBlock(Block):
         self.source, self.neuron, self.step = source, -1, 0
         self.recorded: NeuronLooks | None = None
         self.raster: Raster | None = None
-        self.layer = widgets.Dropdown(description="ReLU", layout={"width": "16em"})
-        self.sort = widgets.Dropdown(description="sort by", options=SORTS, layout={"width": "14em"})
+        self.layer = chooser("ReLU", width="12em")
+        self.sort = chooser("sort by", SORTS, "10em")
         self.legend = widgets.HTML()
-        canvas = Canvas(np.zeros((0, 0), np.uint8), PALETTES["state"], height=260)
+        canvas = Canvas(np.zeros((0, 0), np.uint8), PALETTES["state"], height=RASTER)
         self.detail = Plot(layout={"display": "none"})
         super().__init__("Neurons", canvas, (self.layer, self.sort, self.legend), below=(self.detail,))
         for control in (self.layer, self.sort):
@@ -69,8 +69,8 @@ class NeuronBlock(Block):
             if self.recorded is None or self.layer.value is None:
                 return
             self.raster, self.order = neurons_raster(self.recorded, self.layer.value, self.sort.value)
-            self.content.show(self.raster.codes, f"{self.recorded.by(self.layer.value)}s from top to bottom, "
-                              f"{len(self.recorded.steps)} epochs from left to right")
+            self.content.subject, self.content.axes = self.layer.value, neurons_axes(self.recorded, self.layer.value, self.sort.value)
+            self.content.show(self.raster.codes, self.raster.note)
             self.legend.value = legend_html(self.raster.legend)
             self.heading.value = heading(self.title, "A row is a neuron, a column an epoch; click a row for its bounds.")
             self.code.value = call_of("neurons_panel", self.source, layer=self.layer.value, sort=self.sort.value)
@@ -125,8 +125,3 @@ class NeuronBlock(Block):
         states = self.recorded.over_time(self.layer.value)
         lines = [",".join([str(neuron), *(STATES[state] for state in states[:, neuron])]) for neuron in self.order]
         return "\n".join([",".join(["neuron", *map(str, self.recorded.steps)]), *lines, ""])
-
-    def save_png(self) -> None:
-        """Download the raster, one pixel per neuron and epoch."""
-        if self.raster is not None:
-            self.saver.save(f"{self.name}.png", self.raster.png(), "image/png")

@@ -65,7 +65,11 @@ export default {
     const move = () => { if (box._fullLayout) Plotly.relayout(box, { shapes: marked(box.layout.shapes) }); };
     const mark = () => { clearTimeout(soon); soon = setTimeout(move, 80); };  // masks are drawn first
     const point = event => {
-      const found = box._hoverdata?.[0], x = box._fullLayout.xaxis, y = box._fullLayout.yaxis, frame = box.getBoundingClientRect();
+      const found = box._hoverdata?.[0], frame = box.getBoundingClientRect();
+      const inside = (axis, at) => at >= axis._offset && at <= axis._offset + axis._length;
+      const parts = Object.values(box._fullLayout._plots || {});  // the part of the figure under the mouse, or the first
+      const { xaxis: x, yaxis: y } = parts.find(part => inside(part.xaxis, event.clientX - frame.left) &&
+                                                        inside(part.yaxis, event.clientY - frame.top)) || box._fullLayout;
       return { x: x.p2d(event.clientX - frame.left - x._offset), y: y.p2d(event.clientY - frame.top - y._offset),
                data: found?.customdata ?? null, n: (model.get("clicked").n || 0) + 1 };
     };
@@ -76,7 +80,8 @@ export default {
       model.set("clicked", point(event)); model.save_changes();
     };
     const save = message => {
-      if (message.kind === "png" && Plotly) Plotly.downloadImage(box, { format: "png", scale: 2, filename: message.name });
+      if (message.kind === "png") plotly(model).then(Plotly => Plotly.downloadImage(
+        JSON.parse(message.figure), { format: "png", scale: 2, filename: message.name, width: 900, height: message.height }));
     };
     box.addEventListener("pointerdown", pressed, true);
     window.addEventListener("pointerup", released, true);

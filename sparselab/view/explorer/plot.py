@@ -22,7 +22,7 @@ def asset(name: str) -> str:
 class Plot(anywidget.AnyWidget):
     """A plotly figure, drawn in the browser; `at` is where its marker "now" stands on the x axis (None: where the figure has it).
 
-    `clicked`, written by the browser: {x, y} in units of the first axes, `data`: customdata of the point under the mouse,
+    `clicked`, written by the browser: {x, y} in units of the axes under the mouse, `data`: customdata of the point under the mouse,
     and `n`, how often; `hovered`: customdata of the point under the mouse.
     """
 
@@ -48,6 +48,6 @@ class Plot(anywidget.AnyWidget):
         """Put `text` on the clipboard, where the browser lets a page do so after a click."""
         self.send({"kind": "copy", "text": text})
 
-    def save_png(self, name: str) -> None:
-        """Have the browser download the figure, as it is drawn there, as the picture `name`.png."""
-        self.send({"kind": "png", "name": name})
+    def save_png(self, name: str, figure: go.Figure) -> None:
+        """Have the browser download `figure` as the picture `name`.png."""
+        self.send({"kind": "png", "name": name, "figure": figure.to_json(), "height": figure.layout.height or 420})

@@ -43,7 +43,7 @@ def margins_panel(source: Source, step: float | None = None, method: str | None 
     share = float(margins.certified(method)[at])
     fig.add_scatter(x=[margins.grid[at]], y=[share], name="now", mode="markers", row=1, col=2, showlegend=False,
                     marker={"size": 13, "color": TEXT, "symbol": "circle-open", "line": {"width": 3}})
-    fig.update_xaxes(title_text="sample", row=1, col=1).update_xaxes(title_text="eps", row=1, col=2)
+    fig.update_xaxes(title_text="sample", row=1, col=1).update_xaxes(title_text="eps", tickformat=".3~g", row=1, col=2)
     fig.update_yaxes(range=[0, 1.02], tickformat=".0%", row=1, col=2)
     note = f"eps {margins.grid[at]:.4g}: {method} proves {share:.1%} of {len(margins.labels)} test samples"
     return Panel("Margins", "Samples whose lower bound is above zero are proved; their share, at every eps, is the curve at the right.",

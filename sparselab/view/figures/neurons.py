@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_LAYERS', 'SORTS', 'shares', 'stacked', 'grid', 'stability_panel', 'flips', 'neuron_order', 'neurons_raster',
-           'neurons_panel', 'incoming', 'neuron_panel']
+           'neurons_axes', 'neurons_panel', 'incoming', 'neuron_panel']
 
 # %% ../../../nbs/view/figures/07_neurons.ipynb #4bf7b8a4
 import numpy as np
@@ -113,9 +113,18 @@ def neurons_raster(neurons: NeuronLooks, layer: str, sort: str = "index") -> tup
     """(states of `layer` as a picture, a row for each neuron and a column for each epoch; the neuron of every row)."""
     states = neurons.over_time(layer)
     order, by = neuron_order(states, sort), neurons.by(layer)
-    note = f"{states.shape[1]} {by}s, {int((flips(states) > 0).sum())} of them changed state in {len(neurons.steps)} epochs"
+    epochs = f"{len(neurons.steps)} epoch{'s' * (len(neurons.steps) != 1)}"
+    note = f"{states.shape[1]} {by}s, {int((flips(states) > 0).sum())} of them changed state in {epochs}"
     note += f"; {len(neurons.skipped)} recordings cannot be read" * bool(neurons.skipped)
     return Raster((states[:, order].T + LEGENDS["state"][STATES[0]]).astype(np.uint8), "state", note), order
+
+
+def neurons_axes(neurons: NeuronLooks, layer: str, sort: str = "index") -> dict[str, dict]:
+    """The axes of `neurons_raster`: {"x" and "y": {title, x0, dx}}; pixel i stands for x0 + i * dx."""
+    steps = neurons.steps
+    wide = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 1
+    return {"x": {"title": "step", "x0": steps[0], "dx": wide},
+            "y": {"title": f"{neurons.by(layer)}s, {'most flips first' if sort == 'flips' else 'by index'}", "x0": 0, "dx": 1}}
 
 
 def neurons_panel(source: Source, step: float | None = None, layer: str | None = None, sort: str = "index") -> Panel:
@@ -127,11 +136,11 @@ def neurons_panel(source: Source, step: float | None = None, layer: str | None =
     neurons = source.neurons
     layer = layer or next(iter(neurons.layers))
     raster, order = neurons_raster(neurons, layer, sort)
-    steps, step = neurons.steps, last_step(source, step)
-    wide = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 1
+    steps, step, axes = neurons.steps, last_step(source, step), neurons_axes(neurons, layer, sort)
+    wide = axes["x"]["dx"]
     fig = raster.figure("step %{x:.0f}<br>row %{y:.0f}<extra></extra>", x0=steps[0], dx=wide)
     fig.update_xaxes(title_text="step", range=[steps[0] - wide / 2, steps[-1] + wide / 2])
-    fig.update_yaxes(title_text=f"{neurons.by(layer)}s, {'most flips first' if sort == 'flips' else 'by index'}", range=[len(order) - 0.5, -0.5])
+    fig.update_yaxes(title_text=axes["y"]["title"], range=[len(order) - 0.5, -0.5])
     titled(now_line(fig, step), f"Neurons of {layer}", raster.note, height=440)
     fig.update_layout(meta=fig.layout.meta | {"order": order.tolist(), "layer": layer})
     return Panel("Neurons", "Each row is a neuron, each column an epoch: a row of one colour is settled, a row that changes colour is not.",

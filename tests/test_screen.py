@@ -1,0 +1,199 @@
+"""The workbench on one screen: what is in sight at 1440 x 900, and what wheel, click and zoom do, in a real browser."""
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("playwright", reason="playwright is not installed: pip install 'sparselab[dev]'")
+
+from lab import Notebook, browser, server, until
+
+from sparselab.learn import Run, examples
+
+pytestmark = pytest.mark.browser
+ROOT = Path(__file__).resolve().parents[1]
+MASK, NEURONS = 0, 1
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """nbs/explore.ipynb after Run All, in a window of 1440 x 900."""
+    root, scratch = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("lab")
+    shutil.copy(ROOT / "nbs" / "explore.ipynb", root)
+    shutil.copytree(ROOT / "nbs" / "example", root / "example")
+    with browser() as chrome, server(root, scratch) as url:
+        book = Notebook(chrome, url, "explore.ipynb", scratch, size=(1440, 900))
+        book.run_all()
+        drawn = "() => document.querySelectorAll('.sparselab-canvas[data-drawn]').length >= 4"
+        until(lambda: book.page.evaluate(drawn), 90, lambda: f"{book.errors} {book.tracebacks()}")
+        until(lambda: book.value("len(live.snapshot.metrics)") > 1, 90)
+        book.do("live.stop()")
+        yield book
+        assert book.errors == [] and book.tracebacks() == []
+
+
+def places(book: Notebook, explorer: int) -> dict[str, list[float]]:
+    """[left, top, right, bottom] of what answers "what is the mask doing", and of the notebook's part of the window."""
+    return book.page.evaluate("""at => {
+        const all = document.querySelectorAll('.sparselab-explorer')[at], box = element => {
+            const { left, top, right, bottom } = element.getBoundingClientRect();
+            return [left, top, right, bottom]; };
+        const [mask, neurons] = all.querySelectorAll('.sparselab-canvas');
+        return { timeline: box(all.querySelector('.noUi-handle')), metrics: box(all.querySelector('.sparselab-plot .main-svg')), mask: box(mask),
+                 neurons: box(neurons), window: box(document.querySelector('.jp-WindowedPanel-outer')) }; }""", explorer)
+
+
+def in_sight(book: Notebook, explorer: int) -> list[str]:
+    """What of it lies outside the window."""
+    found = places(book, explorer)
+    left, top, right, bottom = found.pop("window")
+    return [name for name, (x0, y0, x1, y1) in found.items() if x0 < left or y0 < top or x1 > right or y1 > min(bottom, 900)]
+
+
+def scroll(book: Notebook, explorer: int, down: int = 0) -> None:
+    book.page.evaluate("""([at, down]) => {
+        const page = document.querySelector('.jp-WindowedPanel-outer'), all = document.querySelectorAll('.sparselab-explorer')[at];
+        page.scrollTop += all.getBoundingClientRect().top - page.getBoundingClientRect().top + down; }""", [explorer, down])
+
+
+def test_run_all_shows_timeline_metrics_mask_and_neurons_without_scrolling(book):
+    until(lambda: in_sight(book, 1) == [], 20, lambda: f"{in_sight(book, 1)} {places(book, 1)}")
+    found = places(book, 1)
+    assert found["mask"][2] <= found["neurons"][0] and abs(found["mask"][1] - found["neurons"][1]) < 40  # beside each other
+    scroll(book, 0)
+    assert in_sight(book, 0) == []
+    scroll(book, 0, 400)
+    assert places(book, 0)["timeline"][1] > places(book, 0)["window"][1]  # it stays while the page scrolls
+
+
+def test_a_finished_run_opens_at_the_moment_with_most_change(book):
+    history = Run(examples() / "sparsevlr").history
+    masks = {name: [mask.numpy() for _, mask in history.replay(name)] for name in history.names}
+    moved = [sum(int((after != before).sum()) for all in masks.values() for before, after in [all[i:i + 2]]) for i in range(len(history.steps) - 1)]
+    assert book.value("explorer.step") == history.steps[1 + moved.index(max(moved))]
+
+
+def canvas(book: Notebook, which: int) -> tuple[object, dict]:
+    found = book.page.locator(".sparselab-canvas canvas").nth(which)
+    return found, found.bounding_box()
+
+
+def zoom(book: Notebook, which: int = MASK) -> float:
+    book.page.wait_for_timeout(150)
+    return float(book.page.evaluate("i => document.querySelectorAll('.sparselab-canvas')[i].dataset.zoom", which))
+
+
+def test_the_wheel_scrolls_the_page_and_zooms_only_with_ctrl_or_after_a_click(book):
+    scroll(book, 0)
+    book.page.evaluate("() => document.activeElement.blur()")
+    found, box = canvas(book, MASK)
+    book.page.mouse.move(box["x"] + 100, box["y"] + 150)
+    book.page.mouse.wheel(0, 120)
+    until(lambda: canvas(book, MASK)[1]["y"] < box["y"] - 50)
+    assert zoom(book) == 1
+    assert "Ctrl" in book.page.locator(".sparselab-how").first.text_content()
+    assert "Ctrl + wheel" in book.page.locator(".sparselab-explorer").first.text_content()
+    scroll(book, 0)
+    book.page.keyboard.down("Control")
+    book.page.mouse.wheel(0, -300)
+    book.page.keyboard.up("Control")
+    until(lambda: zoom(book) > 1.5)
+    assert canvas(book, MASK)[1]["y"] == box["y"]
+    book.page.mouse.dblclick(box["x"] + 100, box["y"] + 150)
+    until(lambda: zoom(book) == 1)
+    book.page.mouse.wheel(0, -300)  # the double click was into the canvas
+    until(lambda: zoom(book) > 1.5)
+
+
+def test_another_layer_is_shown_whole(book):
+    scroll(book, 0)
+    box = canvas(book, MASK)[1]
+    book.page.mouse.click(box["x"] + 100, box["y"] + 150)
+    book.page.mouse.wheel(0, -300)
+    until(lambda: zoom(book) > 1.5)
+    layers = book.value("[name for _, name in explorer.sides[0].mask.layer.options]")
+    other = next(name for name in layers if name != book.value("explorer.sides[0].mask.layer.value"))
+    book.do(f"explorer.sides[0].mask.layer.value = {other!r}")
+    until(lambda: zoom(book) == 1)
+
+
+def test_a_click_takes_the_place_at_pointer_down(book):
+    """With the canvas partly out of sight, taking the focus must not move what was clicked."""
+    scroll(book, 0)
+    box = canvas(book, NEURONS)[1]
+    top = places(book, 0)["window"][1]
+    scroll(book, 0, int(box["y"] - top + box["height"] / 2))
+    box = canvas(book, NEURONS)[1]
+    count = book.value("len(explorer.sides[0].neurons.order)")
+    row = int(count * 0.8)
+    book.page.evaluate("() => document.activeElement.blur()")
+    book.page.mouse.move(box["x"] + 60, box["y"] + (row + 0.5) / count * box["height"])
+    book.page.mouse.down()
+    book.page.evaluate("() => { document.querySelector('.jp-WindowedPanel-outer').scrollTop -= 40; }")  # as a browser does for a focus
+    book.page.mouse.up()
+    until(lambda: book.value("explorer.sides[0].neurons.neuron") == book.value(f"int(explorer.sides[0].neurons.order[{row}])"))
+
+
+def test_axes_have_ticks_that_fit_the_raster(book):
+    scroll(book, 0)
+    book.do("mask = explorer.sides[0].mask\n"
+            "mask.layer.value = next(name for name, shape in mask.source.history.shapes.items() if len(shape) == 2)")
+    until(lambda: book.value("len(explorer.sides[0].mask.tiles.shape)") == 2)
+    book.page.wait_for_timeout(500)
+    book.page.evaluate("() => document.querySelectorAll('.sparselab-canvas canvas')[0].ondblclick()")
+    zoom(book)
+    read = """() => { const box = document.querySelector('.sparselab-canvas'), frame = box.querySelector('canvas').getBoundingClientRect();
+        return ['upright', 'level'].map(name => { const svg = box.querySelector('.sparselab-' + name), lines = [...svg.querySelectorAll('line')];
+            const texts = [...svg.querySelectorAll('text')].map(text => text.textContent);
+            return [lines.map(line => { const at = line.getBoundingClientRect();
+                        return name === 'level' ? (at.x - frame.x) / frame.width : (at.y - frame.y) / frame.height; }), texts]; }); }"""
+    shape = book.value("list(explorer.sides[0].mask.tiles.shape)")
+    for (at, texts), size, title in zip(book.page.evaluate(read), shape, ("output unit", "input unit"), strict=False):
+        *ticks, name = texts
+        assert name.startswith(title) and len(ticks) >= 2
+        for place, tick in zip(at, ticks, strict=True):  # a tick stands at the middle of its unit
+            assert place == pytest.approx((float(tick.replace(",", "")) + 0.5) / size, abs=0.01)
+
+
+def test_a_saved_picture_of_a_mask_has_axes_title_and_legend(book):
+    image = pytest.importorskip("PIL.Image")
+    import io
+
+    import numpy as np
+
+    with book.page.expect_download() as expected:
+        book.page.locator(".sparselab-explorer").first.get_by_role("button", name="PNG", exact=True).nth(1).click()
+    picture = np.asarray(image.open(io.BytesIO(Path(expected.value.path()).read_bytes())).convert("RGBA")).astype(int)
+    codes = np.array(book.page.evaluate("() => Array.from(document.querySelector('.sparselab-canvas canvas').codes())"))
+    palette = np.array(book.value("explorer.sides[0].mask.content.palette"))
+    used = [code for code in np.unique(codes) if palette[code][3] == 255]
+    share = [((np.abs(picture[..., :3] - palette[code][:3]).max(-1) < 3) & (picture[..., 3] == 255)).sum() for code in used]
+    held = [(codes == code).sum() for code in used]
+    assert np.allclose(np.array(share) / sum(share), np.array(held) / sum(held), atol=0.05)  # the weights
+    pixels = np.argwhere((np.abs(picture[..., :3] - palette[used[0]][:3]).max(-1) < 3) & (picture[..., 3] == 255))
+    low, high = np.percentile(pixels, 1, axis=0), np.percentile(pixels, 99, axis=0)
+    drawn = picture[..., 3] > 100  # text is on all sides but the right
+    assert all(part.sum() > 300 for part in (drawn[:int(low[0]) - 8], drawn[int(high[0]) + 12:], drawn[:, :int(low[1]) - 12]))
+
+
+def test_the_explorer_as_a_page_moves_without_kernel_or_network(book, tmp_path):
+    from sparselab.view import save_html
+
+    run = Run(examples() / "sparsevlr")
+    file = save_html(run, tmp_path / "run.html", most=12)
+    page = book.page.context.browser.new_page()
+    failed = []
+    page.on("pageerror", lambda error: failed.append(str(error)))
+    page.context.set_offline(True)
+    page.goto(file.as_uri())
+    marker = "() => document.querySelector('.plotly-graph-div').layout?.shapes?.find(shape => shape.name === 'now')?.x0"
+    picture = "() => document.querySelector('img[data-layer]').src"
+    page.locator("#timeline").focus()
+    seen = []
+    for key, step in (("Home", 0), ("End", run.moments[-1])):
+        page.keyboard.press(key)
+        until(lambda step=step: page.evaluate(marker) == step)
+        seen.append(page.evaluate(picture))
+    assert seen[0] != seen[1] and failed == [] and page.locator(".plotly-graph-div").count() >= 4
+    assert file.read_text().count("plotly.js v") <= 1 and file.stat().st_size < 8_000_000
+    page.close()

@@ -1,0 +1,178 @@
+"""What the explorer does with its sources, without a browser: a run that had finished, a refusal, two runs."""
+import time
+
+import pytest
+
+pytest.importorskip("anywidget", reason="anywidget is not installed: pip install 'sparselab[lab]'")
+
+from sparselab.learn import Config, Live, Run, train
+from sparselab.view import Explorer
+
+SMALL = dict(model="mlp", model_options={"widths": [24, 20]}, method="rigl", sparsity=0.8, eps=0.02, test_samples=40,
+             method_options={"update_every": 4, "drop_fraction": 0.3}, device="cpu")
+
+
+def until(true, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory) -> list[Config]:
+    """Of two finished runs."""
+    folder = str(tmp_path_factory.mktemp("runs"))
+    configs = [Config(**SMALL, epochs=2, seed=seed, runs_dir=folder) for seed in (0, 1)]
+    for config in configs:
+        train(config, callbacks=[])
+    return configs
+
+
+def test_a_live_training_that_had_finished_shows_the_finished_run(configs):
+    run = Run(Live(configs[0]).folder)
+    live = Live(configs[0]).start()
+    until(lambda: live.snapshot.status == "finished")
+    explorer = Explorer(live)
+    assert live.rested and live.metrics == run.metrics and live.history.steps == run.history.steps
+    assert explorer.moments == run.moments and explorer.moments[-1] > 0
+    assert [block.problem.value for block in explorer.sides[0].blocks] == [""] * len(explorer.sides[0].blocks)
+    controls = next(child for child in explorer.children[2].children if hasattr(child, "rested"))
+    until(lambda: "finished" in controls.state.value)
+    assert "of 0" not in controls.state.value and controls.rested.layout.display is None
+
+
+def test_a_finished_run_can_begin_anew_and_is_kept(configs):
+    live = Live(configs[1])
+    before = (live.folder / "model.safetensors").read_bytes()
+    live.anew()
+    until(lambda: live.snapshot.status == "finished" and not live.rested)
+    assert live.folder.with_name(live.folder.name + ".old-1").joinpath("model.safetensors").read_bytes() == before
+    assert (live.folder / "model.safetensors").read_bytes() == before and len(live.metrics) == 2
+    live.start()  # and not anew a second time
+    until(lambda: not live.alive)
+    assert not live.folder.with_name(live.folder.name + ".old-2").exists()
+    folder = live.folder
+    live.anew(epochs=3)
+    until(lambda: live.snapshot.status == "finished" and not live.rested)
+    assert live.folder != folder and len(live.metrics) == 3 and Run(folder).finished
+
+
+def test_a_refused_learning_rate_leaves_its_field(configs):
+    from sparselab.view.explorer.controls import LiveControls
+
+    live = Live(Config(**SMALL, epochs=200, runs_dir=configs[0].runs_dir)).step()
+    until(lambda: live.snapshot.status == "paused")
+    controls = LiveControls(live)
+    until(lambda: controls.lr.value > 0)
+    lr = controls.lr.value
+    for _ in range(2):  # the second refusal says the same
+        controls.lr.value = -1.0
+        until(lambda: controls.lr.value == lr)
+        assert live.snapshot.knobs["lr"] == lr and live.snapshot.note
+    live.stop()
+
+
+@pytest.fixture(scope="module")
+def pair(configs) -> Explorer:
+    return Explorer(tuple(Run(Live(config).folder) for config in configs))
+
+
+def test_layer_and_relu_follow_each_other(configs):
+    side = Explorer(Live(configs[0]).folder).sides[0]
+    links = side.neurons.links
+    assert links[side.neurons.layer.value] == side.mask.layer.value
+    for relu in links:
+        side.neurons.layer.value = relu
+        assert side.mask.layer.value == links[relu]
+    for relu, weight in links.items():
+        side.mask.layer.value = weight
+        assert side.neurons.layer.value == relu
+
+
+def test_two_runs_share_what_is_selected(pair):
+    one, two = pair.sides
+    relu = list(one.neurons.links)[-1]
+    one.neuron_clicked(relu, 3)
+    assert two.neurons.neuron == 3 and two.neurons.layer.value == relu and two.mask.layer.value == one.mask.layer.value
+    assert two.mask.content.mark == one.mask.content.mark and two.mask.content.mark[0] == 3
+    two.mask.layer.value = one.neurons.links[list(one.neurons.links)[0]]
+    assert one.mask.layer.value == two.mask.layer.value
+
+
+def test_the_difference_of_two_masks_is_that_of_the_masks(pair):
+    import numpy as np
+
+    block = next(block for block in pair.sides[0].blocks if block.title == "Difference")
+    for step in (0, 8, pair.moments[-1]):
+        pair.go(step)
+        a, b = (np.asarray(side.source.history.mask(side.mask.cursor.record, side.mask.layer.value)) for side in pair.sides)
+        expected = np.select([a & ~b, b & ~a, a & b], [2, 3, 4], 1)
+        assert (block.content._raster == expected).all() and (expected == 2).any() and (expected == 4).any()
+    names = [side.source.name for side in pair.sides]
+    assert all(name in block.legend.value for name in names) and not block.problem.value
+    one, both = (sum(line.endswith(label) for line in block.csv().splitlines()) for label in ("only the first", "both"))
+    assert (one, both) == ((expected == 2).sum(), (expected == 4).sum())
+
+
+def test_a_colouring_without_values_keeps_the_picture(configs):
+    explorer = Explorer(Live(configs[0]).folder)
+    mask = explorer.sides[0].mask
+    explorer.go(4)
+    mask.colour.value = "score"
+    assert mask.problem.value and mask.content.layout.display != "none"
+    mask.colour.value = "event"
+    assert not mask.problem.value
+
+
+def test_the_run_picker_offers_the_newest_first_and_explores_one_or_two(configs, tmp_path):
+    import os
+    import shutil
+
+    from sparselab.view import RunPicker
+
+    folders = [Live(config).folder for config in configs]
+    for age, folder in enumerate(folders):
+        shutil.copytree(folder, tmp_path / folder.name)
+        for path in (tmp_path / folder.name).iterdir():
+            os.utime(path, (1e9 + age, 1e9 + age))
+    picker = RunPicker(tmp_path)
+    assert [name for name, _ in picker.choice.options] == [folder.name for folder in reversed(folders)]
+    picker.explore()
+    assert picker.explorer.sides[0].source.name == folders[1].name and picker.stage.children == (picker.explorer,)
+    picker.choice.value = tuple(run for _, run in picker.choice.options)
+    picker.explore()
+    assert len(picker.explorer.sides) == 2
+    picker.explorer.faster()
+    assert (picker.explorer.play.interval, picker.explorer.speed.description) == (200, "2 x")
+
+
+def test_a_bookmark_is_kept_in_the_run_and_leads_back(configs, tmp_path):
+    import shutil
+
+    from sparselab.learn.bookmarks import bookmarks
+
+    folder = tmp_path / "run"
+    shutil.copytree(Live(configs[0]).folder, folder)
+    explorer = Explorer(folder)
+    explorer.timeline.value = 2
+    explorer.bookmarks.toggle()
+    explorer.bookmarks.note.value = "here <b>it</b> is"
+    explorer.bookmarks.keep()
+    assert bookmarks(folder) == [(explorer.moments[2], "here <b>it</b> is")]
+    again = Explorer(folder)
+    again.timeline.value = 0
+    again.bookmarks.kept.children[0].value = True  # as a click does
+    assert again.timeline.value == 2
+    assert not Explorer(tmp_path / "nothing").bookmarks.kept.children
+
+
+def test_what_a_training_has_recorded_is_shown_when_it_stops(configs):
+    """Panels of a running training are read only now and then; the last epoch must not be left out."""
+    live = Live(Config(**SMALL, epochs=400, runs_dir=configs[0].runs_dir))
+    explorer = Explorer(live)
+    live.start()
+    until(lambda: len(live.snapshot.metrics) > 1)
+    live.stop()
+    neurons = explorer.sides[0].neurons
+    until(lambda: neurons.recorded is not None and neurons.recorded.steps == live.neurons.steps, 10)

@@ -1,6 +1,7 @@
 """Training on the nonzeros against training dense: losses, masks, moments, bits after a kill, with and without numba."""
 import copy
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 
 from sparselab.learn import Config, build, objective, train
 from sparselab.learn.assembly import make_learner
-from sparselab.learn.rows import Rows, Unsupported, certified, dense_gradients, logits
+from sparselab.learn.rows import READERS, Rows, Unsupported, certified, dense_gradients, logits
+from sparselab.learn.sparse_steps import SparseSteps
 from sparselab.robust import bounds, input_box, margin_matrix
 from sparselab.sparse import sparsify
 from sparselab.sparse.products import with_numba, without_numba
@@ -207,3 +209,51 @@ def test_what_cannot_be_done_sparsely_says_so():
 def test_a_run_trains_on_its_nonzeros_and_says_it(tmp_path):
     run = train(Config(**SMALL, method="rigl", sparsity=0.95, runs_dir=str(tmp_path)), callbacks=())
     assert run.summary["nnz"] == sum(int(w.count_nonzero()) for name, w in run.weights.items() if w.dim() > 1)
+
+
+class Scaled(nn.Module):
+    """A network whose input is scaled by a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = build("mlp", (1, 8, 8), 10)
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.body(x * self.scale)
+
+
+@pytest.mark.parametrize("change", ["a hook", "a buffer", "a layer"])
+def test_a_model_that_is_changed_is_read_again(change):
+    torch.manual_seed(0)
+    model = Scaled().train()
+    optimizer = torch.optim.Adam(model.parameters())
+    sparsifier = sparsify(model, optimizer, method="static", sparsity=0.8, total_steps=100)
+    steps = SparseSteps(model, optimizer, sparsifier, objective("natural", 0.1), "sparse")
+    x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
+    for _ in range(2):
+        assert steps.ready(x)
+        steps.step(x, y, 0.5)
+    if change == "a hook":
+        model.body.relu1.register_forward_hook(lambda module, args, output: 3 * output)
+    elif change == "a buffer":
+        model.scale.mul_(0.5)
+    else:
+        model.body.relu1 = nn.LeakyReLU(0.3)
+    with torch.no_grad():
+        model.body.fc1.bias.mul_(1.0)  # what makes the next step take up anew
+    truth = F.cross_entropy(model(x), y).item()
+    assert steps.ready(x)
+    assert steps.step(x, y, 0.5).item() == pytest.approx(truth, rel=1e-5)
+
+
+def test_a_model_that_is_not_what_was_read_is_not_trained_on_rows():
+    """The second net: here the reading is broken on purpose."""
+    torch.manual_seed(0)
+    model = build("mlp", (1, 8, 8), 10).train()
+    optimizer = torch.optim.Adam(model.parameters())
+    sparsifier = sparsify(model, optimizer, method="static", sparsity=0.8, total_steps=100)
+    steps = SparseSteps(model, optimizer, sparsifier, objective("natural", 0.1), "auto")
+    with mock.patch("sparselab.learn.rows.READERS", {**READERS, "relu": READERS["clone"]}):
+        assert not steps.ready(torch.rand(16, 1, 8, 8))
+    assert "its outputs differ from those of the model" in steps.reason

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import unknown
 from .losses import Natural, Objective
 from .objectives import IBP
 from .rows import Rows, Sparse, Unsupported, certified, dense_gradients, logits
-from ..program import Unreadable
+from ..program import Unreadable, structure
 from ..robust import input_box
+from ..robust.replay import ask
 from ..sparse import Sparsifier
 from ..sparse.products import with_numba
 
@@ -69,8 +71,8 @@ class SparseSteps:
     """The training steps of a model in which a sparsifier has nothing to do, on the nonzeros alone.
 
     `kernels`: "sparse" (ValueError where that cannot be), "dense", or "auto", which is sparse where that is faster; `reason` says why
-    steps are dense. After every step the model has the new weights. The optimizer of the model has its moments again when somebody
-    asks for its state_dict, or after `settle`.
+    steps are dense. After every step the model has the new weights, and what others write into it is taken up, unless they write where
+    PyTorch does not count (`.data`). The optimizer of the model has its moments again when somebody asks for its state_dict, or after `settle`.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: Sparsifier, goal: Objective, kernels: str = "auto"):
@@ -80,7 +82,6 @@ class SparseSteps:
         self.reason = 'kernels="dense" was asked for' if kernels == "dense" else objection(model, optimizer, goal)
         self.net: Rows | None = None
         self.flat: nn.Parameter | None = None
-        self._every = False
         self._insist()
         if not self.reason:
             optimizer.register_state_dict_pre_hook(lambda _: self.write_moments())
@@ -89,11 +90,12 @@ class SparseSteps:
         """Whether the coming step on images like `x` is done sparsely, apart from what the sparsifier wants."""
         if self.reason:
             return False
-        if self.net is None:
-            self._read(x)
-        if self.reason:
-            return False
         if self.flat is None or self._versions != self._seen():
+            if self.net is None or self._read_as != self._described():
+                self.settle()
+                self._read(x)
+            if self.reason:
+                return False
             self._take_up()
         return self.kernels == "sparse" or self.net.multiplications <= PAYS[with_numba()] * self.net.dense_multiplications
 
@@ -103,9 +105,27 @@ class SparseSteps:
             head = self.net.layers[-1]
             if not isinstance(head, Sparse) or head.weight is None or self.net.slope[head.dst] != 1:
                 raise Unsupported("its last layer is not linear")
+            if any(isinstance(module, _BatchNorm) and module.momentum is None for module in self.model.modules()):
+                raise Unsupported("a BatchNorm averages over all batches (momentum None)")
+            self._check(x)
+            self._read_as = self._described()
         except (Unsupported, Unreadable) as reason:
             self.reason = f"the model is not done on rows: {reason}"
             self._insist()
+
+    def _check(self, x: Tensor) -> None:
+        """Raise Unsupported where rows and model disagree, as for a forward that is not a fixed function of its input."""
+        self.net.index({name: mask.numpy() for name, mask in self.sparsifier.masks.items()})
+        p, y = self.net.lend(len(x), 0), ask(self.model, x)
+        self.net.forward(p, x)
+        z = torch.from_numpy(p.x[self.net.out].T).view_as(y)
+        if not torch.allclose(z, y, rtol=1e-3, atol=1e-3 * (1 + float(y.abs().max()))):
+            raise Unsupported(f"its outputs differ from those of the model by up to {float((z - y).abs().max()):.3g}")
+
+    def _described(self) -> list:
+        """What a reading depends on, besides the values of what is trained."""
+        averages = ("running_mean", "running_var", "num_batches_tracked")
+        return [*structure(self.model), *(b._version for name, b in self.model.named_buffers() if not name.endswith(averages))]
 
     def _insist(self) -> None:
         if self.kernels == "sparse" and self.reason:
@@ -113,7 +133,7 @@ class SparseSteps:
 
     def _seen(self) -> list[int]:
         """Changes when anybody else has written into a parameter or a mask."""
-        return [p._version for p in self.net.parameters.values()] + [mask._version for mask in self.sparsifier.masks.values()]
+        return [t._version for t in (*self.net.parameters.values(), *self.sparsifier.masks.values())]
 
     def _take_up(self, every: bool = False) -> None:
         """Begin anew with the masks, weights and moments that there are now."""

@@ -128,7 +128,7 @@ PALETTES = {
     "weight": _bare + _strengths(OKABE_ITO["vermillion"], LEVELS // 2)[::-1] + _strengths(OKABE_ITO["blue"], LEVELS // 2)
               + [(128, 128, 128, 255)],
     "score": _bare + _strengths(OKABE_ITO["green"], LEVELS),
-    "difference": _bare + _strengths(OKABE_ITO["blue"], 1) + _strengths(OKABE_ITO["vermillion"], 1) + _strengths(OKABE_ITO["grey"], 1),
+    "difference": _bare + [(*rgb(OKABE_ITO[name]), 255) for name in ("blue", "vermillion", "grey")],
     "state": _bare[:1] + [(*rgb(COLORS[state]), 255) for state in STATES],
 }
 LEGENDS = {  # what is shown -> {label: code}

@@ -201,13 +201,13 @@ def test_what_cannot_be_done_sparsely_says_so():
         Rows(nn.Sequential(nn.Linear(6, 8), nn.Flatten(), nn.Linear(32, 10)), torch.rand(2, 4, 6))
     with pytest.raises(ValueError, match="kernels"):
         Config(kernels="spare")
-    learner = make_learner(Config(**SMALL, objective="crown_ibp", sparsity=0.9))
+    learner = make_learner(Config(**SMALL, kernels="auto", objective="crown_ibp", sparsity=0.9))
     learner.train_epoch()
     assert "CrownIBP" in learner.on_nonzeros.reason
 
 
 def test_a_run_trains_on_its_nonzeros_and_says_it(tmp_path):
-    run = train(Config(**SMALL, method="rigl", sparsity=0.95, runs_dir=str(tmp_path)), callbacks=())
+    run = train(Config(**SMALL, kernels="auto", method="rigl", sparsity=0.95, runs_dir=str(tmp_path)), callbacks=())
     assert run.summary["nnz"] == sum(int(w.count_nonzero()) for name, w in run.weights.items() if w.dim() > 1)
 
 
@@ -256,4 +256,123 @@ def test_a_model_that_is_not_what_was_read_is_not_trained_on_rows():
     steps = SparseSteps(model, optimizer, sparsifier, objective("natural", 0.1), "auto")
     with mock.patch("sparselab.learn.rows.READERS", {**READERS, "relu": READERS["clone"]}):
         assert not steps.ready(torch.rand(16, 1, 8, 8))
-    assert "its outputs differ from those of the model" in steps.reason
+    assert "its outputs or gradients differ from those of the model" in steps.reason
+
+
+OPTIMIZERS = {
+    "adam": {}, "amsgrad": {"amsgrad": True, "weight_decay": 0.01}, "adamw": {"weight_decay": 0.05},
+    "sgd": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_that_acts_on_single_weights_steps_as_on_the_dense_network(name):
+    kind = {"amsgrad": torch.optim.Adam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+    found = []
+    for kernels in ("sparse", "dense"):
+        torch.manual_seed(0)
+        model = build("mlp", (1, 8, 8), 10).train()
+        optimizer = kind(model.parameters(), lr=0.01, **OPTIMIZERS[name])
+        sparsifier = sparsify(model, optimizer, method="static", sparsity=0.9, total_steps=100)
+        steps, goal = SparseSteps(model, optimizer, sparsifier, objective("ibp", 0.02), kernels), objective("ibp", 0.02)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(6):
+            x, y = torch.rand(16, 1, 8, 8, generator=generator), torch.randint(0, 10, (16,), generator=generator)
+            if steps.ready(x):
+                steps.step(x, y, step / 6)
+            else:
+                optimizer.zero_grad()
+                goal(model, x, y, step / 6).backward()
+                optimizer.step()
+                sparsifier.step()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4), float((ours - theirs).abs().max())
+
+
+def refused(model: nn.Module, x: torch.Tensor, optimizer=None, before=lambda model, optimizer: None) -> str:
+    """Why "auto" trains a model dense."""
+    optimizer = optimizer or torch.optim.Adam(model.parameters())
+    sparsifier = sparsify(model, optimizer, method="static", sparsity=0.9, total_steps=9)
+    before(model, optimizer)
+    steps = SparseSteps(model, optimizer, sparsifier, objective("ibp", 0.02), "auto")
+    assert not steps.ready(x)
+    return steps.reason
+
+
+def test_what_sparse_steps_would_do_wrongly_is_dense_with_a_sentence():
+    def mlp() -> nn.Module:
+        torch.manual_seed(0)
+        return build("mlp", (1, 8, 8), 10).train()
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.b(self.a(self.a(x).relu()).relu())
+
+    class Blind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 40), nn.Linear(40, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.a(x).relu()
+            return self.b(x)
+
+    x, wide = torch.rand(16, 1, 8, 8), torch.rand(16, 8)
+    assert "fc1.bias is frozen" in refused(mlp(), x, before=lambda model, _: model.fc1.bias.requires_grad_(False))
+    assert "has hooks" in refused(mlp(), x, before=lambda _, optimizer: optimizer.register_step_post_hook(lambda *_: None))
+    assert "fc2.weight is frozen, trained by nobody, laid out by channels, or has a hook" in refused(
+        mlp(), x, before=lambda model, _: model.fc2.weight.register_hook(lambda g: -g))
+    assert "a.weight is used twice" in refused(Twice(), wide)
+    assert "its outputs or gradients differ" in refused(Blind(), wide)
+    assert "its last layer is not linear" in refused(nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), x)
+
+
+def test_a_dense_or_hardly_sparse_network_is_never_written_down_as_entries():
+    with mock.patch("sparselab.learn.rows.Rows.index", side_effect=AssertionError("indexed")):
+        for method, sparsity in (("dense", 0.0), ("static", 0.5)):
+            learner = make_learner(Config(**SMALL, kernels="auto", method=method, sparsity=sparsity))
+            learner.train_epoch()
+            assert learner.on_nonzeros.reason == ""
+
+
+def test_images_of_another_size_are_read_again():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).train()
+    optimizer = torch.optim.Adam(model.parameters())
+    sparsifier = sparsify(model, optimizer, method="static", sparsity=0.5, total_steps=9)
+    steps, y = SparseSteps(model, optimizer, sparsifier, objective("natural", 0.02), "sparse"), torch.randint(0, 4, (6,))
+    for size in (8, 5, 12):
+        x = torch.rand(6, 1, size, size)
+        truth = F.cross_entropy(model(x), y).item()
+        assert steps.ready(x)
+        assert steps.step(x, y, 0.5).item() == pytest.approx(truth, rel=1e-5)
+
+
+def test_what_others_write_into_pruned_places_does_not_stay():
+    learner = make_learner(Config(**SMALL, kernels="sparse", method="static", sparsity=0.9))
+    x, y = next(iter(learner.data.train.batches(32, 0, 0)))
+    learner.train_step(x, y)
+    with torch.no_grad():
+        for weight in learner.sparsifier.masks.weights.values():
+            weight.add_(0.01)
+    learner.train_step(x, y)
+    assert sum(int(w.count_nonzero()) for w in learner.sparsifier.masks.weights.values()) == learner.sparsifier.budget
+
+
+def test_a_learner_can_be_copied_between_steps():
+    learner = make_learner(Config(**SMALL, kernels="sparse", method="static", sparsity=0.9))
+    x, y = next(iter(learner.data.train.batches(32, 0, 0)))
+    learner.train_step(x, y)
+    twin = copy.deepcopy(learner)
+    for each in (learner, twin):
+        each.train_step(x, y)
+    for p, q in zip(learner.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    moments = [each.optimizer.state_dict()["state"][0]["exp_avg"] for each in (learner, twin)]
+    assert torch.equal(*moments)

@@ -90,6 +90,7 @@ class Learner:
         loss = float(self.losses) / steps
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
+        self.on_nonzeros.settle()
         self.epoch, self.losses = self.epoch + 1, 0.0
         moment = self.objective.ramp(self.step / self.total_steps)
         self.row = {"step": self.step, "epoch": self.epoch, "train_eps": moment.eps, "kappa": moment.kappa,
@@ -103,20 +104,20 @@ class Learner:
         share = lr_share(progress, self.schedule) if share is None else share
         for group, peak in zip(self.optimizer.param_groups, self.peak_lr, strict=True):
             group["lr"] = peak * share
-        sparse = self.on_nonzeros.ready(x)
-        if sparse and not self.sparsifier.busy():
+        self.on_nonzeros.goal = self.objective
+        if self.on_nonzeros.ready(x):
             loss = self.on_nonzeros.step(x, y, progress, self.grad_clip)
         else:
-            loss = self._dense_step(x, y, progress, sparse)
+            loss = self._dense_step(x, y, progress)
         self.step, self.losses = self.step + 1, self.losses + loss.detach()
         self._call("after_step")
 
-    def _dense_step(self, x: Tensor, y: Tensor, progress: float, sparse: bool) -> Tensor:
-        """A step with the gradients of all weights; with `sparse` they are computed on the nonzeros."""
+    def _dense_step(self, x: Tensor, y: Tensor, progress: float) -> Tensor:
+        """A step of the whole model; its gradients, those of missing weights included, come from the nonzeros where that can be."""
         self.on_nonzeros.settle()
         self.optimizer.zero_grad()
         self.sparsifier.see_loss(lambda: self.objective(self.model, x, y, progress))
-        if sparse:
+        if self.on_nonzeros.grows(x):
             loss = self.on_nonzeros.gradients(x, y, progress)
         else:
             loss = self.objective(self.model, x, y, progress)
@@ -131,6 +132,10 @@ class Learner:
     def _call(self, moment: str) -> None:
         for callback in self.callbacks:
             getattr(callback, moment)(self)
+
+    def __getstate__(self) -> dict:
+        self.on_nonzeros.settle()  # before the optimizer is copied, or saved
+        return self.__dict__
 
     def state_dict(self) -> dict:
         """Everything that the next step depends on."""

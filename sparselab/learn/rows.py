@@ -202,6 +202,9 @@ class Norm(Layer):
             count = len(p.x[self.src[0]]) // len(mean) * p.n
             for name, now in zip(self.running, (mean, var * count / max(1, count - 1)), strict=True):
                 buffers[name].lerp_(torch.from_numpy(now).to(buffers[name]), self.momentum)
+            counter = buffers.get(self.running[0].removesuffix("running_mean") + "num_batches_tracked")
+            if counter is not None:
+                counter += 1
 
 # %% ../../nbs/learn/30_rows.ipynb #725e006c
 @compiled
@@ -453,6 +456,11 @@ class Rows:
         """What `multiplications` would be if all weights existed."""
         return sum(layer.whole for layer in self.layers if isinstance(layer, Sparse))
 
+    def products(self, layer: Sparse) -> int:
+        """How many products one image would cost a layer if all its weights existed; known before any mask."""
+        weight = self.parameters[layer.weight]
+        return weight.numel() * math.prod(self.shapes[layer.dst]) // len(weight)
+
     def write(self, parameters: Mapping[str, Tensor]) -> None:
         """Write the values into dense tensors, name -> tensor, without telling autograd."""
         for name, dense in parameters.items():
@@ -492,12 +500,9 @@ class Rows:
         for layer in self.layers:
             if isinstance(layer, Norm):
                 layer.update(p, self.buffers)
-        for name, count in self.buffers.items():
-            if name.endswith("num_batches_tracked"):
-                count += 1
 
-    def _new(self, node: fx.Node, layer: Layer, shape: tuple[int, ...]) -> None:
-        layer.dst, layer.shapes = len(self.shapes), [self._seen[before] for before in _activations(node) if before in self.places][: len(layer.src)]
+    def _new(self, node: fx.Node, layer: Layer, shape: tuple[int, ...], inputs: list[tuple[int, ...]] | None = None) -> None:
+        layer.dst, layer.shapes = len(self.shapes), inputs or [self._seen[before] for before in _activations(node) if before in self.places]
         self.shapes.append(tuple(shape))
         self.layers.append(layer)
         self.places[node] = layer.dst
@@ -518,6 +523,8 @@ class Rows:
         if name is not None:
             if name not in self.parameters:
                 raise Unsupported(f"{name} is a buffer")
+            if name in self.trained:
+                raise Unsupported(f"{name} is used twice")
             self.trained[name] = self.parameters[name]
         return name, turned
 
@@ -613,7 +620,7 @@ def _arithmetic(net: Rows, node: fx.Node, before: fx.Node, shape: Any) -> None:
     if x in net.places and y in net.places:
         if what != "add" or net._seen[x] != net._seen[y]:
             raise Unsupported("it joins two activations")
-        return net._new(node, Sum([net.places[x], net.places[y]]), shape)
+        return net._new(node, Sum([net.places[x], net.places[y]]), shape, [net._seen[x], net._seen[y]])
     if x not in net.places:
         if what not in ("add", "mul"):
             raise Unsupported("an activation comes second")
@@ -663,6 +670,8 @@ def _join(net: Rows, node: fx.Node, before: fx.Node, shape: Any) -> None:
 
 def _move(net: Rows, node: fx.Node, before: fx.Node, shape: Any) -> None:
     """Any operation that moves entries: what it does to their numbers."""
+    if len(node.all_input_nodes) > 1:
+        raise Unsupported("a tensor says what it moves")
     numbers = torch.arange(1, math.prod(net._seen[before]) + 1).view(1, *net._seen[before])
     moved = node.target(numbers, *node.args[1:], **node.kwargs)
     if tuple(moved.shape) != (1, *shape):
@@ -676,7 +685,7 @@ def _gather(net: Rows, node: fx.Node, parts: list[fx.Node], index: Tensor, shape
         here = np.flatnonzero((flat >= first) & (flat < first + math.prod(net._seen[part])))
         picks.append((flat[here] - first, here))
         first += math.prod(net._seen[part])
-    net._new(node, Gather([net.places[part] for part in parts], picks=picks), shape)
+    net._new(node, Gather([net.places[part] for part in parts], picks=picks), shape, [net._seen[part] for part in parts])
 
 
 _MOVES = ("permute", "transpose", "slice", "select", "flip", "roll", "index_select", "repeat", "pixel_shuffle", "pixel_unshuffle")

@@ -9,6 +9,7 @@ __all__ = ['KERNELS', 'PAYS', 'ENTRYWISE', 'objection', 'gathered', 'scattered',
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -18,10 +19,10 @@ from ..errors import unknown
 from .losses import Natural, Objective
 from .objectives import IBP
 from .rows import Rows, Sparse, Unsupported, certified, dense_gradients, logits
-from ..program import Unreadable, structure
+from ..program import Unreadable, spared, structure
 from ..robust import input_box
-from ..robust.replay import ask
 from ..sparse import Sparsifier
+from ..sparse.masks import clear_moments
 from ..sparse.products import with_numba
 
 # %% ../../nbs/learn/31_sparse_steps.ipynb #71c6071b
@@ -38,16 +39,28 @@ def objection(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Objectiv
         return "auto_LiRPA and the warm-up regularisers need the dense network"
     if type(optimizer) not in ENTRYWISE or len(optimizer.param_groups) != 1:
         return f"{type(optimizer).__name__} with {len(optimizer.param_groups)} groups of parameters is not known to act on every weight alone"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "the optimizer has hooks, which sparse steps would not call"
     odd = next((p for p in model.parameters() if p.device.type != "cpu" or p.dtype != torch.float32), None)
-    return "" if odd is None else f"sparse kernels are for float32 on the CPU, and the model is {odd.dtype} on {odd.device.type}"
+    if odd is not None:
+        return f"sparse kernels are for float32 on the CPU, and the model is {odd.dtype} on {odd.device.type}"
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if not p.requires_grad or id(p) not in own or p._backward_hooks or not p.is_contiguous():
+            return f"{name} is frozen, trained by nobody, laid out by channels, or has a hook"
+    return ""
 
 # %% ../../nbs/learn/31_sparse_steps.ipynb #f1c7e19b
 def gathered(net: Rows, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The state of an optimizer for the flat vector from the states for the parameters, name -> state."""
     found: dict[str, Any] = {}
+    if states.keys() != net.trained.keys():
+        raise Unsupported("some parameters have been trained for longer than others")
     for name, state in states.items():
         for key, value in state.items():
             if not torch.is_tensor(value) or not value.dim():
+                if key in found and found[key] != value:
+                    raise Unsupported("some parameters have been trained for longer than others")
                 found[key] = value.clone() if torch.is_tensor(value) else value
             else:
                 flat = found.setdefault(key, torch.zeros(len(net.values.flat)))
@@ -79,73 +92,141 @@ class SparseSteps:
         if kernels not in KERNELS:
             raise unknown("kernels", kernels, KERNELS)
         self.model, self.optimizer, self.sparsifier, self.goal, self.kernels = model, optimizer, sparsifier, goal, kernels
-        self.reason = 'kernels="dense" was asked for' if kernels == "dense" else objection(model, optimizer, goal)
+        self.reason = 'kernels="dense" was asked for' if kernels == "dense" else self._objection()
         self.net: Rows | None = None
         self.flat: nn.Parameter | None = None
+        self._moved = False
         self._insist()
         if not self.reason:
-            optimizer.register_state_dict_pre_hook(lambda _: self.write_moments())
+            self._hook()
 
-    def ready(self, x: Tensor) -> bool:
-        """Whether the coming step on images like `x` is done sparsely, apart from what the sparsifier wants."""
-        if self.reason:
-            return False
-        if self.flat is None or self._versions != self._seen():
-            if self.net is None or self._read_as != self._described():
-                self.settle()
-                self._read(x)
-            if self.reason:
-                return False
-            self._take_up()
-        return self.kernels == "sparse" or self.net.multiplications <= PAYS[with_numba()] * self.net.dense_multiplications
+    def _hook(self) -> None:
+        self.optimizer.register_state_dict_pre_hook(lambda _: self.write_moments())
+        self.optimizer.register_load_state_dict_pre_hook(lambda _, state: self._forget())
 
-    def _read(self, x: Tensor) -> None:
-        try:
-            self.net = Rows(self.model, x[:2])
-            head = self.net.layers[-1]
-            if not isinstance(head, Sparse) or head.weight is None or self.net.slope[head.dst] != 1:
-                raise Unsupported("its last layer is not linear")
-            if any(isinstance(module, _BatchNorm) and module.momentum is None for module in self.model.modules()):
-                raise Unsupported("a BatchNorm averages over all batches (momentum None)")
-            self._check(x)
-            self._read_as = self._described()
-        except (Unsupported, Unreadable) as reason:
-            self.reason = f"the model is not done on rows: {reason}"
-            self._insist()
+    def __getstate__(self) -> dict:
+        self.settle()
+        return self.__dict__ | {"net": None}
 
-    def _check(self, x: Tensor) -> None:
-        """Raise Unsupported where rows and model disagree, as for a forward that is not a fixed function of its input."""
-        self.net.index({name: mask.numpy() for name, mask in self.sparsifier.masks.items()})
-        p, y = self.net.lend(len(x), 0), ask(self.model, x)
-        self.net.forward(p, x)
-        z = torch.from_numpy(p.x[self.net.out].T).view_as(y)
-        if not torch.allclose(z, y, rtol=1e-3, atol=1e-3 * (1 + float(y.abs().max()))):
-            raise Unsupported(f"its outputs differ from those of the model by up to {float((z - y).abs().max()):.3g}")
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if not self.reason:
+            self._hook()
 
-    def _described(self) -> list:
-        """What a reading depends on, besides the values of what is trained."""
-        averages = ("running_mean", "running_var", "num_batches_tracked")
-        return [*structure(self.model), *(b._version for name, b in self.model.named_buffers() if not name.endswith(averages))]
+    def _objection(self) -> str:
+        method = type(self.sparsifier)
+        if not method.__module__.startswith("sparselab.sparse."):
+            return f"{method.__name__} is a method of your own, which may watch what sparse steps leave out"
+        return objection(self.model, self.optimizer, self.goal)
 
     def _insist(self) -> None:
         if self.kernels == "sparse" and self.reason:
             raise ValueError(f'kernels="sparse" cannot be had: {self.reason}. Choose kernels="auto", which is dense then.')
 
+    def ready(self, x: Tensor) -> bool:
+        """Whether the coming step on images like `x` is done on the nonzeros; they have been taken up then."""
+        if self.reason or self.sparsifier.busy():
+            return False
+        if self.flat is None or self._versions != self._seen() or self._differs(x):
+            return self._read(x) and self._take_up()
+        return True
+
+    def grows(self, x: Tensor) -> bool:
+        """Whether the dense gradients of a busy step on images like `x` come from the rows; all rows have been taken up then."""
+        if self.reason or not self.sparsifier.busy() or not self.sparsifier.grows_by_gradients:
+            return False
+        return self._read(x) and self._take_up(every=True)
+
+    def _read(self, x: Tensor) -> bool:
+        """Read the model, unless the last reading still holds; whether it is to be used."""
+        if self.net is None or self._differs(x):
+            self.settle()
+            try:
+                if objection := self._objection():
+                    raise Unsupported(objection)
+                self._described = structure(self.model), self._constants()
+                self.net = Rows(self.model, x[:2])
+                head = self.net.layers[-1]
+                flat = isinstance(head, Sparse) and head.weight is not None and head.geometry is None and len(head.shapes[0]) == 1
+                if not flat or self.net.slope[head.dst] != 1:
+                    raise Unsupported("its last layer is not linear")
+                if any(isinstance(module, _BatchNorm) and module.momentum is None for module in self.model.modules()):
+                    raise Unsupported("a BatchNorm averages over all batches (momentum None)")
+                if self._pays():
+                    self._check(x)
+            except (Unsupported, Unreadable) as reason:
+                self.reason = f"the model is not done on rows: {reason}"
+                self._insist()
+                return False
+        return self._pays()
+
+    def _pays(self) -> bool:
+        """Whether the weights that exist are few enough; known without writing them down."""
+        if self.kernels == "sparse":
+            return True
+        weights, masks = self.sparsifier.masks.weights, self.sparsifier.masks
+        share = {id(weights[name]): count / masks[name].numel() for name, count in masks.counts.items()}
+        sizes = {layer.weight: self.net.products(layer) for layer in self.net.layers if isinstance(layer, Sparse) and layer.weight is not None}
+        few = sum(size * share.get(id(self.net.parameters[name]), 1.0) for name, size in sizes.items())
+        return few <= PAYS[with_numba()] * sum(sizes.values())
+
+    def _masks(self) -> dict[str, np.ndarray]:
+        """Name in the model -> mask; the sparsifier may know a weight by another name."""
+        known = {id(weight): self.sparsifier.masks[name].numpy() for name, weight in self.sparsifier.masks.weights.items()}
+        return {name: known[id(p)] for name, p in self.net.parameters.items() if id(p) in known}
+
+    def _check(self, x: Tensor) -> None:
+        """Raise Unsupported where rows and model disagree in outputs or in gradients."""
+        self.sparsifier.mask_weights()
+        self.net.index(self._masks())
+        flat, names = torch.from_numpy(self.net.values.flat).requires_grad_(), list(self.net.trained)
+        buffers, self.net.buffers = self.net.buffers, {name: buffer.clone() for name, buffer in self.net.buffers.items()}
+        with spared(self.model), torch.enable_grad():
+            y, z = self.model(x.clone()), logits(self.net, flat, x)
+            cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+            theirs = torch.autograd.grad(y, list(self.net.trained.values()), cotangent, allow_unused=True, materialize_grads=True)
+            (ours,) = torch.autograd.grad(z, flat, cotangent)
+        self.net.buffers = buffers
+        parts = [torch.from_numpy(self.net.values.of(name, ours.numpy())) for name in names]
+        for found, truth in [(z, y), *zip(parts, map(self.net.values.gather, names, theirs), strict=True)]:
+            if truth.numel() and not torch.allclose(found, truth, rtol=1e-2, atol=1e-2 * float(truth.detach().abs().max()) + 1e-5):
+                apart = float((found - truth).detach().abs().max())
+                raise Unsupported(f"its outputs or gradients differ from those of the model by up to {apart:.3g}")
+
+    def _constants(self) -> list:
+        """What a reading depends on besides the structure: other buffers than averages, and which parameters train."""
+        averages = ("running_mean", "running_var", "num_batches_tracked")
+        buffers = [b._version for name, b in self.model.named_buffers() if not name.endswith(averages)]
+        return buffers + [(id(p), p.requires_grad) for p in self.model.parameters()]
+
+    def _differs(self, x: Tensor) -> bool:
+        """Whether the last reading holds no more, for the model or for the images."""
+        return x.shape[1:] != self.net.shapes[0] or x.dtype != torch.float32 or self._described != (structure(self.model), self._constants())
+
     def _seen(self) -> list[int]:
         """Changes when anybody else has written into a parameter or a mask."""
         return [t._version for t in (*self.net.parameters.values(), *self.sparsifier.masks.values())]
 
-    def _take_up(self, every: bool = False) -> None:
-        """Begin anew with the masks, weights and moments that there are now."""
+    def _take_up(self, every: bool = False) -> bool:
+        """Begin anew with the masks, weights and moments that there are now; False where that cannot be."""
         self.write_moments()
-        self.net.index({name: mask.numpy() for name, mask in self.sparsifier.masks.items()}, every)
-        self.flat = nn.Parameter(torch.from_numpy(self.net.values.flat))
-        group = {key: value for key, value in self.optimizer.param_groups[0].items() if key in self.optimizer.defaults}
-        self._own = type(self.optimizer)([self.flat], **group)
+        self.sparsifier.check()
+        self.sparsifier.mask_weights()
+        clear_moments(self.sparsifier.masks, *self.sparsifier.optimizers)
+        self.net.index(self._masks(), every)
+        self.flat, group = nn.Parameter(torch.from_numpy(self.net.values.flat)), self.optimizer.param_groups[0]
+        self._own = type(self.optimizer)([self.flat], lr=group["lr"])
+        self._own.param_groups[0].update({key: value for key, value in group.items() if key != "params"})
         states = {name: self.optimizer.state[p] for name, p in self.net.trained.items() if self.optimizer.state.get(p)}
-        if states:
-            self._own.state[self.flat] = gathered(self.net, states)
+        try:
+            if states:
+                self._own.state[self.flat] = gathered(self.net, states)
+        except Unsupported as reason:
+            self.flat, self.reason = None, str(reason)
+            self._insist()
+            return False
         self._versions, self._moved = self._seen(), False
+        return True
 
     def write_moments(self) -> None:
         """Give the optimizer of the model the moments that have been trained since they were taken up."""
@@ -154,22 +235,24 @@ class SparseSteps:
                 self.optimizer.state[parameter] = scattered(self.net, name, self._own.state[self.flat])
             self._moved = False
 
+    def _forget(self) -> None:
+        self.flat, self._own, self._moved = None, None, False
+
     def settle(self) -> None:
         """Leave model and optimizer to others; the next sparse step takes up what they have made of them."""
         self.write_moments()
-        self.flat = None
+        self._forget()
 
     def _loss(self, x: Tensor, y: Tensor, progress: float, keep: dict | None = None) -> Tensor:
         moment = self.goal.ramp(progress)
-        if moment.kappa == 1:
+        if moment.kappa == 1 or type(self.goal) is Natural:
             return cross_entropy(logits(self.net, self.flat, x, keep), y)
         z, lb = certified(self.net, self.flat, x, *input_box(x, moment.eps), y, keep)
         return moment.kappa * cross_entropy(z, y) + (1 - moment.kappa) * torch.logsumexp(-lb, 1).mean()
 
     def step(self, x: Tensor, y: Tensor, progress: float, grad_clip: float = 0.0) -> Tensor:
-        """One step of the optimizer, with its present learning rate, and of the sparsifier, which rests; returns the loss."""
-        group = self._own.param_groups[0]
-        group.update({key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"})
+        """One step of the optimizer, with its present options, and of the sparsifier, which rests; returns the loss."""
+        self._own.param_groups[0].update({key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"})
         self.flat.grad = None
         loss = self._loss(x, y, progress)
         loss.backward()
@@ -183,8 +266,7 @@ class SparseSteps:
         return loss.detach()
 
     def gradients(self, x: Tensor, y: Tensor, progress: float) -> Tensor:
-        """The loss, and in `grad` of every parameter its gradient, that of weights which do not exist included."""
-        self._take_up(every=True)
+        """The loss, and in `grad` of every parameter its gradient, that of weights which do not exist included; see `grows`."""
         kept: dict[str, Any] = {}
         loss = self._loss(x, y, progress, kept)
         loss.backward()

@@ -115,8 +115,12 @@ class SET(Sparsifier):
         for name, slope in (self.dense_gradients() or {}).items():
             self.gradients[name] = slope + self.gradients[name] if name in self.gradients else slope.clone()
 
+    @property
+    def grows_by_gradients(self) -> bool:
+        return type(self).see_gradients is SET.see_gradients and type(self).update is SET.update and not self.regrow_warmup
+
     def busy(self) -> bool:
-        if type(self).see_gradients is not SET.see_gradients or type(self).update is not SET.update or self.regrow_warmup:
+        if not self.grows_by_gradients:
             return True  # it watches every step
         return self.waiting is not None or any(self.updates.due(self.steps + 1 + n) for n in range(self.accumulate))
 

@@ -124,6 +124,11 @@ class Sparsifier(Shown):
         """Whether the coming step needs dense gradients or may change the masks; True unless the method knows better."""
         return True
 
+    @property
+    def grows_by_gradients(self) -> bool:
+        """Whether dense gradients in `weight.grad` are all that the method needs in a busy step: it watches neither loss nor activations."""
+        return False
+
     def rest(self) -> None:
         """Count a step in which there was nothing to do: the method was not `busy`, and only weights of the mask were trained."""
         self.steps, self._seen = self.steps + 1, False

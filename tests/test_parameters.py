@@ -76,7 +76,8 @@ def test_each_default_given_as_papermill_gives_it_is_the_default(path, way):
 
 OTHERS = {int: ("3", 3), float: ("8/255", 8 / 255), bool: ("false", False), list: ("[10, 11]", [10, 11]),
           dict: ("{'cnn4': {'width': 2}}", {"cnn4": {"width": 2}}), str: ("elsewhere", "elsewhere")}
-CHECKED = ("dataset", "method", "model", "objective", "engine", "kernels", "device", "optimizer", "schedule", "distribution", "init")  # by whoever looks them up
+CHECKED = {"dataset", "method", "model", "objective", "engine", "kernels", "device", "optimizer", "schedule", "distribution",
+           "init"}  # by whoever looks them up
 
 
 @every

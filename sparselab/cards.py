@@ -9,6 +9,7 @@ __all__ = ['OKABE_ITO', 'LINE', 'Share', 'Course', 'Density', 'Table', 'Card', '
 # %% ../nbs/00c_cards.ipynb #c2c82f25
 import html
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,12 +60,12 @@ class Card:
         return page_of(self)
 
 
-class Shown:
+class Shown(ABC):
     """A class that tells its facts by `card()` is shown by them in a notebook."""
 
+    @abstractmethod
     def card(self) -> Card:
         """What is known of it."""
-        raise NotImplementedError(f"{type(self).__name__} does not define the method card().")
 
     def _repr_html_(self) -> str:
         return self.card()._repr_html_()

@@ -6,6 +6,7 @@
 __all__ = ['PARTS', 'T', 'record_at', 'value_step', 'recorded_weights', 'Source', 'Given', 'Kept']
 
 # %% ../../nbs/learn/11e_reading.ipynb #ff5f4b1b
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
@@ -64,69 +65,69 @@ class Source(Protocol):
     """A training as figures read it: finished, under way, or in memory. A part that is missing raises ValueError with the reason."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """What the source is called beside others."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def call(self) -> str:
         """Python that opens the source, after `from sparselab import learn`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def headline(self) -> str:
         """How far the training is, and what is damaged, in a line."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def finished(self) -> bool:
         """Whether there is a summary."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def config(self) -> Config:
         """The configuration of the training."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def summary(self) -> dict[str, Any]:
         """Accuracies, counts and seconds of the finished run."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def metrics(self) -> list[dict]:
         """One row per epoch so far."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def stability(self) -> list[dict]:
         """One row per epoch so far: layer -> shares of active, inactive, unstable and dead neurons."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def history(self) -> MaskHistory:
         """The masks so far."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def neurons(self) -> NeuronLooks:
         """State and mean bounds of every neuron, once per epoch so far."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def values(self) -> Looks:
         """Values of the active weights, once per epoch so far."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def margins(self) -> Margins:
         """Margin lower bounds of some test samples over eps."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def networks(self) -> dict[int, Callable[[], dict[str, Tensor]]]:
         """Steps at which the whole network was saved -> how to read its parameters and buffers."""
-        raise NotImplementedError
 
     def weights_at(self, cursor: Cursor, step: float = np.inf) -> np.ndarray:
         """The value of each active weight of `cursor`, float32, NaN where it was not recorded; see `recorded_weights`."""

@@ -10,6 +10,7 @@ __all__ = ['READERS', 'Unsupported', 'Pass', 'through', 'Values', 'Layer', 'Spar
 
 # %% ../../nbs/learn/30_rows.ipynb #ab3e8658
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,7 +97,7 @@ class Values:
 
 # %% ../../nbs/learn/30_rows.ipynb #c7c955a0
 @dataclass(eq=False)
-class Layer:
+class Layer(ABC):
     """Takes the activations at the places `src` to the place `dst`; `shapes` are those of its inputs."""
 
     src: list[int]
@@ -107,12 +108,13 @@ class Layer:
         """Which rows of every input are read, bool, if the rows `live` of the output are."""
         return [np.ones(math.prod(shape), bool) for shape in self.shapes]
 
+    @abstractmethod
     def forward(self, p: Pass) -> None:
-        raise NotImplementedError
+        """Compute the output from the inputs."""
 
+    @abstractmethod
     def backward(self, p: Pass, grad: np.ndarray) -> None:
         """Give the inputs their gradients, and add those of the values to `grad`."""
-        raise NotImplementedError
 
 
 @dataclass(eq=False)
@@ -124,11 +126,9 @@ class Sparse(Layer):
     geometry: tuple | None = None  # stride, padding, dilation, groups of a convolution
     values: np.ndarray | None = None
     entries: Entries | None = None
-    whole: int = 0  # how many entries there would be without a mask
 
     def index(self, mask: np.ndarray) -> None:
         self.entries = convolution(mask, self.shapes[0], *self.geometry) if self.geometry else linear(mask, self.shapes[0])
-        self.whole = mask.size * math.prod(self.entries.out_shape) // len(mask)
 
     def reads(self, live: np.ndarray) -> list[np.ndarray]:
         self.product = product_kind()(self.entries, live)
@@ -451,11 +451,6 @@ class Rows:
         """Products of a weight and an activation that one image costs."""
         return sum(len(layer.product.out.columns[0]) for layer in self.layers if isinstance(layer, Sparse))
 
-    @property
-    def dense_multiplications(self) -> int:
-        """What `multiplications` would be if all weights existed."""
-        return sum(layer.whole for layer in self.layers if isinstance(layer, Sparse))
-
     def products(self, layer: Sparse) -> int:
         """How many products one image would cost a layer if all its weights existed; known before any mask."""
         weight = self.parameters[layer.weight]
@@ -656,7 +651,7 @@ def _average(net: Rows, node: fx.Node, before: fx.Node, shape: Any) -> None:
     each = torch.arange(channels).unsqueeze(1)
     row, col = ((each * count + at).reshape(-1).int().numpy() for count, at in ((matrix.shape[1], to), (n, source)))
     entries = Entries(row, col, np.tile(np.arange(len(to), dtype=np.int32), channels), tuple(shape), tuple(net._seen[before]), len(to))
-    net._new(node, Sparse([net.places[before]], values=matrix[source, to].numpy().astype(np.float32), entries=entries, whole=len(row)), shape)
+    net._new(node, Sparse([net.places[before]], values=matrix[source, to].numpy().astype(np.float32), entries=entries), shape)
 
 
 def _join(net: Rows, node: fx.Node, before: fx.Node, shape: Any) -> None:

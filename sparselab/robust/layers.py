@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Layer', 'Affine', 'Linear', 'plain_gradient', 'check_batch', 'check_pair', 'summed', 'Scale', 'MatMul', 'Reshape',
-           'Add', 'Concat', 'Move']
+           'Concat', 'Add', 'Move']
 
 # %% ../../nbs/robust/02_layers.ipynb #d36d6aae
 from abc import ABC, abstractmethod
@@ -232,6 +232,20 @@ class Reshape(Layer):
 
 
 @dataclass
+class Concat(Layer):
+    """torch.cat along `dim` >= 1."""
+
+    linear, entrywise, switch = True, False, False
+    dim: int
+
+    def interval(self, *xs: Interval) -> Interval:
+        return _moved(lambda *ends: torch.cat(ends, self.dim), *xs)
+
+    def backward(self, A: Tensor, *boxes: Interval) -> tuple[list[Tensor], float]:
+        return list(A.split([x.shape[self.dim] for x in boxes[:-1]], self.dim + 1)), 0.0
+
+# %% ../../nbs/robust/02_layers.ipynb #43349bd1
+@dataclass
 class Add(Layer):
     """y = x1 + alpha * x2, of broadcastable shapes. Raises ValueError where their batches would not meet."""
 
@@ -245,20 +259,6 @@ class Add(Layer):
 
     def backward(self, A: Tensor, x1: Interval, x2: Interval, y: Interval) -> tuple[list[Tensor], float]:
         return [summed(A, x1), summed(A if self.alpha == 1 else self.alpha * A, x2)], 0.0
-
-
-@dataclass
-class Concat(Layer):
-    """torch.cat along `dim` >= 1."""
-
-    linear, entrywise, switch = True, False, False
-    dim: int
-
-    def interval(self, *xs: Interval) -> Interval:
-        return _moved(lambda *ends: torch.cat(ends, self.dim), *xs)
-
-    def backward(self, A: Tensor, *boxes: Interval) -> tuple[list[Tensor], float]:
-        return list(A.split([x.shape[self.dim] for x in boxes[:-1]], self.dim + 1)), 0.0
 
 # %% ../../nbs/robust/02_layers.ipynb #1a6dd2e9
 @dataclass

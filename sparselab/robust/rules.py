@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['aten', 'RULES', 'FAMILY', 'ROW_BY_ROW', 'SILENT', 'MOVED', 'WRITTEN', 'ONLY_LIRPA', 'Statistics', 'rule', 'Merged',
-           'is_activation', 'only_constant', 'addmm', 'mm', 'bmm', 'convolution', 'avg_pool', 'adaptive_avg_pool2d',
-           'max_pool', 'batch_norm', 'relu', 'leaky_relu', 'prelu', 'without_options', 'absolute', 'softplus', 'elu',
-           'celu', 'gelu', 'spread', 'clamp', 'clamp_max', 'hardtanh', 'threshold', 'power', 'fixed_power', 'pair',
-           'add', 'sub', 'rsub', 'mul', 'neg', 'div', 'same', 'to_copy', 'keeps_batch', 'dims_of', 'view', 'squeeze',
-           'unsqueeze', 'permute', 'transpose', 'along', 'slice_', 'filled', 'joined', 'concat', 'stack', 'split',
-           'unbind', 'index', 'roll', 'repeat', 'expand', 'images', 'constant_pad', 'scatter', 'where', 'masked_fill',
-           'copy', 'UnsupportedLayer', 'Naming', 'training_norms', 'of_batch', 'Transposed', 'Graph']
+           'is_activation', 'only_constant', 'addmm', 'mm', 'bmm', 'convolution', 'batch_norm', 'avg_pool',
+           'adaptive_avg_pool2d', 'max_pool', 'relu', 'leaky_relu', 'prelu', 'without_options', 'absolute', 'softplus',
+           'elu', 'celu', 'gelu', 'spread', 'clamp', 'clamp_max', 'hardtanh', 'threshold', 'power', 'fixed_power',
+           'pair', 'add', 'sub', 'rsub', 'mul', 'neg', 'div', 'same', 'to_copy', 'keeps_batch', 'dims_of', 'view',
+           'squeeze', 'unsqueeze', 'permute', 'transpose', 'along', 'slice_', 'filled', 'joined', 'concat', 'stack',
+           'split', 'unbind', 'index', 'roll', 'repeat', 'expand', 'images', 'constant_pad', 'scatter', 'where',
+           'masked_fill', 'copy', 'UnsupportedLayer', 'Naming', 'training_norms', 'of_batch', 'Transposed', 'Graph']
 
 # %% ../../nbs/robust/07_rules.ipynb #47505110
 import math
@@ -98,6 +98,19 @@ def convolution(x, weight, bias, stride, padding, dilation, transposed, output_p
     only_constant(weight, bias)
     return Conv(weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 
+# %% ../../nbs/robust/07_rules.ipynb #9c19617c
+@rule(*sorted(BATCH_NORMS), of="batch normalisation")
+def batch_norm(x, *args, names: Sequence[str], statistics: tuple[Tensor, Tensor] | None = None):
+    """A scale and a shift; `names` are those of the arguments, of which x is the first; `statistics` in train mode."""
+    given = dict(zip(names[1:], args, strict=False))
+    mean, var = statistics or (given["running_mean"], given["running_var"])
+    scale = torch.rsqrt(var + given.get("eps", given.get("epsilon")))
+    scale = scale if given["weight"] is None else scale * given["weight"]
+    shift = -mean * scale
+    shift = shift if given["bias"] is None else shift + given["bias"]
+    ones = (1,) * (x.ndim - 2)
+    return (Scale(scale.view(-1, *ones), shift.view(-1, *ones)),)
+
 # %% ../../nbs/robust/07_rules.ipynb #6cd948c0
 @rule("avg_pool2d", "avg_pool3d", of="average pooling")
 def avg_pool(x, kernel, stride=(), padding=0, ceil_mode=False, count_include_pad=True, divisor=None):
@@ -115,19 +128,6 @@ def adaptive_avg_pool2d(x, size):
 def max_pool(x, kernel, stride=(), padding=0, dilation=1, ceil_mode=False):
     """Max pooling, the first of two outputs."""
     return (MaxPool(kernel, stride, padding, dilation, ceil_mode),)
-
-# %% ../../nbs/robust/07_rules.ipynb #9c19617c
-@rule(*sorted(BATCH_NORMS), of="batch normalisation")
-def batch_norm(x, *args, names: Sequence[str], statistics: tuple[Tensor, Tensor] | None = None):
-    """A scale and a shift; `names` are those of the arguments, of which x is the first; `statistics` in train mode."""
-    given = dict(zip(names[1:], args, strict=False))
-    mean, var = statistics or (given["running_mean"], given["running_var"])
-    scale = torch.rsqrt(var + given.get("eps", given.get("epsilon")))
-    scale = scale if given["weight"] is None else scale * given["weight"]
-    shift = -mean * scale
-    shift = shift if given["bias"] is None else shift + given["bias"]
-    ones = (1,) * (x.ndim - 2)
-    return (Scale(scale.view(-1, *ones), shift.view(-1, *ones)),)
 
 # %% ../../nbs/robust/07_rules.ipynb #47abd9d3
 @rule("relu", of="ReLU")

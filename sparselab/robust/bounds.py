@@ -21,7 +21,7 @@ from .rules import FAMILY, ONLY_LIRPA, RULES, SILENT, Statistics, training_norms
 # %% ../../nbs/robust/12_bounds.ipynb #27bf0981
 _all_ = ["input_box", "margin_matrix"]  # a user of bounds needs them: exported from this module too
 
-# %% ../../nbs/robust/12_bounds.ipynb #f37967dc
+# %% ../../nbs/robust/12_bounds.ipynb #ec4e6379
 METHODS = ("ibp", "crown_ibp", "crown")
 ENGINES = ("native", "auto_lirpa")
 
@@ -43,7 +43,7 @@ def check_arguments(model: nn.Module, lower: Tensor, upper: Tensor, C: Tensor | 
         if C is not None and (C.is_complex() or not bool(C.isfinite().all())):
             raise ValueError("C holds complex, NaN or infinite values: its rows are finite combinations of outputs, as of margin_matrix(labels, K).")
 
-
+# %% ../../nbs/robust/12_bounds.ipynb #f37967dc
 def bounds(
     model: nn.Module,
     lower: Tensor,  # (B, ...): lower ends of the boxes, in the units of the model's input

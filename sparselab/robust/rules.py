@@ -10,7 +10,7 @@ __all__ = ['aten', 'RULES', 'FAMILY', 'ROW_BY_ROW', 'SILENT', 'MOVED', 'WRITTEN'
            'pair', 'add', 'sub', 'rsub', 'mul', 'neg', 'div', 'same', 'to_copy', 'keeps_batch', 'dims_of', 'view',
            'squeeze', 'unsqueeze', 'permute', 'transpose', 'along', 'slice_', 'filled', 'joined', 'concat', 'stack',
            'split', 'unbind', 'index', 'roll', 'repeat', 'expand', 'images', 'constant_pad', 'scatter', 'where',
-           'masked_fill', 'copy', 'UnsupportedLayer', 'Naming', 'training_norms', 'of_batch', 'Transposed', 'Graph']
+           'masked_fill', 'copy', 'UnsupportedLayer', 'training_norms', 'of_batch', 'Transposed', 'Graph', 'Naming']
 
 # %% ../../nbs/robust/07_rules.ipynb #47505110
 import math
@@ -595,24 +595,6 @@ class UnsupportedLayer(Unreadable):
         other = ', or use engine="auto_lirpa"' if what in ONLY_LIRPA else ""
         super().__init__(f"Layer '{name}' ({what}) is not supported by the native engine: {reason}. Replace the layer{other}.")
 
-
-class Naming:
-    """In this context an error names the layer of `node`: what a rule refuses is an UnsupportedLayer, what torch refuses a ValueError."""
-
-    def __init__(self, program: Program):
-        self.program, self.node = program, None
-
-    def __enter__(self) -> "Naming":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, Refused | TypeError | RuntimeError | IndexError) or isinstance(error, torch.OutOfMemoryError):
-            return
-        name, what = self.program.names[self.node], operation(self.node)
-        if isinstance(error, Refused | TypeError):
-            raise UnsupportedLayer(name, what, str(error)) from error
-        raise ValueError(f"Layer '{name}' ({what}) does not fit what reaches it: {error}") from error
-
 # %% ../../nbs/robust/07_rules.ipynb #fb0c579c
 Statistics = list[tuple[Tensor, Tensor]]  # (mean, variance) for each time that a BatchNorm ran in train mode, in order
 
@@ -639,7 +621,7 @@ def of_batch(program: Program, norm: fx.Node, statistics: Statistics) -> tuple[T
         )
     return statistics[norms.index(norm)]
 
-# %% ../../nbs/robust/07_rules.ipynb #d3fd1895
+# %% ../../nbs/robust/07_rules.ipynb #528d03c8
 class Transposed:
     """W^T, for a rule that asks for nothing but `t()`: W itself."""
 
@@ -649,7 +631,7 @@ class Transposed:
     def t(self) -> Tensor:
         return self.weight
 
-
+# %% ../../nbs/robust/07_rules.ipynb #d3fd1895
 @dataclass
 class Graph:
     """A program whose operations all have rules; raises UnsupportedLayer for one that has none.
@@ -724,3 +706,21 @@ class Graph:
             if node in training_norms(self.program):
                 kwargs["statistics"] = of_batch(self.program, node, statistics)
         return RULES[operation(node)](*args, **kwargs)
+
+# %% ../../nbs/robust/07_rules.ipynb #0ff8df80
+class Naming:
+    """In this context an error names the layer of `node`: what a rule refuses is an UnsupportedLayer, what torch refuses a ValueError."""
+
+    def __init__(self, program: Program):
+        self.program, self.node = program, None
+
+    def __enter__(self) -> "Naming":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Refused | TypeError | RuntimeError | IndexError) or isinstance(error, torch.OutOfMemoryError):
+            return
+        name, what = self.program.names[self.node], operation(self.node)
+        if isinstance(error, Refused | TypeError):
+            raise UnsupportedLayer(name, what, str(error)) from error
+        raise ValueError(f"Layer '{name}' ({what}) does not fit what reaches it: {error}") from error

@@ -115,7 +115,7 @@ def _batch(program: Program, classes: int, method: str, engine: str, most: int) 
     rows = 0 if method == "ibp" else widest if (method, engine) == ("crown", "auto_lirpa") else classes - 1
     return max(1, min(most, FLOATS // (4 * (total + rows * widest) + 1)))
 
-# %% ../../nbs/robust/16_verification.ipynb #52ba2c9e
+# %% ../../nbs/robust/16_verification.ipynb #cb8a0650
 def _slope(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The gradient of minus the worst margin, positive where a larger pixel lowers it; zero where autograd cannot go through the model."""
     try:
@@ -140,7 +140,7 @@ def _witnesses(model: nn.Module, x: Tensor, y: Tensor, eps: float, logits: Tenso
     steepest = torch.where(rises, upper, lower)
     return torch.stack([logits, *(check_reading(program, model, point) for point in (*probes(lower, upper), steepest))]), rises
 
-
+# %% ../../nbs/robust/16_verification.ipynb #52ba2c9e
 ATTACKED, STEPS = 32, 3  # samples of a batch that are attacked before they are called proved, and PGD steps
 
 
@@ -177,7 +177,7 @@ def _lower_margins(
         check_bounds(found, lb[proved], ub[proved], C[proved])
     return lb.amin(1)
 
-# %% ../../nbs/robust/16_verification.ipynb #6e624b2f
+# %% ../../nbs/robust/16_verification.ipynb #94c79c9d
 BROKEN = 32  # broken samples that methods other than IBP run on, as a test of the method
 
 
@@ -216,7 +216,7 @@ def _check(model: nn.Module, x: Tensor, y: Tensor, eps: float, batch_size: int, 
     if x.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"The images are {x.dtype}, in which rounding is larger than margins: verify model.float() on x.float().")
 
-
+# %% ../../nbs/robust/16_verification.ipynb #6e624b2f
 def verify(
     model: nn.Module,
     x: Tensor,  # images (B, ...), pixels in [0, 1]

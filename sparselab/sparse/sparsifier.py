@@ -21,9 +21,9 @@ from ..errors import unknown
 from .distributions import budget, layer_budgets
 from .history import MaskHistory
 from .history_files import from_tensors, to_tensors
-from .keepers import keep, keepers, parameters_of  # 01: who is called around every optimizer step, and its setter
+from .keepers import keep, keepers, parameters_of  # keep: be called around every step of a parameter; keepers: who is (01)
 from .masks import Masks, assign, clear_moments, layer_table, mask_gradients, mask_weights, maskable
-from .scores import generator_for, top  # a generator that follows from its arguments; indices of the k largest
+from .scores import generator_for, top  # a random generator that follows from its arguments; indices of the k largest scores (04)
 
 # %% ../../nbs/sparse/09_sparsifier.ipynb #c6d5aa1f
 METHOD_FAMILIES = ("dense", "static", "one_shot", "gradual", "dynamic", "verified", "structured", "rounds", "ensemble")
@@ -39,7 +39,7 @@ def check_family(method: type) -> None:
 FACTS = {
     "keeps_weights": "True when it goes on from a copy of the weights that the model had at the start",
     "knobs": "the names of what may change while it trains, read as attributes and set by set_knob; () for nothing",
-    "from_training": "option -> 'epochs' or 'example' (two inputs), for options that a training fills in; {} for none",
+    "from_training": "option -> 'epochs' (their number) or 'example' (a batch of two inputs), for options that a training fills in; {} for none",
     "overhead": "a method (step, sparse, dense) that returns the FLOPs per image which it adds to a training step",
     "set_knob": "a method (name, value) that changes one of its knobs",
 }  # what others ask a method, besides its family
@@ -180,7 +180,7 @@ class Loading(Keeping):
 
     def _begin(self, choose: Callable[[], None]) -> None:
         self._aside: dict[str, Tensor] = {}  # weight name -> what it was before pruned weights were zeroed
-        self._versions: dict[str, int] = {}  # of the weights, right after that
+        self._versions: dict[str, int] = {}  # PyTorch's count of writes into each weight, right after that
         self._assigned: set[str] = set()  # weights that load_state_dict(assign=True) has replaced
         self._put_aside(self.masks)
         try:

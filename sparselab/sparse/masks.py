@@ -95,8 +95,8 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes 
 class Masks(Mapping, Shown):
     """Weight name -> boolean tensor of the same shape; True where the weight exists.
 
-    `weights` are the parameters, masked in place. `counts` are the masks', over prunable weights only; `nnz` is what the
-    weights hold. The masks follow their weights to another device.
+    `weights` are the parameters, masked in place. `counts` are the masks', over prunable weights only; `nnz` adds
+    the weights outside them that are not 0. The masks follow their weights to another device.
     """
 
     def __init__(self, weights: dict[str, nn.Parameter]):

@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from ..program import Program, operation, read
 from .boxes import Interval, Refused, check_box, flat, in_full_width, written_precision
 from .layers import Layer, Scale
-from .rules import ROW_BY_ROW, Graph, Merged, Naming, Statistics, UnsupportedLayer
+from .rules import ROW_BY_ROW, Graph, Merged, Naming, Statistics, UnsupportedLayer  # Graph: a program and the rule of each node
 
-# %% ../../nbs/robust/08_ibp.ipynb #fe0adad8
+# %% ../../nbs/robust/08_ibp.ipynb #7963da00
 class Step(NamedTuple):
     """One layer of a pass: its name, and where its inputs are among the intervals (0 is the input of the model)."""
 
@@ -32,7 +32,7 @@ class Step(NamedTuple):
     layer: Layer
     inputs: tuple[int, ...]
 
-
+# %% ../../nbs/robust/08_ibp.ipynb #1b519b7a
 class Refusing:
     """Say which layer it is that refuses a box, such as a logarithm of what may be zero."""
 
@@ -46,10 +46,10 @@ class Refusing:
         if isinstance(error, Refused):
             raise UnsupportedLayer(self.step.name, type(self.step.layer).__name__, str(error)) from error
 
-
+# %% ../../nbs/robust/08_ibp.ipynb #fe0adad8
 @dataclass
 class IntervalPass:
-    """The boxes of all activations; `steps[i]` leads to `intervals[i + 1]`, except for the last, which waits for C."""
+    """The boxes of all activations; `steps[i]` leads to `intervals[i + 1]`. The last box is made when the output is asked for."""
 
     intervals: list[Interval]
     steps: list[Step] = field(default_factory=list)
@@ -77,13 +77,13 @@ class IntervalPass:
 
     @property
     def preactivations(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(lb, ub) of the input of every switch (ReLU and leaky ReLU), under its name, in the order of the graph."""
+        """(lb, ub) of the input of every switch (an activation of two linear pieces: ReLU, leaky ReLU), by name, in the order of the graph."""
         inputs = {step.name: self.inputs(step)[0] for step in self.steps if step.layer.switch}
         return {name: (x.lb, x.ub) for name, x in inputs.items()}
 
     @property
     def neurons(self) -> int:
-        """How many numbers of one sample go into layers that are not linear: those that CROWN bounds backward."""
+        """How many inputs of nonlinear layers one sample has: those that CROWN bounds backward."""
         places = {place for step in self.steps if not step.layer.linear for place in step.inputs}
         return sum(math.prod(self.intervals[place].shape[1:]) for place in places)
 
@@ -164,29 +164,38 @@ def carry(pass_: IntervalPass, model: nn.Module, statistics: Statistics | None, 
 
 
 def _through(pass_: IntervalPass, graph: Graph, node: fx.Node, values: dict, statistics: Statistics) -> Any:
-    """What a node makes of its arguments: an interval, rows of one, or a tuple of them for several outputs."""
-    what, given = operation(node), [values[before] for before in graph.reads[node]]
-    if what == "getitem":
-        if node.args[1] >= len(given[0]):
-            raise Refused("only its first output has bounds")
-        return given[0][node.args[1]]
-    merged = any(isinstance(value, Merged) for value in given)
-    if merged and what not in ROW_BY_ROW:
-        raise Refused("it is given batch and tokens in one dimension: the batch must stay in front")
-    inputs = [x.interval if isinstance(x, Merged) else x for x in given]
-    rows = merged and what not in ("view", "_unsafe_view")
+    """What a node makes of its arguments: an interval, rows of one, or a list of them for several outputs."""
+    given = [values[before] for before in graph.reads[node]]
+    if operation(node) == "getitem":
+        return _picked(given[0], node.args[1])
+    inputs, rows = _unmerged(given, operation(node))
     if rows:
         values = values | dict(zip(graph.reads[node], inputs, strict=True))
-    layer, name, last = graph.build(node, values, statistics), graph.program.names[node], node is graph.program.output
+    layer, name = graph.build(node, values, statistics), graph.program.names[node]
     if isinstance(layer, Merged):
         return layer
     if isinstance(layer, tuple):
-        picked = {user.args[1] for user in node.users}
-        return [pass_.advance(name, part, inputs) if i in picked else None for i, part in enumerate(layer)]
-    for part in layer[:-1] if isinstance(layer, list) else []:
+        read_later = {user.args[1] for user in node.users}
+        return [pass_.advance(name, part, inputs) if i in read_later else None for i, part in enumerate(layer)]
+    *before, last = layer if isinstance(layer, list) else [layer]
+    for part in before:
         inputs = [pass_.advance(name, part, inputs)]
-    result = pass_.advance(name, layer[-1] if isinstance(layer, list) else layer, inputs, bound=not last)
+    result = pass_.advance(name, last, inputs, bound=node is not graph.program.output)
     return Merged(result) if rows else result
+
+
+def _picked(outputs: list, which: int) -> Any:
+    if which >= len(outputs):
+        raise Refused("only its first output has bounds")
+    return outputs[which]
+
+
+def _unmerged(given: list, what: str) -> tuple[list[Interval], bool]:
+    """The intervals of `given`, and whether the operation `what` works on their rows: a view is what takes rows apart."""
+    merged = any(isinstance(value, Merged) for value in given)
+    if merged and what not in ROW_BY_ROW:
+        raise Refused("it is given batch and tokens in one dimension: the batch must stay in front")
+    return [x.interval if isinstance(x, Merged) else x for x in given], merged and what not in ("view", "_unsafe_view")
 
 # %% ../../nbs/robust/08_ibp.ipynb #1b7d5423
 class _Watch(TorchFunctionMode):
@@ -195,16 +204,16 @@ class _Watch(TorchFunctionMode):
         self.statistics = statistics
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs = kwargs or {}  # args of a batch_norm: input, running_mean, running_var, weight, bias, training, ...
         if function in (F.batch_norm, torch.batch_norm) and (args[5] if len(args) > 5 else kwargs.get("training")):
             x = args[0] if args else kwargs["input"]
             dims = [d for d in range(x.dim()) if d != 1]
-            self.statistics.append(torch.var_mean(x, dims, correction=0)[::-1])
+            self.statistics.append(torch.var_mean(x, dims, correction=0)[::-1])  # (mean, var)
         return function(*args, **kwargs)
 
 
 def may_normalise(model: nn.Module) -> bool:
-    """May a forward of `model` run a BatchNorm? Not where all of it is torch's own, without hooks, and no module is one."""
+    """False when every module is one of `torch.nn`, none is a BatchNorm and none has hooks; True otherwise, to be safe."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) or module._forward_hooks or module._forward_pre_hooks
                or not type(module).__module__.startswith("torch.nn.modules.") for module in model.modules())
 

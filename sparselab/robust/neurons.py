@@ -33,7 +33,7 @@ class LayerStability:
 
     @classmethod
     def of(cls, lb: Tensor, ub: Tensor) -> "LayerStability":
-        """Counts from the bounds (B, *shape) of the ReLU's input; NaN counts as unstable."""
+        """Counts from the bounds (B, *shape) of the ReLU's input; NaN (after an overflow, say) counts as unstable, since nothing is known then."""
         inactive = ub <= 0
         active = (lb >= 0) & (ub > 0)
         states = torch.stack([active, inactive, ~(active | inactive)], -1)
@@ -45,7 +45,7 @@ class LayerStability:
         return LayerStability(self.counts + other.counts, self.shape)
 
     samples = property(lambda self: int(self.counts[0].sum()))
-    neurons = property(lambda self: self.counts / self.samples, doc="(n, 3): each neuron's share of samples per state.")
+    shares_by_neuron = property(lambda self: self.counts / self.samples, doc="(n, 3): each neuron's share of samples per state.")
     active = property(lambda self: self._share(0))
     inactive = property(lambda self: self._share(1))
     unstable = property(lambda self: self._share(2))

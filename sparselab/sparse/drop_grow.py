@@ -30,6 +30,7 @@ def drop_and_grow(mask: Tensor, drop_scores: Tensor, grow_scores: Tensor, keep: 
     were not kept compete, just-dropped ones included. Source: arXiv 1911.11134.
     """
     active = mask.view(-1).nonzero().view(-1)
+    # top: flat indices of the highest scores, without those that are taken; equal ones by lower index (04_scores)
     kept = active[top(drop_scores, min(keep, active.numel()))]
     new = torch.zeros_like(mask).view(-1)
     new[kept] = True
@@ -130,7 +131,10 @@ class SET(Sparsifier):
         return self.fraction(self.waiting or self.steps)
 
     def groups(self) -> list[tuple[list[str], int, int]]:
-        """(layers that are ranked together, weights they keep in the update of this step, weights they hold after it)."""
+        """(layers that are ranked together, how many of their weights survive the drop, how many they hold after the update).
+
+        What is dropped is the share `replaced` of the weights held after the update, and all that a smaller budget has no room for.
+        """
         counts = layer_budgets(self.shapes, self.sparsity_now, self.distribution, self.dense)
         groups = [([name], count) for name, count in counts.items()]
         if self.across:

@@ -80,6 +80,27 @@ def test_top_is_a_stable_sort(values, data):
     assert top(scores, k).tolist() == expected
 
 
+@given(st.lists(st.tuples(st.sampled_from([-math.inf, -1, 0, 2]), st.booleans()), min_size=1, max_size=100), st.data())
+def test_top_never_returns_a_place_that_is_taken(places, data):
+    scores, taken = torch.tensor([score for score, _ in places], dtype=torch.float), torch.tensor([gone for _, gone in places])
+    free = [i for i, (_, gone) in enumerate(places) if not gone]
+    k = data.draw(st.integers(0, len(free)))
+    assert top(scores, k, taken).tolist() == sorted(sorted(free, key=lambda i: -places[i][0])[:k])
+    with pytest.raises(ValueError, match=f"the {len(free) + 1} highest of {len(free)} scores that are not taken"):
+        top(scores, len(free) + 1, taken)
+
+
+@pytest.mark.parametrize("k", [1000, 200_000])
+def test_top_of_a_million_scores_returns_no_place_that_is_taken(k):
+    scores = torch.full((1_100_000,), -math.inf)
+    taken = torch.zeros(1_100_000, dtype=torch.bool)
+    taken[:900_001] = True
+    scores[:900_000] = 1.0
+    assert top(scores, k - 1, taken).tolist() == list(range(900_001, 900_000 + k))
+    with pytest.raises(ValueError, match="that are not taken"):
+        top(scores, 200_000, taken)
+
+
 @given(st.sets(st.integers(0, 2**40)))
 def test_sorted_integers_survive_packing(values):
     values = np.array(sorted(values), dtype=np.int64)

@@ -31,7 +31,7 @@ def shuffled_layerwise(scores: dict[str, Tensor], seed: int) -> dict[str, Tensor
 class AtInit(Sparsifier, ABC):
     """Prune once, to the highest of `scores`; `shuffle`: at random places, layer by layer (control).
 
-    That is at the first step whose gradients are finite: not at one that a gradient scaler skips.
+    The pruning happens at the first step with finite gradients; a step that a gradient scaler skips does not count.
     """
 
     family = "one_shot"
@@ -65,7 +65,7 @@ class AtInit(Sparsifier, ABC):
         self.history, self.pruned = MaskHistory(self.masks), True
 
     def overhead(self, step: int, sparse: float, dense: float) -> float:
-        return 3 * (dense - sparse) if step == 1 else 0.0
+        return 3 * (dense - sparse) if step == 1 else 0.0  # the first step is dense: one forward, and a backward of two
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"pruned": self.pruned}
@@ -109,6 +109,7 @@ class GraSP(AtInit):
         super().step()
 
     def overhead(self, step: int, sparse: float, dense: float) -> float:
+        # a second loss, 3 passes with its backward, and the backward through these, 6
         return 3 * (dense - sparse) + 9 * dense if step == 1 else 0.0
 
     def scores(self) -> dict[str, Tensor]:
@@ -119,7 +120,7 @@ class GraSP(AtInit):
 
 # %% ../../nbs/sparse/11_at_init.ipynb #ece52244
 def flow_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of `model` with absolute weights, no biases, and BatchNorm without statistics; float64."""
+    """The state of `model` with absolute weights, no biases, and BatchNorm without statistics; float64, as float32 may under- or overflow."""
     state = {}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         blank = {"bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.get(name.rsplit(".", 1)[-1])
@@ -170,4 +171,4 @@ class SynFlow(AtInit):
             flow = synaptic_flow(self.model, state, masks, self.input.shape)
             scores = {name: s.masked_fill(~masks[name], -1) for name, s in flow.items()}
             masks = highest(self, scores, 1 - (1 - self.sparsity) ** (k / self.iterations))
-        return scores
+        return scores  # their highest are the masks of the last round

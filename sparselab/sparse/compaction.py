@@ -23,7 +23,7 @@ def needed(channels: Channels) -> Tensor:
     need = torch.ones(len(roots), dtype=torch.bool)  # of a root, for all that are tied to it
     for rows in channels.made:
         need[roots[rows]] = False
-    need[0] = True
+    need[0] = True  # for all that has to stay
     _spread(channels, roots, need)
     for units in (units for state in channels.states.values() for units in state.dims if len(units)):
         if not need[roots[units]].any():
@@ -34,37 +34,15 @@ def needed(channels: Channels) -> Tensor:
 
 def _spread(channels: Channels, roots: Tensor, need: Tensor) -> None:
     """Mark in `need` what the rows marked there read, and what these read, and so on."""
-    before = -1
-    while before != (before := int(need.sum())):
+    while True:
+        before = int(need.sum())
         for reader in reversed(channels.readers):
             columns = reader.reads[need[roots[reader.rows]]].any(0)
             need[roots[reader.columns[columns]]] = True
+        if int(need.sum()) == before:
+            return
 
-# %% ../../nbs/sparse/22_compaction.ipynb #00c0a07d
-def compact(model: nn.Module, x: Tensor) -> nn.Module:
-    """A copy of `model` without the units that nobody reads and without the dead ones: smaller layers, the same outputs in eval mode.
-
-    `x`: a small batch of inputs; the copy is the same function on inputs of its shape. Pruned weights are those that are zero.
-    Grouped convolutions keep their channels, but for depthwise ones. Raises ValueError where the smaller network does not run, or
-    differs on `x` or on random inputs like it, and `sparselab.program.Unreadable`, a ValueError that names the layer, where
-    the model cannot be read.
-    """
-    channels, small = Channels.of(model, x), _copy(model)
-    need = needed(channels)
-    _fold(small, channels, need)
-    _shrink(small, channels, need)
-    with restored(model), restored(small):
-        _check(model.eval(), small.eval(), x)
-    return small
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return deepcopy(model)
-    except RuntimeError as error:  # a tensor with a history, as the old weight_norm leaves behind
-        raise ValueError(f"{type(model).__name__} cannot be copied: {error}") from error
-
-
+# %% ../../nbs/sparse/22_compaction.ipynb #3b8f3804
 @torch.no_grad()
 def _fold(model: nn.Module, channels: Channels, need: Tensor) -> None:
     """Add to the biases what the columns that go add to the rows that stay."""
@@ -78,7 +56,7 @@ def _fold(model: nn.Module, channels: Channels, need: Tensor) -> None:
         else:
             layer.bias = nn.Parameter(added.to(layer.weight)[need[reader.rows]], layer.weight.requires_grad)
 
-
+# %% ../../nbs/sparse/22_compaction.ipynb #8113052d
 @torch.no_grad()
 def _shrink(model: nn.Module, channels: Channels, need: Tensor) -> None:
     """Keep the needed indices of every parameter and buffer; a shared one stays shared."""
@@ -112,7 +90,7 @@ def _resize(module: nn.Module) -> None:
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
 
-
+# %% ../../nbs/sparse/22_compaction.ipynb #bd59f594
 def _check(whole: nn.Module, small: nn.Module, x: Tensor) -> None:
     """Raise ValueError when the two models differ on `x` or on random inputs like it."""
     shapes = {name: tensor.shape for name, tensor in whole.named_parameters()}
@@ -121,8 +99,8 @@ def _check(whole: nn.Module, small: nn.Module, x: Tensor) -> None:
     try:
         read(small, x)
     except Unreadable as error:
-        raise ValueError(f"{taken} does not run, probably because it has a size written into it: where it has x.view(-1, 3136), "
-                         f"write x.flatten(1). {error}") from error
+        raise ValueError(f"{taken} does not run, probably because it has a size written into it, such as x.view(-1, 3136): "
+                         f"write x.flatten(1) there. {error}") from error
     for batch in (x, *(_like(x, seed) for seed in range(3))):
         with torch.no_grad():
             expected, found = whole(batch), small(batch)
@@ -137,13 +115,38 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     if not expected.is_floating_point():
         return torch.equal(found, expected)
     scale = expected.abs().nan_to_num(posinf=0).max().clamp(min=1) if expected.numel() else 1.0
+    # a hundred roundings of the largest output
     return torch.allclose(found, expected, rtol=0, atol=float(100 * torch.finfo(expected.dtype).eps * scale), equal_nan=True)
 
 
 def _like(x: Tensor, seed: int) -> Tensor:
-    """Random inputs of the shape, type and range of `x`."""
+    """Random inputs of the shape and type of `x`, over its range, or over a range of 1 where that is smaller: `x` may be constant."""
     generator = torch.Generator().manual_seed(seed)
     low, high = x.amin(), x.amax()
     if not x.is_floating_point():
         return torch.randint(int(low), int(high) + 1, x.shape, generator=generator).to(x)
     return low + (high - low).clamp(min=1) * torch.rand(x.shape, generator=generator).to(x)
+
+# %% ../../nbs/sparse/22_compaction.ipynb #00c0a07d
+def compact(model: nn.Module, x: Tensor) -> nn.Module:
+    """A copy of `model` without the units that nobody reads and without the dead ones: smaller layers, the same outputs in eval mode.
+
+    `x`: a small batch of inputs; the copy is the same function on inputs of its shape. Pruned weights are those that are zero.
+    Grouped convolutions keep their channels, as the groups have to stay of equal size; of a depthwise one whole groups go.
+    Raises ValueError where the smaller network does not run, or differs on `x` or on random inputs like it, and
+    `sparselab.program.Unreadable`, a ValueError that names the layer, where the model cannot be read.
+    """
+    channels, small = Channels.of(model, x), _copy(model)
+    need = needed(channels)
+    _fold(small, channels, need)
+    _shrink(small, channels, need)
+    with restored(model), restored(small):
+        _check(model.eval(), small.eval(), x)
+    return small
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return deepcopy(model)
+    except RuntimeError as error:  # a tensor with a history, as the old weight_norm leaves behind
+        raise ValueError(f"{type(model).__name__} cannot be copied: {error}") from error

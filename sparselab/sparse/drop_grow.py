@@ -195,7 +195,7 @@ class SET(Sparsifier):
         self.gradients = {name: g.to(self.masks[name].device, copy=True) for name, g in state["gradients"].items()}
         self.waiting, self.updated = state["waiting"], state["updated"]
         self.regrowth.born = cloned(state["born"])
-        self.regrowth.find_young(self.masks)
+        self.regrowth.find_grown(self.masks)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

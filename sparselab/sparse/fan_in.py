@@ -13,7 +13,7 @@ from .masks import TRANSPOSED, Masks
 
 # %% ../../nbs/sparse/03_fan_in.ipynb #af7597ef
 def fan_in(mask: Tensor, layer: nn.Module) -> Tensor:
-    """How many active inputs the output unit of every weight of `layer` has, of the shape of the weight (or one that stretches to it)."""
+    """How many active inputs the output unit of every weight of `layer` has, of the shape of the weight (or broadcastable to it)."""
     if not isinstance(layer, TRANSPOSED):
         return mask.flatten(1).sum(1).view(-1, *[1] * (mask.dim() - 1))
     groups = mask.unflatten(0, (layer.groups, -1)).flatten(3)  # group, input, output, place in the kernel
@@ -24,7 +24,7 @@ def fan_in(mask: Tensor, layer: nn.Module) -> Tensor:
 def scale_to_fan_in_(masks: Masks, model: nn.Module) -> None:
     """Multiplies the weights of every output unit of `model` by sqrt(n / n_i), in place: n inputs, n_i of them active.
 
-    Weights from N(0, 2 / n) become such of N(0, 2 / n_i) (arXiv 2010.03533). A unit without inputs stays as it is.
+    Weights drawn from N(0, 2 / n) are then distributed as N(0, 2 / n_i) (arXiv 2010.03533). A unit without inputs stays as it is.
     """
     for name, weight in masks.weights.items():
         layer, mask = model.get_submodule(name.rpartition(".")[0]), masks[name]

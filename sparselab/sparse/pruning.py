@@ -93,7 +93,7 @@ class GMP(Sparsifier):
         check_share("begin", self.begin)
         check_share("end", self.end, least=self.begin)
         first, last = (round(share * self.total_steps) for share in (self.begin, self.end))
-        self.updates = Periodic(self.update_every, first, max(last, 1))
+        self.updates = Periodic(self.update_every, first, max(last, 1))  # due at the last step too, so that the end is exact
         self.schedule = CubicSparsity(0.0, self.sparsity, first, max(last, 1))
 
     @property
@@ -116,7 +116,7 @@ class GMP(Sparsifier):
 # %% ../../nbs/sparse/10_pruning.ipynb #775f835b
 @dataclass(kw_only=True, eq=False, repr=False)
 class VLRProjection(Sparsifier):
-    """Project to the largest |w|, train all weights, repeat (released code of arXiv 2211.09945, budget as meant).
+    """Project each layer to its largest |w|, train all weights, repeat (released code of arXiv 2211.09945, budget as meant).
 
     `rounds`: how many train-and-project rounds fill the training; the paper's code does one per epoch.
     """
@@ -144,7 +144,7 @@ class VLRProjection(Sparsifier):
     def budget(self) -> int:
         return super().budget if self.projected else self.masks.total
 
-    def see_gradients(self) -> None:
+    def see_gradients(self) -> None:  # just before the optimizer steps: all weights are trained
         if self.projected:
             self.projected = False
             for name, mask in self.masks.items():

@@ -32,7 +32,7 @@ class Regrowth:
     def __init__(self, warmup: int):
         self.warmup = warmup
         self.born: dict[str, Tensor] = {}
-        self.young: dict[str, tuple[Tensor, ...]] = {}  # weight name -> indices of the grown weights
+        self.grown: dict[str, tuple[Tensor, ...]] = {}  # weight name -> indices of the weights that were grown, until they are dropped
         self.before: dict[str, Tensor] = {}  # weight name -> what these were before the step
 
     def grew(self, masks: Masks, old: Mapping[str, Tensor], optimizers) -> None:
@@ -42,29 +42,30 @@ class Regrowth:
                       if isinstance(optimizer, Adam | AdamW) and masks.weights[name] in optimizer.state]
             born = self.born.get(name, torch.full(mask.shape, -torch.inf, device=mask.device)).to(mask.device)
             self.born[name] = born.masked_fill(mask & ~old[name], max(map(float, counts), default=0.0))
-        self.find_young(masks)
+        self.find_grown(masks)
 
-    def find_young(self, masks: Masks) -> None:
+    def find_grown(self, masks: Masks) -> None:
         """Find the grown weights of these masks."""
-        self.young = {name: (masks[name] & born.to(masks[name].device).isfinite()).nonzero(as_tuple=True)
+        self.grown = {name: (masks[name] & born.to(masks[name].device).isfinite()).nonzero(as_tuple=True)
                       for name, born in self.born.items()}
 
     @torch.no_grad()
     def before_step(self, masks: Masks, optimizer: Optimizer) -> None:
         """Remember the grown weights."""
         if isinstance(optimizer, Adam | AdamW):
-            self.before = {name: masks.weights[name][places] for name, places in self.young.items()}
+            self.before = {name: masks.weights[name][places] for name, places in self.grown.items()}
 
     @torch.no_grad()
     def after_step(self, masks: Masks, optimizer: Optimizer) -> None:
         """Let the grown weights have taken their share of the step."""
         betas = {id(p): group["betas"] for group in optimizer.param_groups for p in group["params"] if "betas" in group}
         for name, before in self.before.items():
-            weight, places = masks.weights[name], self.young[name]
+            weight, places = masks.weights[name], self.grown[name]
             if id(weight) not in betas or not before.numel() or "step" not in optimizer.state.get(weight, {}):
                 continue
             t = torch.as_tensor(optimizer.state[weight]["step"], dtype=torch.float64).to(weight.device)
             age = t - self.born[name].to(weight.device)[places]
-            share = share_of_step(t, torch.where(age > 0, age, t), betas[id(weight)], self.warmup)  # a new Adam is younger
+            age = torch.where(age > 0, age, t)  # the optimizer was replaced and counts from 0: the age is its whole count
+            share = share_of_step(t, age, betas[id(weight)], self.warmup)
             weight[places] = before + share.to(before.dtype) * (weight[places] - before)
         self.before = {}

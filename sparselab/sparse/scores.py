@@ -19,12 +19,13 @@ SAMPLE = 64  # one score in SAMPLE estimates the threshold
 def top(scores: Tensor, k: int, taken: Tensor | None = None) -> Tensor:
     """Flat indices (ascending) of the `k` highest scores; equal scores are taken lowest index first.
 
-    `taken`: bool, True where a score does not take part. Raises ValueError when k exceeds the number of scores,
-    FloatingPointError when a score is NaN.
+    `taken`: bool, True where a score does not take part. Raises ValueError when k exceeds the number of scores that take
+    part, FloatingPointError when a score is NaN.
     """
     flat, taken = scores.reshape(-1), None if taken is None else taken.reshape(-1)
-    if not 0 <= k <= flat.numel():
-        raise ValueError(f"Cannot take the {k} highest of {flat.numel()} scores.")
+    free = flat.numel() if taken is None else int((~taken).count_nonzero())
+    if not 0 <= k <= free:
+        raise ValueError(f"Cannot take the {k} highest of {free} scores{'' if taken is None else ' that are not taken'}.")
     if flat.numel() and flat.max().isnan():
         raise FloatingPointError("a score is NaN, so weights cannot be ranked")
     if flat.numel() > 1_000_000 and k < flat.numel() // 8:
@@ -34,7 +35,10 @@ def top(scores: Tensor, k: int, taken: Tensor | None = None) -> Tensor:
         likely = likely if taken is None else likely[~taken[likely]]
         if likely.numel() >= k:
             return likely[_top(flat[likely], k)]
-    return _top(flat if taken is None else flat.masked_fill(taken, -torch.inf), k)
+    if taken is None:
+        return _top(flat, k)
+    places = (~taken).nonzero().view(-1)
+    return places[_top(flat[places], k)]
 
 
 def _top(flat: Tensor, k: int) -> Tensor:
@@ -49,27 +53,27 @@ def _top(flat: Tensor, k: int) -> Tensor:
 Score = Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
 
 
-def magnitude(weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+def magnitude(weight: Tensor, slope: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """|w|: the usual score for dropping."""
     return weight.detach().abs()
 
 
-def gradient(weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
-    """|dL/dw|: how fast the loss would fall if the weight existed (RigL, arXiv 1911.11134)."""
-    return gradient.abs()
+def gradient(weight: Tensor, slope: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """|dL/dw|: the slope of the loss in a weight that is 0 now (RigL, arXiv 1911.11134)."""
+    return slope.abs()
 
 
-def saliency(weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+def saliency(weight: Tensor, slope: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """|w dL/dw|: how much the loss changes when the weight goes, to first order (SNIP, arXiv 1810.02340)."""
-    return (weight.detach() * gradient).abs()
+    return (weight.detach() * slope).abs()
 
 
-def random(weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+def random(weight: Tensor, slope: Tensor | None, generator: torch.Generator) -> Tensor:
     """Uniform noise: SET's growth (arXiv 1707.04780). Drawn on the CPU, so that every device draws the same."""
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 # %% ../../nbs/sparse/04_scores.ipynb #80663b1f
 def generator_for(*purpose: object) -> torch.Generator:
-    """A CPU generator seeded by the purpose, e.g. (seed, "grow", step, layer); equal purposes give equal streams."""
+    """A CPU generator seeded by the purpose, e.g. (seed, "grow", step, layer); purposes with equal `repr` give equal streams."""
     digest = hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from sparselab.learn.costs import FlopCount, layer_flops
+from sparselab.sparse.cht import drawn, link_scores
 from sparselab.sparse.distributions import DISTRIBUTIONS, budget, layer_budgets, share_out
 from sparselab.sparse.drop_grow import drop_and_grow
 from sparselab.sparse.fan_in import fan_in
@@ -23,9 +24,10 @@ from sparselab.sparse.history import MaskHistory, pack_sorted, unpack_sorted
 from sparselab.sparse.history_files import from_tensors, load, save, to_tensors
 from sparselab.sparse.masks import Masks, assign, mask_gradients, mask_weights, new_state, prunable
 from sparselab.sparse.schedules import CubicSparsity, Periodic
-from sparselab.sparse.scores import top
+from sparselab.sparse.scores import generator_for, top
 from sparselab.sparse.sparsifier import Sparsifier
 from sparselab.sparse.sparsify import METHODS, method_options, sparsify
+from sparselab.sparse.srigl import constant_fan_in
 
 settings.register_profile("any speed", deadline=None)  # a busy machine is not a wrong result
 settings.load_profile("any speed")
@@ -888,7 +890,7 @@ def test_the_gradients_that_growth_sees_are_unscaled_also_by_a_fused_optimizer()
     assert grown(None, False) == grown(256.0, False) == grown(256.0, True)
 
 
-@pytest.mark.parametrize("method", ["set", "rigl", "snfs", "ctre_sim", "edst", "sparsevlr"])
+@pytest.mark.parametrize("method", ["set", "rigl", "snfs", "ctre_sim", "edst", "granet", "mest", "gse", "srigl", "cht", "sparsevlr"])
 def test_the_warm_up_of_grown_weights_bounds_their_steps_and_is_resumed(method):
     def start(warmup: int):
         net = _tiny()
@@ -1060,3 +1062,146 @@ def test_synaptic_flow_leaves_every_module_in_its_mode():
     sparsifier.step()
     assert [module.training for module in net] == [True, False, True, True, True]
     assert all(torch.equal(value, before[name]) for name, value in net[1].named_buffers())
+
+
+REFUSED = [
+    ("granet", {"initial": 1.5}, "initial is a share, from 0 to 1; got 1.5"),
+    ("granet", {"shrink_until": 0.9, "end": 0.5}, "shrink_until = 0.9 must not exceed end = 0.5"),
+    ("mest", {"importance": -1.0}, "importance weighs .* 0 or more; got -1.0"),
+    ("mest", {"importance": math.nan}, "importance .* got nan"),
+    ("mest", {"soft": "yes"}, "soft is true or false; got 'yes'"),
+    ("gse", {"sample": 0}, "sample is how many .* above 0; got 0"),
+    ("gse", {"sample": math.inf}, "sample .* got inf"),
+    ("srigl", {"ablation": -0.1}, "ablation is a share"),
+    ("srigl", {"across": True}, "leave across false"),
+    ("cht", {"across": True}, "leave across false"),
+    ("cht", {"soft": 1}, "soft is true or false; got 1"),
+    ("cht", {"initial": "half"}, "initial is a share, from 0 to 1; got 'half'"),
+    ("cht", {"shrink_until": 0.9}, "shrink_until = 0.9 must not exceed end = 0.75"),
+    ("sparsevlr", {"update_every": -3}, "update_every is a number of steps, at least 1; got -3"),
+]
+FORMS = [("mest", {"soft": True}), ("mest", {"soft": True, "across": True}), ("granet", {"initial": 0.0}), ("granet", {"across": True}),
+         ("cht", {"initial": 0.3}), ("cht", {"soft": False}), ("srigl", {"ablation": 0.0}), ("gse", {"sample": 0.01})]
+
+
+@pytest.mark.parametrize("method, options, sentence", REFUSED)
+def test_options_of_the_growth_methods_are_refused_by_name_and_nothing_is_masked(method, options, sentence):
+    net = _tiny()
+    before = _bits(net)
+    with pytest.raises(ValueError, match=sentence):
+        sparsify(net, torch.optim.Adam(net.parameters()), method, 0.5, 100, **options)
+    assert _bits(net) == before
+
+
+@pytest.mark.parametrize("method, options", FORMS)
+def test_the_other_forms_of_the_growth_methods_are_exact_and_resume_to_the_same_bits(method, options):
+    def start():
+        net = _tiny()
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        return [net, optimizer, _sparsified(method, net, optimizer, **options)]
+    whole, again = start(), start()
+    for _ in range(5):
+        _train(*whole, 1)
+        _check(whole[2])
+        assert whole[2].masks.nnz == whole[2].budget
+    states = copy.deepcopy([part.state_dict() for part in whole])
+    for part, state in zip(again, states, strict=True):
+        part.load_state_dict(state)
+    for trained in (whole, again):
+        _train(*trained, STEPS - 5)
+    assert _bits(again[0]) == _bits(whole[0]) and again[2].history.flow() == whole[2].history.flow()
+    assert whole[2].masks.nnz == budget(whole[2].sparsity, whole[2].masks.total)
+
+
+@given(st.integers(1, 8), st.integers(1, 9), st.data())
+def test_a_constant_fan_in_is_exact_and_even_over_the_neurons_that_are_left(rows, size, data):
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+    mask = torch.rand(rows, size, generator=rng) < data.draw(st.floats(0, 1))
+    count, fraction = data.draw(st.integers(1, rows * size)), data.draw(st.floats(0, 1))
+    weight, slope = torch.randn(rows, size, generator=rng) * mask, torch.randn(rows, size, generator=rng)
+    keep, ablation = count - int(fraction * count), data.draw(st.sampled_from([0.0, 0.3, 1.0]))
+    new = constant_fan_in(mask, weight, slope, keep, count, ablation)
+    alive = new.sum(1)[new.sum(1) > 0]
+    assert int(new.sum()) == count and int(alive.max() - alive.min()) <= 1
+    if not ablation and count >= rows:
+        assert len(alive) == rows
+    kept = torch.zeros(rows * size, dtype=torch.bool)
+    kept[top(weight.abs().masked_fill(~mask, -1.0), min(keep, int(mask.sum())))] = True
+    for row, of_layer in enumerate(kept.view(rows, size)):  # of what the layer keeps, a neuron keeps the strongest
+        quota = min(int(new[row].sum()), int(of_layer.sum()))
+        assert bool(new[row, top(weight[row].abs().masked_fill(~of_layer, -1.0), quota)].all())
+
+
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 2**20))
+def test_link_scores_are_the_sums_over_neighbours_of_neighbours(rows, size, seed):
+    mask = torch.rand(rows, size, generator=torch.Generator().manual_seed(seed)) < 0.4
+
+    def side(links, node, target):
+        found = 0.0
+        for other in links:
+            shared = sum(a and b for a, b in zip(links[node], other, strict=True))
+            found += (1 + shared) / (1 + max(sum(other) - shared - 1, 0)) if shared and other[target] else 0.0
+        return found
+    expected = torch.tensor([[side(mask.tolist(), i, j) + side(mask.T.tolist(), j, i) for j in range(size)] for i in range(rows)])
+    torch.testing.assert_close(link_scores(mask), expected)
+
+
+def test_drawing_by_ranked_noise_is_drawing_without_replacement():
+    scores, pairs = torch.tensor([1.0, 2.0, 3.0]), {}
+    for i in range(4000):
+        pair = tuple(top(drawn(scores, generator_for("pair", i)), 2).tolist())
+        pairs[pair] = pairs.get(pair, 0) + 1 / 4000
+    # P{a, b} = p_a p_b / (1 - p_a) + p_b p_a / (1 - p_b), with p = 1/6, 2/6, 3/6
+    expected = {(0, 1): 1 / 15 + 1 / 12, (0, 2): 1 / 10 + 1 / 6, (1, 2): 1 / 4 + 1 / 3}
+    assert all(abs(pairs[pair] - chance) < 0.04 for pair, chance in expected.items())
+
+
+def test_gse_grows_only_what_it_has_drawn_while_that_lasts():
+    net = nn.Linear(40, 25, bias=False)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    gse = sparsify(net, optimizer, "gse", 0.95, 40, update_every=1, drop_fraction=0.2, sample=3.0)
+    seen = 0
+    for _ in range(19):
+        before = gse.masks["weight"].clone()
+        net(torch.rand(8, 40)).square().sum().backward()
+        optimizer.step()
+        gse.steps += 1
+        drawn_places = gse.candidates("weight")
+        gse.steps -= 1
+        gse.step()
+        grown = gse.masks["weight"] & ~before
+        assert not bool((drawn_places & before).any()) and not bool((grown & ~drawn_places).any())
+        seen += int(grown.sum())
+    assert seen > 20
+
+
+def test_srigl_has_no_neurons_in_a_transposed_convolution():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 2, 3))
+    with pytest.raises(ValueError, match="srigl cannot share out the weights of the transposed convolution 2 by neurons"):
+        sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "srigl", 0.5, 10)
+
+
+def test_granet_prunes_over_all_layers_and_regenerates_each_by_itself():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(30, 20, bias=False), nn.ReLU(), nn.Linear(20, 10, bias=False))
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    granet = sparsify(net, optimizer, "granet", 0.9, 100, update_every=10, initial=0.0)
+    weights = {name: weight.detach().clone() for name, weight in granet.masks.weights.items()}
+    for _ in range(10):
+        net(torch.rand(8, 30)).square().sum().backward()
+        optimizer.step()
+        granet.step()
+    held = round((1 - granet.schedule(10)) * 800)
+    flat = torch.cat([weight.abs().view(-1) for weight in weights.values()])
+    floor = flat.topk(held).values.min()
+    assert granet.masks.counts == {name: int((weight.abs() >= floor).sum()) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        stays = granet.masks.counts[name] - int(granet.fraction(10) * granet.masks.counts[name])
+        assert bool(granet.masks[name].view(-1)[weight.abs().view(-1).topk(stays).indices].all())
+
+
+@pytest.mark.parametrize("steps", [5064, 10128, 20256])
+def test_sparsevlr_has_as_many_updates_in_a_training_of_any_length(steps):
+    net = _tiny()
+    method = sparsify(net, torch.optim.Adam(net.parameters()), "sparsevlr", 0.5, steps)
+    assert 148 <= sum(method.updates.due(step) for step in range(1, steps + 1)) <= 152

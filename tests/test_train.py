@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparselab.learn.assembly import load_data, new_model
+from sparselab.learn.assembly import load_data, make_learner, new_model
 from sparselab.learn.config import Config
 from sparselab.learn.data import to_float
+from sparselab.learn.evaluation import validate
 from sparselab.learn.experiments import ALL_METHODS, PROCEDURES, train
 from sparselab.learn.learner import TrainingStopped
 from sparselab.learn.runs import Run
@@ -243,7 +244,7 @@ def test_two_processes_do_not_write_one_run(config):
         os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize("objective", ["natural", "pgd", "crown_ibp", "sabr", "mtl_ibp"])
+@pytest.mark.parametrize("objective", ["natural", "pgd", "crown_ibp", "sabr", "mtl_ibp", "cc_ibp", "exp_ibp"])
 def test_every_objective_trains_a_batchnorm_network_sparse(config, objective):
     run = train(replace(config, objective=objective, model="cnn5_bn", model_options={"width": 4}, epochs=2, sparsity=0.8,
                         train_samples=300, test_samples=5))
@@ -302,3 +303,14 @@ def test_the_second_engine_trains_the_same_network(config):
     for name, weight in native.weights.items():
         assert torch.allclose(weight, other.weights[name], atol=1e-4), name
     assert json.loads((other.path / "config.json").read_text())["engine"] == "auto_lirpa"
+
+
+@pytest.mark.slow
+def test_sparsevlr_is_not_worse_for_four_times_the_epochs():
+    found = []
+    for epochs in (50, 200):
+        learner = make_learner(Config(dataset="digits", model="mlp", sparsity=0.97, eps=0.05, epochs=epochs))
+        for _ in range(epochs):
+            learner.train_epoch()
+        found.append(validate(learner.model, learner.data.test, 0.05)[0]["verified"])
+    assert 0.75 < found[0] < found[1] + 0.01

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import unknown
+from .expressive import CCIBP, ExpIBP
 from .losses import PGD, Batch, Natural, Objective, robust_cross_entropy
 from ..robust.bounds import bounds
 from ..robust.crown import crown_ibp, fused_upper
@@ -75,7 +76,7 @@ class MTLIBP(PGD):
 
 # %% ../../nbs/learn/09b_objectives.ipynb #dfde0b4f
 OBJECTIVES: dict[str, type[Objective]] = {"natural": Natural, "pgd": PGD, "ibp": IBP, "crown_ibp": CrownIBP,
-                                          "sabr": SABR, "mtl_ibp": MTLIBP}
+                                          "sabr": SABR, "mtl_ibp": MTLIBP, "cc_ibp": CCIBP, "exp_ibp": ExpIBP}
 
 
 def objective(name: str, eps: float, engine: str = "native", seed: int = 0, **options: object) -> Objective:

@@ -68,6 +68,8 @@ class SET(Sparsifier):
     def start(self) -> None:
         check_share("drop_fraction", self.drop_fraction)
         check_share("end", self.end)
+        if self.update_every < 1:
+            raise ValueError(f"update_every is a number of steps, at least 1; got {self.update_every!r}.")
         if not 1 <= self.accumulate <= self.update_every:
             raise ValueError(f"accumulate is from 1 to update_every = {self.update_every}; got {self.accumulate!r}.")
         if isinstance(self.regrow_warmup, bool) or not isinstance(self.regrow_warmup, int) or self.regrow_warmup < 0:
@@ -82,7 +84,16 @@ class SET(Sparsifier):
         self.gradients: dict[str, Tensor] = {}
         self.waiting: int | None = None  # the step of an update that has no gradients to grow by yet
         self.updated = 0  # the step of the last update
+        self.first_masks()
+
+    def first_masks(self) -> None:
+        """Set the masks that training begins with."""
         random_masks(self, self.sparsity_now)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether an update reads gradients."""
+        return self.grow is not random
 
     @property
     def sparsity_now(self) -> float:
@@ -111,7 +122,7 @@ class SET(Sparsifier):
 
     def see_gradients(self) -> None:
         ahead = range(self.accumulate)
-        if self.grow is random or self.waiting is None and not any(self.updates.due(self.steps + 1 + n) for n in ahead):
+        if not self.needs_gradients or self.waiting is None and not any(self.updates.due(self.steps + 1 + n) for n in ahead):
             return
         for name, slope in (self.dense_gradients() or {}).items():
             self.gradients[name] = slope + self.gradients[name] if name in self.gradients else slope.clone()
@@ -145,7 +156,7 @@ class SET(Sparsifier):
     def update(self) -> bool:
         if self.updates.due(self.steps):
             self.waiting = self.steps
-        if self.waiting is None or not (self.grow is random or self.gradients or not self.replaced):
+        if self.waiting is None or self.needs_gradients and not self.gradients and self.replaced:
             return False
         self.updated = self.steps
         old = {name: mask.clone() for name, mask in self.masks.items()} if self.regrow_warmup else {}
@@ -156,15 +167,18 @@ class SET(Sparsifier):
         self.gradients, self.waiting = {}, None
         return True
 
+    def drop_scores(self, name: str) -> Tensor:
+        """What the active weights of a layer are kept by at this step, in flat order."""
+        return magnitude(self.masks.weights[name][self.masks[name]], None, None)
+
     def grow_scores(self, name: str) -> Tensor:
-        """What the weights of a layer are grown by at this step."""
+        """What the weights of a layer are grown by at this step, of the shape of the layer."""
         weight, rng = self.masks.weights[name], generator_for(self.seed, "grow", self.steps, name)
         return self.grow(weight, self.gradients[name] if name in self.gradients else torch.zeros_like(weight), rng)
 
     def update_group(self, names: list[str], keep: int, count: int) -> None:
         """Give the layers `names`, ranked together, their next masks: `keep` weights stay, `count` are active after it."""
-        masks, weights = ([part[name].reshape(-1) for name in names] for part in (self.masks, self.masks.weights))
-        drop_scores = [magnitude(weight[mask], None, None) for weight, mask in zip(weights, masks, strict=True)]
+        masks, drop_scores = [self.masks[name].reshape(-1) for name in names], [self.drop_scores(name) for name in names]
         grow_scores = [self.grow_scores(name).reshape(-1) for name in names]
         new = self.next_mask(*map(_joined, (masks, drop_scores, grow_scores)), keep, count)
         for name, part in zip(names, new.split([mask.numel() for mask in masks]), strict=True):

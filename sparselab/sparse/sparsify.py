@@ -14,22 +14,27 @@ from torch import nn
 from ..errors import unknown
 from .acdc import ACDC
 from .at_init import SNIP, GraSP, SynFlow
+from .cht import CHT
 from .ctre import CTRESeq, CTRESim
 from .drop_grow import SET, RigL
 from .edst import EDST
 from .gibbs import Gibbs
+from .granet import GraNet
+from .gse import GSE
 from .jackpots import Jackpots
+from .mest import MEST
 from .momentum import SNFS
 from .pruning import GMP, Dense, Static, VLRProjection
 from .slimming import Slimming
 from .sparsevlr import SparseVLR
 from .sparsifier import Sparsifier
+from .srigl import SRigL
 
 # %% ../../nbs/sparse/24_sparsify.ipynb #5234114e
 METHODS: dict[str, type[Sparsifier]] = {
     "dense": Dense, "static": Static, "snip": SNIP, "grasp": GraSP, "synflow": SynFlow, "set": SET, "rigl": RigL, "snfs": SNFS,
-    "ctre_seq": CTRESeq, "ctre_sim": CTRESim, "edst": EDST, "gmp": GMP, "acdc": ACDC, "gibbs": Gibbs, "slimming": Slimming,
-    "jackpots": Jackpots, "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
+    "mest": MEST, "gse": GSE, "srigl": SRigL, "cht": CHT, "ctre_seq": CTRESeq, "ctre_sim": CTRESim, "edst": EDST, "gmp": GMP, "granet": GraNet,
+    "acdc": ACDC, "gibbs": Gibbs, "slimming": Slimming, "jackpots": Jackpots, "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
 }
 HANDED = {"model", "optimizer", "sparsity", "total_steps", "seed"}  # what sparsify takes itself
 CHOSEN = {"grow"}  # what makes a method that method

@@ -809,16 +809,17 @@ def margins_backward_in_torch(h: Tensor, weight: Tensor, y: Tensor, n: int, gz: 
 class Margins:
     """One pass of clean images and boxes: logits `z` (n, K), least margins `lb` (m, K) of the labels, 0 at the label, and their gradients.
 
-    The boxes are [lower, upper], or the balls of radius `eps` around the images. BatchNorm moves its running averages. `every`: the
-    gradients of missing weights will be asked for.
+    The boxes are [lower, upper], or the balls of radius `eps` around the images. `every`: the gradients of missing weights will be asked
+    for. `update`: whether BatchNorm moves its running averages.
     """
 
     def __init__(self, net: "Rows", x: Tensor, y: Tensor, lower: Tensor | None = None, upper: Tensor | None = None, eps: float | None = None,
-                 every: bool = False):
+                 every: bool = False, update: bool = True):
         self.net, self.y, head = net, y, net.layers[-1]
         self.p = p = net.lend(len(x), len(y))
         net.forward(p, x, lower, upper, -1, eps)
-        net.update_statistics(p)
+        if update:
+            net.update_statistics(p)
         self.read = np.flatnonzero(head.product.reads | every)  # neurons that nobody reads have no part in the margins
         self.h = np.ascontiguousarray(p.x[head.src[0]][self.read].T)
         self.weight = np.zeros((net.shapes[head.dst][-1], head.shapes[0][-1]), np.float32)

@@ -20,7 +20,7 @@ from torch.optim.adamw import adamw
 
 from ..errors import unknown
 from .losses import Ball, Batch, Objective
-from .rows import Margins, Outputs, Rows, Sparse, Unsupported, dense_gradients, logits
+from .rows import Margins, Norm, Outputs, Rows, Sparse, Unsupported, dense_gradients, logits
 from ..program import Unreadable, spared, structure
 from ..robust import input_box, margin_matrix
 from ..sparse import Sparsifier
@@ -140,14 +140,20 @@ class Watch:
 
 # %% ../../nbs/learn/31_sparse_steps.ipynb #01de102b
 class OnRows(nn.Module):
-    """The network as attacks see it: images -> logits, differentiable in the images alone."""
+    """The network as attacks see it: images -> logits, differentiable in the images alone.
 
-    def __init__(self, net: Rows):
+    `clean`: images by which BatchNorm moves its running averages before the first attack; None once they have.
+    """
+
+    def __init__(self, net: Rows, clean: Tensor | None = None):
         super().__init__()
-        self.net = [net]  # not a part
+        self.net, self.clean = [net], clean  # in a list the net is not a part
 
     def forward(self, x: Tensor) -> Tensor:
         net = self.net[0]
+        if self.clean is not None and any(isinstance(layer, Norm) for layer in net.layers):
+            net.take_back(Outputs(net, self.clean).p)
+            self.clean = None
         return logits(net, torch.from_numpy(net.values.flat), x, running=not self.training)
 
 
@@ -386,19 +392,20 @@ class SparseSteps:
     def _gradient(self, x: Tensor, y: Tensor, progress: float, kept: list[dict] | None = None) -> float:
         """The loss; its gradient is in `grad`, and in `kept` what `dense_gradients` needs of every pass."""
         goal, moment, net, grad = self.goal, self.goal.ramp(progress), self.net, self.grad
-        shares, batch = goal.shares(moment), Batch(OnRows(net), x, y, moment)
+        shares, batch = goal.shares(moment), Batch(OnRows(net, x), x, y, moment)
         keep: list[dict] = [{}, {}] if kept is not None else [None, None]
         grad[:] = 0
         labels = self._labels(y)
         boxes = goal.boxes(batch) if shares.boxes else None
-        points = goal.points(batch) if shares.points else None
-        loss = 0.0
+        move = {"update": batch.model.clean is not None}
         if boxes is None:
             clean = Outputs(net, x)
         elif isinstance(boxes, Ball) and boxes.x is x:
-            clean = Margins(net, x, y, eps=self._radius(boxes), every=kept is not None)
+            clean = Margins(net, x, y, eps=self._radius(boxes), every=kept is not None, **move)
         else:
-            clean = Margins(net, x, y, *boxes.ends, every=kept is not None)
+            clean = Margins(net, x, y, *boxes.ends, every=kept is not None, **move)
+        batch.model.clean = None
+        points = goal.points(batch) if shares.points else None
         loss, slope = cross_entropy_slope(clean.z, labels, shares.clean)
         if points is not None:
             attacked = Outputs(net, points, update=False)

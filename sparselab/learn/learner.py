@@ -47,7 +47,7 @@ class Learner:
 
     def __init__(self, model: nn.Module, data: Data, objective: Objective, optimizer: torch.optim.Optimizer,
                  sparsifier: Sparsifier, epochs: int, batch_size: int, seed: int = 0, grad_clip: float = 0.0,
-                 augment: Callable | None = None, callbacks: Sequence[Callback] = (), schedule: str = "cosine", kernels: str = "dense"):
+                 augment: Callable | None = None, callbacks: Sequence[Callback] = (), schedule: str = "cosine", kernels: str = "auto"):
         if schedule not in SCHEDULES:
             raise unknown("schedule of the learning rate", schedule, SCHEDULES)
         self.model, self.data, self.objective = model, data, objective

@@ -55,8 +55,9 @@ def killed_at_every_change(tmp_path: Path, config: Config) -> int:
     return count
 
 
-def test_killed_at_every_change_of_the_disk_a_run_resumes_to_the_same_bits(tmp_path):
-    assert killed_at_every_change(tmp_path, Config(**SHORT)) > 50
+@pytest.mark.parametrize("options", [{"kernels": "dense"}, {"kernels": "sparse"}, {"kernels": "auto", "sparsity": 0.9, "method": "rigl"}])
+def test_killed_at_every_change_of_the_disk_a_run_resumes_to_the_same_bits(tmp_path, options):
+    assert killed_at_every_change(tmp_path, Config(**SHORT | options)) > 50
 
 
 @pytest.mark.slow

@@ -10,9 +10,10 @@ from torch import nn
 
 from sparselab.learn import Config, build, objective, train
 from sparselab.learn.assembly import make_learner
+from sparselab.learn.objectives import OBJECTIVES
 from sparselab.learn.rows import READERS, Rows, Unsupported, certified, dense_gradients, logits
-from sparselab.learn.sparse_steps import SparseSteps
-from sparselab.robust import bounds, input_box, margin_matrix
+from sparselab.learn.sparse_steps import OnRows, SparseSteps
+from sparselab.robust import bounds, input_box, margin_matrix, pgd
 from sparselab.sparse import sparsify
 from sparselab.sparse.products import with_numba, without_numba
 
@@ -259,20 +260,20 @@ def test_a_model_that_is_not_what_was_read_is_not_trained_on_rows():
     assert "its outputs or gradients differ from those of the model" in steps.reason
 
 
-OPTIMIZERS = {
+OPTIONS = {
     "adam": {}, "amsgrad": {"amsgrad": True, "weight_decay": 0.01}, "adamw": {"weight_decay": 0.05},
     "sgd": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_every_optimizer_that_acts_on_single_weights_steps_as_on_the_dense_network(name):
     kind = {"amsgrad": torch.optim.Adam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
     found = []
     for kernels in ("sparse", "dense"):
         torch.manual_seed(0)
         model = build("mlp", (1, 8, 8), 10).train()
-        optimizer = kind(model.parameters(), lr=0.01, **OPTIMIZERS[name])
+        optimizer = kind(model.parameters(), lr=0.01, **OPTIONS[name])
         sparsifier = sparsify(model, optimizer, method="static", sparsity=0.9, total_steps=100)
         steps, goal = SparseSteps(model, optimizer, sparsifier, objective("ibp", 0.02), kernels), objective("ibp", 0.02)
         generator = torch.Generator().manual_seed(0)
@@ -376,3 +377,187 @@ def test_a_learner_can_be_copied_between_steps():
         assert torch.equal(p, q)
     moments = [each.optimizer.state_dict()["state"][0]["exp_avg"] for each in (learner, twin)]
     assert torch.equal(*moments)
+
+
+def both(model: nn.Module, goal, sparsity: float = 0.8, kernels: str = "sparse"):
+    """The steps of a sparse model, and a twin whose network is dense."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    sparsifier = sparsify(model, optimizer, method="static", sparsity=sparsity, total_steps=100)
+    return SparseSteps(model, optimizer, sparsifier, goal, kernels), copy.deepcopy(model)
+
+
+@numba_or_not
+@pytest.mark.parametrize("moment", ["rising", "arrived"])
+@pytest.mark.parametrize("name", ["cnn4", "ctbench_cnn4_bn", "resnet5_bn"])
+@pytest.mark.parametrize("goal", OBJECTIVES)
+def test_every_objective_has_the_loss_and_gradients_of_the_dense_network(goal, name, moment, numba):
+    """Those of missing weights and the running statistics included; CROWN-IBP bounds backward while eps rises, which is dense."""
+    progress = {"rising": 0.2, "arrived": 0.9}[moment]
+    options = {"attack_steps": 3} if goal in ("pgd", "sabr", "mtl_ibp") else {}
+    options |= {"alpha": 0.4} if goal == "mtl_ibp" else {}
+    goal = objective(goal, 0.003, **options)
+    torch.manual_seed(1)
+    with machine(numba):
+        steps, twin = both(build(name, MODELS[name], 10).train(), goal, kernels="auto" if goal.dense_because(goal.ramp(0.2)) else "sparse")
+        x, y = torch.rand(12, *MODELS[name]), torch.randint(0, 10, (12,))
+        if goal.dense_because(goal.ramp(progress)):
+            assert not steps.ready(x, progress) and "bounds backward while eps rises" in steps.reason
+            return
+        with mock.patch.object(steps, "kernels", "sparse"), mock.patch.object(type(steps.sparsifier), "busy", lambda _: True), \
+                mock.patch.object(type(steps.sparsifier), "grows_by_gradients", True):
+            assert steps.grows(x, progress)
+            loss = steps.gradients(x, y, progress)
+    truth = goal(twin, x, y, progress)
+    truth.backward()
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-4)
+    for (key, ours), theirs in zip(steps.model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=2e-3 * float(theirs.grad.abs().max()) + 1e-7), key
+    for (key, ours), theirs in zip(steps.model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5), key
+
+
+def test_an_attack_on_the_rows_ends_where_that_on_the_network_ends():
+    for name in ("cnn4", "ctbench_cnn4_bn"):
+        torch.manual_seed(0)
+        steps, twin = both(build(name, MODELS[name], 10).train(), objective("ibp", 0.05))
+        x, y = torch.rand(20, *MODELS[name]), torch.randint(0, 10, (20,))
+        assert steps.ready(x)
+        ours, theirs = (pgd(net, x, y, 0.05, 5, generator=torch.Generator().manual_seed(3)) for net in (OnRows(steps.net), twin))
+        assert (ours - theirs).abs().lt(1e-5).float().mean() > 0.999
+        assert all(torch.equal(a, b) for a, b in zip(steps.model.buffers(), twin.buffers(), strict=True))
+
+
+def stepped(steps: SparseSteps, x: torch.Tensor, y: torch.Tensor, count: int) -> None:
+    for _ in range(count):
+        assert steps.ready(x)
+        steps.step(x, y, 0.5)
+
+
+def test_an_optimizer_that_others_step_has_its_moments():
+    """The same steps, one of them by somebody else, on the nonzeros and dense."""
+    found = []
+    for kernels in ("sparse", "dense"):
+        torch.manual_seed(0)
+        steps, _ = both(build("mlp", (1, 8, 8), 10).train(), objective("natural", 0.1), kernels=kernels)
+        model, optimizer, sparsifier = steps.model, steps.optimizer, steps.sparsifier
+        for step in range(6):
+            x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
+            if step != 3 and steps.ready(x):
+                assert not any(optimizer.state.values()) or not step  # dense moments take no memory meanwhile
+                steps.step(x, y, 0.5)
+                continue
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            sparsifier.step()
+        found.append(([p.detach().clone() for p in model.parameters()], optimizer.state_dict()["state"]))
+    for ours, theirs in zip(found[0][0], found[1][0], strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    for key, state in found[1][1].items():
+        assert found[0][1][key]["step"] == state["step"] == 6
+        assert torch.allclose(found[0][1][key]["exp_avg"], state["exp_avg"], atol=1e-6)
+
+
+def test_moments_that_others_clear_begin_anew():
+    torch.manual_seed(0)
+    steps, _ = both(build("mlp", (1, 8, 8), 10).train(), objective("natural", 0.1))
+    x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
+    stepped(steps, x, y, 3)
+    state = steps.optimizer.state_dict()
+    for moments in state["state"].values():
+        moments["step"].zero_()
+        moments["exp_avg"].zero_()
+        moments["exp_avg_sq"].zero_()
+    steps.optimizer.load_state_dict(state)
+    stepped(steps, x, y, 1)
+    assert steps.optimizer.state_dict()["state"][0]["step"] == 1
+
+
+@pytest.mark.parametrize("change", ["in a masked weight", "in a bias", "other memory", "outside the mask"])
+def test_what_is_written_past_pytorch_is_taken_up_or_does_not_stay(change):
+    torch.manual_seed(0)
+    steps, _ = both(build("mlp", (1, 8, 8), 10).train(), objective("natural", 0.1))
+    x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
+    stepped(steps, x, y, 2)
+    weight, mask = steps.model.fc1.weight, steps.sparsifier.masks["fc1.weight"]
+    version = weight._version
+    if change == "in a masked weight":
+        weight.data.mul_(0.5)
+    elif change == "in a bias":
+        steps.model.fc2.bias.data[0] = 3.0
+    elif change == "other memory":
+        weight.data = weight.data * 0.5
+    else:
+        weight.data.masked_fill_(~mask, 1.0)
+        stepped(steps, x, y, 1)
+        steps.settle()
+        assert steps.sparsifier.masks.nnz == steps.sparsifier.budget
+        return
+    assert weight._version == version
+    truth = F.cross_entropy(steps.model(x), y).item()
+    assert steps.ready(x)
+    assert steps.step(x, y, 0.0).item() == pytest.approx(truth, rel=1e-5)
+    with torch.no_grad():
+        assert torch.equal(steps.net.values.gather("fc1.weight", weight), torch.from_numpy(steps.net.values.of("fc1.weight")))
+
+
+class Counting(nn.Module):
+    """A network that keeps books while it runs."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.body, self.how, self.calls = build("mlp", (1, 8, 8), 10), how, 0
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("mean", torch.zeros(10))
+
+    def forward(self, x):
+        z = self.body(x)
+        if self.how == "a number":
+            self.calls += 1
+        elif self.how == "a buffer":
+            self.count += 1
+        else:
+            self.mean = z.detach().mean(0)
+        return z
+
+
+@pytest.mark.parametrize("how", ["a number", "a buffer", "another buffer"])
+def test_a_model_that_keeps_books_while_it_runs_is_dense(how):
+    torch.manual_seed(0)
+    steps, _ = both(Counting(how).train(), objective("natural", 0.1), kernels="auto")
+    assert not steps.ready(torch.rand(16, 1, 8, 8))
+    assert "changes what the model holds" in steps.reason or "differ from those of the model" in steps.reason
+    assert steps.model.calls == 0 and not steps.model.count.any() and not steps.model.mean.any()
+
+
+def test_a_hook_that_watches_is_called():
+    """Also when it comes between two steps."""
+    torch.manual_seed(0)
+    steps, _ = both(build("mlp", (1, 8, 8), 10).train(), objective("natural", 0.1), kernels="auto")
+    x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
+    with mock.patch("sparselab.learn.sparse_steps.PAYS", {True: 1.0, False: 1.0}):
+        stepped(steps, x, y, 2)
+        steps.model.relu1.register_forward_hook(lambda module, args, output: None)
+        assert not steps.ready(x) and "'relu1' has hooks, which sparse steps would not call" in steps.reason
+
+
+def test_two_learners_of_one_optimizer_hand_the_moments_over():
+    torch.manual_seed(0)
+    first, _ = both(build("mlp", (1, 8, 8), 10).train(), objective("natural", 0.1))
+    second = SparseSteps(first.model, first.optimizer, first.sparsifier, first.goal, "sparse")
+    x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
+    for count, steps in enumerate((first, second, second, first), 1):
+        stepped(steps, x, y, 1)
+        assert first.optimizer.state_dict()["state"][0]["step"] == count
+
+
+def test_images_and_labels_that_cannot_be_are_refused_before_a_step():
+    torch.manual_seed(0)
+    steps, _ = both(build("mlp", (1, 8, 8), 10).train(), objective("ibp", 0.1))
+    x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
+    stepped(steps, x, y, 1)
+    before = [p.detach().clone() for p in steps.model.parameters()]
+    for images, labels in ((x + 1, y), (x.where(x < 0.9, torch.nan), y), (x, y + 5), (x, y.float())):
+        with pytest.raises(ValueError):
+            stepped(steps, images, labels, 1)
+    assert all(torch.equal(p, q) for p, q in zip(before, steps.model.parameters(), strict=True))

@@ -38,7 +38,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     engine: str = "native"
-    kernels: str = "dense"
+    kernels: str = "auto"
     runs_dir: str = "runs"
     data_dir: str = ""
     resume: bool = True

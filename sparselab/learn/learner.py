@@ -47,7 +47,7 @@ class Learner:
 
     def __init__(self, model: nn.Module, data: Data, objective: Objective, optimizer: torch.optim.Optimizer,
                  sparsifier: Sparsifier, epochs: int, batch_size: int, seed: int = 0, grad_clip: float = 0.0,
-                 augment: Callable | None = None, callbacks: Sequence[Callback] = (), schedule: str = "cosine", kernels: str = "dense"):
+                 augment: Callable | None = None, callbacks: Sequence[Callback] = (), schedule: str = "cosine", kernels: str = "auto"):
         if schedule not in SCHEDULES:
             raise unknown("schedule of the learning rate", schedule, SCHEDULES)
         self.model, self.data, self.objective = model, data, objective
@@ -105,7 +105,7 @@ class Learner:
         for group, peak in zip(self.optimizer.param_groups, self.peak_lr, strict=True):
             group["lr"] = peak * share
         self.on_nonzeros.goal = self.objective
-        if self.on_nonzeros.ready(x):
+        if self.on_nonzeros.ready(x, progress):
             loss = self.on_nonzeros.step(x, y, progress, self.grad_clip)
         else:
             loss = self._dense_step(x, y, progress)
@@ -117,7 +117,7 @@ class Learner:
         self.on_nonzeros.settle()
         self.optimizer.zero_grad()
         self.sparsifier.see_loss(lambda: self.objective(self.model, x, y, progress))
-        if self.on_nonzeros.grows(x):
+        if self.on_nonzeros.grows(x, progress):
             loss = self.on_nonzeros.gradients(x, y, progress)
         else:
             loss = self.objective(self.model, x, y, progress)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import unknown
 from .expressive import CCIBP, ExpIBP
-from .losses import PGD, Batch, Natural, Objective, robust_cross_entropy
+from .losses import PGD, Batch, Box, Natural, Objective, Shares, robust_cross_entropy
+from .ramps import Moment
 from ..robust.bounds import bounds
 from ..robust.crown import crown_ibp, fused_upper
 from ..robust.ibp import interval_pass
@@ -23,29 +24,36 @@ from ..robust.ibp import interval_pass
 class IBP(Objective):
     """Margins by interval arithmetic, merged into the last layer (arXiv 1810.12715)."""
 
-    def robust_loss(self, batch: Batch) -> Tensor:
-        lb, _ = bounds(batch.model, *batch.box, "ibp", batch.C, self.engine, batch.statistics, self.reading(batch))
-        return robust_cross_entropy(lb)
+    def robust_shares(self) -> Shares:
+        return Shares(0.0, boxes=1.0)
 
 
 @dataclass(kw_only=True)
-class CrownIBP(Objective):
+class CrownIBP(IBP):
     """CROWN-IBP margins, blended into IBP's as eps rises (arXiv 1906.06316); `fused`: by loss fusion (2002.12920)."""
 
     fused: bool = True
 
-    def robust_loss(self, batch: Batch) -> Tensor:
+    @property
+    def written_for_rows(self) -> type[Objective]:
+        return CrownIBP
+
+    def dense_because(self, moment: Moment) -> str:
+        rising = f"the objective {type(self).__name__} bounds backward while eps rises, which needs the dense network"
+        return super().dense_because(moment) or (rising if moment.ramped < 1 and moment.kappa < 1 else "")
+
+    def box_loss(self, batch: Batch) -> Tensor:
         share = 1 - batch.moment.ramped
+        if not share:  # what is left is IBP
+            return super().box_loss(batch)
         if self.engine != "native":
-            pair = [bounds(batch.model, *batch.box, method, batch.C, self.engine, batch.statistics, self.reading(batch))[0]
+            pair = [bounds(batch.model, *batch.ball.ends, method, batch.C, self.engine, batch.statistics, self.reading(batch))[0]
                     for method in ("crown_ibp", "ibp")]
             return robust_cross_entropy(share * pair[0] + (1 - share) * pair[1])
-        passed = interval_pass(batch.model, *batch.box, batch.statistics, self.reading(batch))
+        passed = interval_pass(batch.model, *batch.ball.ends, batch.statistics, self.reading(batch))
         if self.fused:
             return fused_upper(passed, batch.y, share).mean()
-        lb, _ = passed.output(batch.C)
-        if share:
-            lb = share * crown_ibp(passed, batch.C)[0] + (1 - share) * lb
+        lb = share * crown_ibp(passed, batch.C)[0] + (1 - share) * passed.output(batch.C)[0]
         return robust_cross_entropy(lb)
 
 # %% ../../nbs/learn/09b_objectives.ipynb #1cf07e55
@@ -55,13 +63,14 @@ class SABR(PGD):
 
     lam: float = 0.4
 
-    def robust_loss(self, batch: Batch) -> Tensor:
+    def robust_shares(self) -> Shares:
+        return Shares(0.0, boxes=1.0)
+
+    def boxes(self, batch: Batch) -> Box:
         attacked, radius = self.attack(batch), self.lam * batch.moment.eps
-        lower, upper = batch.box
+        lower, upper = batch.ball.ends
         middle = torch.clamp(attacked, lower + radius, (upper - radius).clamp(min=lower + radius))
-        lb, _ = bounds(batch.model, (middle - radius).clamp(min=lower), (middle + radius).clamp(max=upper), "ibp",
-                       batch.C, self.engine, batch.statistics, self.reading(batch))
-        return robust_cross_entropy(lb)
+        return Box(((middle - radius).clamp(min=lower), (middle + radius).clamp(max=upper)))
 
 
 @dataclass(kw_only=True)
@@ -70,9 +79,8 @@ class MTLIBP(PGD):
 
     alpha: float = 0.01
 
-    def robust_loss(self, batch: Batch) -> Tensor:
-        lb, _ = bounds(batch.model, *batch.box, "ibp", batch.C, self.engine, batch.statistics, self.reading(batch))
-        return self.alpha * robust_cross_entropy(lb) + (1 - self.alpha) * super().robust_loss(batch)
+    def robust_shares(self) -> Shares:
+        return Shares(0.0, self.alpha, 1 - self.alpha)
 
 # %% ../../nbs/learn/09b_objectives.ipynb #dfde0b4f
 OBJECTIVES: dict[str, type[Objective]] = {"natural": Natural, "pgd": PGD, "ibp": IBP, "crown_ibp": CrownIBP,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['READERS', 'Unsupported', 'Pass', 'through', 'Values', 'Layer', 'Sparse', 'Norm', 'norm_forward', 'norm_backward',
            'norm_forward_in_torch', 'norm_backward_in_torch', 'Scale', 'Activation', 'Gather', 'Sum', 'MaxPool', 'Rows',
-           'constants', 'merged_margins', 'merged_margins_backward', 'margins_in_torch', 'certified', 'logits',
-           'dense_gradients']
+           'constants', 'merged_margins', 'merged_margins_backward', 'margins_in_torch', 'margins_backward_in_torch',
+           'Margins', 'Outputs', 'certified', 'logits', 'dense_gradients']
 
 # %% ../../nbs/learn/30_rows.ipynb #ab3e8658
 import math
@@ -23,7 +23,7 @@ from torch.autograd import Function
 
 from ..program import BATCH_NORMS, Program, arguments, fetch, operation, read
 from ..sparse.entries import Entries, convolution, in_reading_order, linear
-from ..sparse.products import columns_to_rows, compiled, product_kind, with_numba
+from ..sparse.products import ball_to_rows, columns_to_rows, compiled, product_kind, with_numba
 
 # %% ../../nbs/learn/30_rows.ipynb #09c12884
 class Unsupported(ValueError):
@@ -35,6 +35,8 @@ class Pass:
 
     def __init__(self, net: "Rows", n: int, m: int):
         self.net, self.n, self.m = net, n, m
+        self.indexed = net.indexed
+        self.running = False  # whether a BatchNorm takes its running averages, as in eval mode
         self.x = [np.zeros((math.prod(shape), n + 2 * m), np.float32) for shape in net.shapes]
         self.g: list[np.ndarray | None] = [None] * len(net.shapes)
         self.saved: dict[int, Any] = {}  # place -> what a layer keeps for its gradient
@@ -113,8 +115,8 @@ class Layer(ABC):
         """Compute the output from the inputs."""
 
     @abstractmethod
-    def backward(self, p: Pass, grad: np.ndarray) -> None:
-        """Give the inputs their gradients, and add those of the values to `grad`."""
+    def backward(self, p: Pass, grad: np.ndarray | None) -> None:
+        """Give the inputs their gradients, and add those of the values to `grad`, unless it is None."""
 
 
 @dataclass(eq=False)
@@ -141,11 +143,13 @@ class Sparse(Layer):
 
     def backward(self, p: Pass, grad: np.ndarray) -> None:
         net, g, s = p.net, p.gradient(self.dst), self.src[0]
-        if self.bias is not None:
-            self.product.bias_gradient(g, net.values.of(self.bias, grad))
-        w, dw = (net.values.of(self.weight), net.values.of(self.weight, grad)) if self.values is None else (self.values, np.zeros_like(self.values))
+        w = net.values.of(self.weight) if self.values is None else self.values
+        dw = None if grad is None or self.values is not None else net.values.of(self.weight, grad)
         gx = p.gradient(s) if s in p.wanted else None
-        self.product.backward(g, w, p.x[s], gx, p.n, net.slope[s], net.readers[s] > 1, dw)
+        if self.bias is not None and grad is not None:
+            self.product.bias_gradient(g, net.values.of(self.bias, grad))
+        if gx is not None or dw is not None:
+            self.product.backward(g, w, p.x[s], gx, p.n, net.slope[s], net.readers[s] > 1, dw)
 
     def dense_gradient(self, p: Pass, weight: Tensor) -> Tensor:
         """dL/dw of every entry of the weight, also where the mask is off: |w| has slope 0 there, so that only centres count."""
@@ -178,8 +182,23 @@ class Norm(Layer):
     def forward(self, p: Pass) -> None:
         net, z, channels = p.net, p.x[self.src[0]], self.shapes[0][0]
         gamma, beta = self._scale(net, channels)
+        if self._fixed(p):
+            return self._forward_fixed(p, gamma, beta)
         run = norm_forward if with_numba() else norm_forward_in_torch
         p.saved[self.dst] = run(z, gamma, beta, self.eps, len(z) // channels, p.n, np.float32(net.slope[self.dst]), p.x[self.dst])
+
+    def _fixed(self, p: Pass) -> bool:
+        return p.running and self.running is not None
+
+    def _forward_fixed(self, p: Pass, gamma: np.ndarray, beta: np.ndarray) -> None:
+        """With the running averages a BatchNorm is a scale and a shift of every channel."""
+        mean, var = (p.net.buffers[name].double() for name in self.running)
+        scale = torch.from_numpy(gamma) / (var + self.eps).sqrt()
+        per = len(p.x[self.src[0]]) // len(gamma)
+        scale, shift = (v.float().repeat_interleave(per).unsqueeze(1) for v in (scale, torch.from_numpy(beta) - mean * scale))
+        p.saved[self.dst] = scale
+        z = _scaled(p, p.tensor(self.src[0]), scale).add_(shift)
+        torch.maximum(z, p.net.slope[self.dst] * z, out=p.tensor(self.dst))
 
     def _scale(self, net: "Rows", channels: int) -> tuple[np.ndarray, np.ndarray]:
         gamma, beta = net.values.of(self.gamma), net.values.of(self.beta)
@@ -187,11 +206,13 @@ class Norm(Layer):
 
     def backward(self, p: Pass, grad: np.ndarray) -> None:
         z, channels = p.x[self.src[0]], self.shapes[0][0]
+        if self._fixed(p):
+            return p.give(self.src[0], _scaled(p, torch.from_numpy(p.gradient(self.dst)), p.saved[self.dst]))
         run = norm_backward if with_numba() else norm_backward_in_torch
         mean, var = p.saved[self.dst]
         gz, dgamma, dbeta = run(p.gradient(self.dst), z, self._scale(p.net, channels)[0], mean, var, self.eps, len(z) // channels, p.n)
         for name, found in ((self.gamma, dgamma), (self.beta, dbeta)):
-            if name is not None:
+            if name is not None and grad is not None:
                 p.net.values.of(name, grad)[:] += found
         p.give(self.src[0], torch.from_numpy(gz))
 
@@ -311,19 +332,19 @@ class Scale(Layer):
 
     def forward(self, p: Pass) -> None:
         y = p.tensor(self.dst)
-        y.copy_(self._scaled(p, p.tensor(self.src[0])))
+        y.copy_(_scaled(p, p.tensor(self.src[0]), self.scale))
         if self.shift is not None:
             y += self.shift
 
     def backward(self, p: Pass, grad: np.ndarray) -> None:
-        p.give(self.src[0], self._scaled(p, torch.from_numpy(p.gradient(self.dst))))
+        p.give(self.src[0], _scaled(p, torch.from_numpy(p.gradient(self.dst)), self.scale))
 
-    def _scaled(self, p: Pass, x: Tensor) -> Tensor:
-        if self.scale is None:
-            return x
-        lower, upper = p.ends(x)
-        negative = self.scale < 0
-        return torch.cat([x[:, : p.n], torch.where(negative, upper, lower), torch.where(negative, lower, upper)], 1) * self.scale
+
+def _scaled(p: Pass, x: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return x
+    lower, upper = p.ends(x)
+    return torch.cat([x[:, : p.n], torch.where(scale < 0, upper, lower), torch.where(scale < 0, lower, upper)], 1) * scale
 
 
 @dataclass(eq=False)
@@ -421,6 +442,7 @@ class Rows:
         self.out = self.places[self.program.output]
         self._apply_activations_at_once()
         self.free: dict[tuple[int, int], list[Pass]] = {}
+        self.indexed = 0  # how often
 
     @property
     def weights(self) -> list[str]:
@@ -432,7 +454,7 @@ class Rows:
 
         Rows that nobody reads are left out, unless `every` row is wanted.
         """
-        self.free = {}  # what old masks have left in their rows is nobody's
+        self.free, self.indexed = {}, self.indexed + 1  # what old masks have left in their rows is nobody's
         masks = {name: masks.get(name, np.ones(self.parameters[name].shape, bool)) for name in self.weights}
         self.values = Values(self.trained, masks)
         for name, parameter in self.trained.items():
@@ -445,6 +467,15 @@ class Rows:
             for place, rows in zip(layer.src, layer.reads(live[layer.dst]), strict=True):
                 live[place] |= rows
         self.pixels = in_reading_order(live[0], self.shapes[0])
+
+    @property
+    def head(self) -> Sparse:
+        """The last layer. Raises Unsupported unless it is linear, so that margins can be merged into it."""
+        head = self.layers[-1]
+        flat = isinstance(head, Sparse) and head.weight is not None and head.geometry is None and len(head.shapes[0]) == 1
+        if not flat or self.slope[head.dst] != 1:
+            raise Unsupported("its last layer is not linear")
+        return head
 
     @property
     def multiplications(self) -> int:
@@ -467,21 +498,27 @@ class Rows:
         return free.pop() if free else Pass(self, n, m)
 
     def take_back(self, p: Pass) -> None:
-        self.free[p.n, p.m].append(p)
+        """Lend the pass to others; one from before the last `index` is nobody's."""
+        p.running = False
+        if p.indexed == self.indexed:
+            self.free[p.n, p.m].append(p)
 
-    def forward(self, p: Pass, x: Tensor | None, lower: Tensor | None = None, upper: Tensor | None = None, layers: int | None = None) -> None:
-        """Carry images and boxes through the first `layers`, by default all."""
-        for part, first in ((x, 0), (lower, p.n), (upper, p.n + p.m)):
+    def forward(self, p: Pass, x: Tensor | None, lower: Tensor | None = None, upper: Tensor | None = None, layers: int | None = None,
+                eps: float | None = None) -> None:
+        """Carry images and boxes through the first `layers`, by default all; `eps`: the boxes are balls around the images, cut at 0 and 1."""
+        if eps is not None:
+            ball_to_rows(x.detach().reshape(len(x), -1).numpy(), eps, self.pixels, p.x[0])
+        for part, first in ((x, 0), (lower, p.n), (upper, p.n + p.m)) if eps is None else ():
             if part is not None and len(part):
                 columns_to_rows(part.detach().reshape(len(part), -1).numpy(), self.pixels, p.x[0], first)
         for layer in self.layers[:layers]:
             layer.forward(p)
 
-    def backward(self, p: Pass, grad: np.ndarray, layers: int | None = None, of_input: bool = False) -> None:
-        """Carry the gradient at the output of the last of `layers` back, and add those of the values to `grad`."""
+    def backward(self, p: Pass, grad: np.ndarray | None, layers: int | None = None, of_input: bool = False) -> None:
+        """Carry the gradient at the output of the last of `layers` back, and add those of the values to `grad`, unless it is None."""
         p.wanted = {0} if of_input else set()
         for layer in self.layers:
-            trains = isinstance(layer, Norm) or isinstance(layer, Sparse) and layer.weight is not None
+            trains = grad is not None and (isinstance(layer, Norm) or isinstance(layer, Sparse) and layer.weight is not None)
             if trains or any(place in p.wanted for place in layer.src):
                 p.wanted.add(layer.dst)
         for place in p.wanted - {self.out}:
@@ -721,7 +758,7 @@ def merged_margins(h, weight, bias, y, n):
 def merged_margins_backward(h, weight, y, n, gz, gm):
     """The gradients of h, weight and bias."""
     classes, width = weight.shape
-    m, half = (len(h) - n) // 2, h.dtype.type(0.5)
+    m, half, zero = (len(h) - n) // 2, h.dtype.type(0.5), h.dtype.type(0)
     gh, gw, gb = np.zeros_like(h), np.zeros_like(weight), np.zeros(classes, h.dtype)
     for b in range(n):
         x, gx = h[b], gh[b]
@@ -742,8 +779,8 @@ def merged_margins_backward(h, weight, y, n, gz, gm):
             gb[j] -= g
             for i in range(width):
                 d = own[i] - w[i]
-                gl[i] += g * max(d, 0)
-                gu[i] += g * min(d, 0)
+                gl[i] += g * max(d, zero)
+                gu[i] += g * min(d, zero)
                 at = g * (low[i] if d > 0 else (up[i] if d < 0 else half * (low[i] + up[i])))
                 to_own[i] += at
                 to[i] -= at
@@ -752,54 +789,108 @@ def merged_margins_backward(h, weight, y, n, gz, gm):
 # %% ../../nbs/learn/30_rows.ipynb #a23e1984
 def margins_in_torch(h: Tensor, weight: Tensor, bias: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """`merged_margins` in PyTorch's operations."""
-    low, up = h[n:].chunk(2)
+    low, up = h[n:].unsqueeze(1).chunk(2)
     d = weight[y].unsqueeze(1) - weight
-    centre, radius = (low + up).unsqueeze(2) / 2, (up - low).unsqueeze(2) / 2
-    lb = (d @ centre - d.abs() @ radius).squeeze(2) + bias[y].unsqueeze(1) - bias
+    lb = ((low + up) * d - (up - low) * d.abs()).sum(2) / 2 + bias[y].unsqueeze(1) - bias
     return h[:n] @ weight.T + bias, lb
 
+
+def margins_backward_in_torch(h: Tensor, weight: Tensor, y: Tensor, n: int, gz: Tensor, gm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`merged_margins_backward` in PyTorch's operations."""
+    low, up = h[n:].unsqueeze(1).chunk(2)
+    d, g = weight[y].unsqueeze(1) - weight, gm.unsqueeze(2) / 2
+    centre, radius = (g * d).sum(1), (g * d.abs()).sum(1)
+    slope = g * ((low + up) - (up - low) * d.sign())
+    gw = (gz.T @ h[:n] - slope.sum(0)).index_add_(0, y, slope.sum(1))
+    gb = (gz.sum(0) - gm.sum(0)).index_add_(0, y, gm.sum(1))
+    return torch.cat([gz @ weight, centre + radius, centre - radius]), gw, gb
+
 # %% ../../nbs/learn/30_rows.ipynb #2d95d891
+class Margins:
+    """One pass of clean images and boxes: logits `z` (n, K), least margins `lb` (m, K) of the labels, 0 at the label, and their gradients.
+
+    The boxes are [lower, upper], or the balls of radius `eps` around the images. `every`: the gradients of missing weights will be asked
+    for. `update`: whether BatchNorm moves its running averages.
+    """
+
+    def __init__(self, net: "Rows", x: Tensor, y: Tensor, lower: Tensor | None = None, upper: Tensor | None = None, eps: float | None = None,
+                 every: bool = False, update: bool = True):
+        self.net, self.y, head = net, y, net.layers[-1]
+        self.p = p = net.lend(len(x), len(y))
+        net.forward(p, x, lower, upper, -1, eps)
+        if update:
+            net.update_statistics(p)
+        self.read = np.flatnonzero(head.product.reads | every)  # neurons that nobody reads have no part in the margins
+        self.h = np.ascontiguousarray(p.x[head.src[0]][self.read].T)
+        self.weight = np.zeros((net.shapes[head.dst][-1], head.shapes[0][-1]), np.float32)
+        self.weight.reshape(-1)[net.values.kept[head.weight]] = net.values.of(head.weight)
+        self.weight = self.weight[:, self.read]
+        self.bias = net.values.of(head.bias) if head.bias else np.zeros(len(self.weight), np.float32)
+        if with_numba():
+            self.z, self.lb = merged_margins(self.h, self.weight, self.bias, y.numpy(), p.n)
+        else:
+            found = margins_in_torch(*map(torch.from_numpy, (self.h, self.weight, self.bias)), y, p.n)
+            self.z, self.lb = (part.numpy() for part in found)
+
+    def backward(self, gz: np.ndarray, gm: np.ndarray, grad: np.ndarray, keep: dict | None = None) -> None:
+        """Add the gradients of the values to `grad`, given those of `z` and `lb`; `keep`: see `dense_gradients`."""
+        net, p, head = self.net, self.p, self.net.layers[-1]
+        if with_numba():
+            gh, gw, gb = merged_margins_backward(self.h, self.weight, self.y.numpy(), p.n, gz, gm)
+        else:
+            given = (torch.from_numpy(a) for a in (gz, gm))
+            found = margins_backward_in_torch(torch.from_numpy(self.h), torch.from_numpy(self.weight), self.y, p.n, *given)
+            gh, gw, gb = (a.numpy() for a in found)
+        whole = np.zeros((len(gw), len(head.product.reads)), np.float32)
+        whole[:, self.read] = gw
+        net.values.of(head.weight, grad)[:] += whole.reshape(-1)[net.values.kept[head.weight]]
+        if head.bias is not None:
+            net.values.of(head.bias, grad)[:] += gb
+        place = head.src[0]
+        g = through(torch.from_numpy(gh).T, torch.from_numpy(p.x[place][self.read]), net.slope[place])
+        p.gradient(place)[self.read] = g.numpy()
+        net.backward(p, grad, -1)
+        if keep is None:
+            net.take_back(p)
+        else:
+            keep |= {"pass": p, head.weight: torch.from_numpy(whole)}
+
+
+class Outputs:
+    """One pass of images alone: outputs `z` (B, ...) and their gradients; `running`: with the running averages of BatchNorm, which stay."""
+
+    def __init__(self, net: "Rows", x: Tensor, running: bool = False, update: bool = True):
+        self.net, self.shape = net, x.shape
+        self.p = p = net.lend(len(x), 0)
+        p.running = running
+        net.forward(p, x)
+        if update and not running:
+            net.update_statistics(p)
+        self.z = p.x[net.out].T.copy().reshape(len(x), *net.shapes[net.out])
+
+    def backward(self, gz: np.ndarray, grad: np.ndarray | None, keep: dict | None = None, of_input: bool = False) -> Tensor | None:
+        """Add the gradients of the values to `grad`, unless it is None, and return that of the images if it is wanted."""
+        net, p = self.net, self.p
+        g = through(torch.from_numpy(gz).reshape(len(gz), -1).T, p.tensor(net.out), net.slope[net.out])
+        torch.from_numpy(p.gradient(net.out)).copy_(g)
+        net.backward(p, grad, of_input=of_input)
+        gx = torch.from_numpy(p.gradient(0)).T.reshape(self.shape).clone() if of_input else None
+        net.take_back(p) if keep is None else keep.update({"pass": p})
+        return gx
+
+
 class _Certified(Function):
     """Flat values -> logits (n, K) and least margins (m, K), 0 at the label."""
 
     @staticmethod
     def forward(ctx, flat, net, x, lower, upper, y, keep):
-        p = net.lend(len(x), len(lower))
-        net.forward(p, x, lower, upper, -1)
-        net.update_statistics(p)
-        head = net.layers[-1]
-        h = np.ascontiguousarray(p.x[head.src[0]].T)
-        weight = np.zeros((net.shapes[head.dst][-1], head.shapes[0][-1]), np.float32)
-        weight.reshape(-1)[net.values.kept[head.weight]] = net.values.of(head.weight)
-        bias = net.values.of(head.bias) if head.bias else np.zeros(len(weight), np.float32)
-        ctx.given = net, p, h, weight, bias, y, keep
-        if with_numba():
-            z, lb = map(torch.from_numpy, merged_margins(h, weight, bias, y.numpy(), p.n))
-        else:
-            z, lb = margins_in_torch(*map(torch.from_numpy, (h, weight, bias)), y, p.n)
-        return z, lb
+        ctx.made, ctx.keep = Margins(net, x, y, lower, upper, every=keep is not None), keep
+        return torch.from_numpy(ctx.made.z), torch.from_numpy(ctx.made.lb)
 
     @staticmethod
     def backward(ctx, gz, gm):
-        net, p, h, weight, bias, y, keep = ctx.given
-        head, grad = net.layers[-1], np.zeros_like(net.values.flat)
-        if with_numba():
-            gh, gw, gb = merged_margins_backward(h, weight, y.numpy(), p.n, gz.contiguous().numpy(), gm.contiguous().numpy())
-        else:
-            leaves = [torch.from_numpy(a).requires_grad_() for a in (h, weight, bias)]
-            with torch.enable_grad():
-                found = margins_in_torch(*leaves, y, p.n)
-            gh, gw, gb = (a.numpy() for a in torch.autograd.grad(found, leaves, (gz, gm)))
-        net.values.of(head.weight, grad)[:] = gw.reshape(-1)[net.values.kept[head.weight]]
-        if head.bias is not None:
-            net.values.of(head.bias, grad)[:] = gb
-        place = head.src[0]
-        torch.from_numpy(p.gradient(place)).copy_(through(torch.from_numpy(gh).T, p.tensor(place), net.slope[place]))
-        net.backward(p, grad, -1)
-        if keep is None:
-            net.take_back(p)
-        else:
-            keep |= {"pass": p, head.weight: torch.from_numpy(gw)}
+        grad = np.zeros_like(ctx.made.net.values.flat)
+        ctx.made.backward(gz.contiguous().numpy(), gm.contiguous().numpy(), grad, ctx.keep)
         return torch.from_numpy(grad), None, None, None, None, None, None
 
 
@@ -807,23 +898,15 @@ class _Logits(Function):
     """Flat values and images -> outputs (B, ...)."""
 
     @staticmethod
-    def forward(ctx, flat, net, x, keep):
-        p = net.lend(len(x), 0)
-        net.forward(p, x)
-        net.update_statistics(p)
-        ctx.given = net, p, x.shape, keep
-        return torch.from_numpy(p.x[net.out].T.copy()).view(len(x), *net.shapes[net.out])
+    def forward(ctx, flat, net, x, keep, running):
+        ctx.made, ctx.keep = Outputs(net, x, running), keep
+        return torch.from_numpy(ctx.made.z)
 
     @staticmethod
     def backward(ctx, g):
-        net, p, shape, keep = ctx.given
-        grad = np.zeros_like(net.values.flat)
-        g = through(g.reshape(len(g), -1).T, p.tensor(net.out), net.slope[net.out])
-        torch.from_numpy(p.gradient(net.out)).copy_(g)
-        net.backward(p, grad, of_input=ctx.needs_input_grad[2])
-        gx = torch.from_numpy(p.gradient(0)).T.reshape(shape).clone() if ctx.needs_input_grad[2] else None
-        net.take_back(p) if keep is None else keep.update({"pass": p})
-        return torch.from_numpy(grad), None, gx, None
+        grad = np.zeros_like(ctx.made.net.values.flat) if ctx.needs_input_grad[0] else None
+        gx = ctx.made.backward(g.contiguous().numpy(), grad, ctx.keep, ctx.needs_input_grad[2])
+        return None if grad is None else torch.from_numpy(grad), None, gx, None, None
 
 # %% ../../nbs/learn/30_rows.ipynb #6cac39fe
 def certified(net: Rows, flat: Tensor, x: Tensor, lower: Tensor, upper: Tensor, y: Tensor, keep: dict | None = None) -> tuple[Tensor, Tensor]:
@@ -834,9 +917,9 @@ def certified(net: Rows, flat: Tensor, x: Tensor, lower: Tensor, upper: Tensor, 
     return _Certified.apply(flat, net, x, lower, upper, y, keep)
 
 
-def logits(net: Rows, flat: Tensor, x: Tensor, keep: dict | None = None) -> Tensor:
-    """Outputs for the images `x`, differentiable in `flat` and `x`."""
-    return _Logits.apply(flat, net, x, keep)
+def logits(net: Rows, flat: Tensor, x: Tensor, keep: dict | None = None, running: bool = False) -> Tensor:
+    """Outputs for the images `x`, differentiable in `flat` and `x`; `running`: with the running averages of BatchNorm."""
+    return _Logits.apply(flat, net, x, keep, running)
 
 
 def dense_gradients(net: Rows, kept: dict) -> dict[str, Tensor]:

@@ -331,7 +331,7 @@ class BagCoefficients(Coefficients):
                 z[rows, :B], z[rows, B:] = np.where(open_, found[:, 0], low), np.where(open_, -found[:, 1], up)
 
     def combine(self, lines, C, stop=0):
-        (S, K, B), top = C.shape, len(self.net.slope) - 1
+        K, top = C.shape[1], len(self.net.slope) - 1
         if (top, stop, K) not in self._plans:
             self._plans[top, stop, K] = [(np.arange(K), _Plan(self.net, top, stop, np.zeros(K, int), self.net.first[top] + np.arange(K)))]
         ((_, plan),) = self._plans[top, stop, K]

@@ -17,16 +17,17 @@ from torch.autograd import Function
 
 from ..errors import unknown
 from .rows import Unsupported
-from ..robust.boxes import Interval
 from ..robust.bounds import METHODS
+from ..robust.boxes import Interval
 from ..robust.crown import CrownPass, crown_pass
 from ..robust.layers import Add, Concat, Layer, Linear, Reshape, Scale
 from ..robust.modes import eval_mode
 from ..robust.replay import rounding
 from ..robust.windows import AvgPool, Conv
-from ..sparse.coefficients import Lines, Neurons, coefficients_kind
+from ..sparse.coefficients import Lines, coefficients_kind
 from ..sparse.entries import Entries, convolution, in_reading_order, linear
-from ..sparse.products import columns_to_rows, compiled, product_kind, with_numba
+from ..sparse.neurons import Neurons, signals_kind
+from ..sparse.products import columns_to_rows, product_kind
 
 # %% ../../nbs/learn/32_unrolled.ipynb #3f45e3fe
 @dataclass(frozen=True)
@@ -204,30 +205,19 @@ class _Rows(Entries):
     def channels(self) -> np.ndarray:
         return np.arange(math.prod(self.out_shape))
 
+# %% ../../nbs/learn/32_unrolled.ipynb #23188959
+class _Boxes:
+    """What carries boxes through an unrolled network: the rows that the output depends on, or `every` row."""
 
-@compiled
-def _through(g, y, rows, slope):
-    """The gradient g before an activation with output y, in place."""
-    for r in rows:
-        for b in range(g.shape[1]):
-            g[r, b] *= g.dtype.type(1) if y[r, b] > 0 else slope
-
-# %% ../../nbs/learn/32_unrolled.ipynb #d1523024
-class _Work:
-    """The products of an unrolled network in which the rows that the output depends on are computed, or `every` row."""
-
-    def __init__(self, places: _Places, net: Neurons, every: bool):
-        self.products, self.values, N = [], [], len(net.bias)
-        self.live = np.full(N, every)
-        self.live[net.first[places.out] :] = True
-        for place in range(len(places.shapes) - 1, 0, -1):
-            rows = self.live[net.first[place] : net.first[place + 1]]
+    def __init__(self, places: _Places, net: Neurons, live: np.ndarray):
+        self.products, self.values = [None], [None]
+        for place in range(1, len(places.shapes)):
             entries, values = self._joined(places, net, place)
-            self.products.insert(0, product_kind()(entries, rows))
-            self.values.insert(0, values)
-            self.live |= self.products[0].reads
-        self.pixels = in_reading_order(self.live[: net.first[1]], places.shapes[0])
-        self.coefficients = coefficients_kind()(net, self.live)
+            self.products.append(product_kind()(entries, live[net.first[place] : net.first[place + 1]]))
+            self.values.append(values)
+        self.pixels = in_reading_order(live[: net.first[1]], places.shapes[0])
+        self.coefficients = coefficients_kind()(net, live)
+        self._before: dict[int, list[np.ndarray]] = {}
 
     @staticmethod
     def _joined(places: _Places, net: Neurons, place: int) -> tuple[_Rows, np.ndarray]:
@@ -238,18 +228,12 @@ class _Work:
         weight = np.concatenate([part.weight + start for part, start in zip(parts, starts, strict=False)]).astype(np.int32)
         return _Rows(row, col, weight, places.shapes[place], (len(net.bias),), int(starts[-1])), np.concatenate([part.values for part in parts])
 
-
-class _Back:
-    """The products that lead gradients back: one for each place, of all that read it."""
-
-    def __init__(self, places: _Places, net: Neurons, live: np.ndarray):
-        row, self.steps = np.repeat(np.arange(len(net.bias), dtype=np.int32), np.diff(net.ptr)), []
-        kept = np.flatnonzero(live[row])
-        of = net.place[net.source[kept]]
-        for place in range(places.out - 1, -1, -1):
-            at, start = kept[of == place], net.first[place]
-            entries = _Rows(net.source[at] - start, row[at], np.arange(len(at), dtype=np.int32), places.shapes[place], (len(net.bias),), len(at))
-            self.steps.append((place, product_kind()(entries, live[start : net.first[place + 1]]), net.value[at]))
+    def before(self, net: Neurons, B: int) -> list[np.ndarray]:
+        """Room for the boxes before the activation of every place, until it is asked for again; empty where there is none."""
+        if B not in self._before:
+            sizes = np.where(net.slope < 1, np.diff(net.first), 0)
+            self._before = {B: [np.zeros((size, 2 * B), np.float32) for size in sizes]}
+        return self._before[B]
 
 # %% ../../nbs/learn/32_unrolled.ipynb #22f9e0b7
 ROOM = 2**26  # numbers that one batch may hold, about
@@ -259,9 +243,9 @@ IMAGES = 128  # of one batch, at most
 class Unrolled(nn.Module):
     """The network that `model` is now in eval mode, on its nonzeros: outputs, gradients of the input, and bounds.
 
-    `x` (B, ...): example images, on which both are compared. Called on images, it gives what the model gives, and autograd reaches the images; `bounds` is an engine
-    for `robust.bounds` and `robust.verify`. It keeps the weights that it was made of. Raises Unsupported where that cannot be, or where the share of
-    products of weights and activations that exist is above `most`, and Unreadable or UnsupportedLayer for a model without bounds.
+    `x` (B, ...): example images, on which both are compared. Called on images, it gives what the model gives, and autograd reaches the images. It is
+    an engine for `robust.bounds` and `robust.verify`. It keeps the weights that it was made of. Raises Unsupported where that cannot be, or where
+    more than the share `most` of the products of a weight and an activation exist, and Unreadable or UnsupportedLayer for a model without bounds.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, most: float = 1.0):
@@ -274,8 +258,9 @@ class Unrolled(nn.Module):
             if places.kept > most * places.dense:
                 raise Unsupported(f"{places.kept / places.dense:.0%} of its products exist, more than {most:.0%}")
             self.places, self.net = places, places.neurons()
-            self._work: dict[bool, _Work] = {}
-            self._back: _Back | None = None
+            self._signals = signals_kind()(self.net, live := self.net.read(), places.shapes)
+            self._live = {False: live, True: np.ones_like(live)}
+            self._boxes: dict[bool, _Boxes] = {}
             self._free: dict[tuple[int, bool], list[np.ndarray]] = {}
             y, z = model(x.clone()), self(x)
             if z.shape != y.shape or bool(((y - z).abs().flatten(1) > rounding(y)).any()):
@@ -287,11 +272,10 @@ class Unrolled(nn.Module):
         """Products of a weight and an activation that one image costs."""
         return len(self.net.value)
 
-    def work(self, every: bool = False) -> _Work:
-        """The products, made when they are first needed."""
-        if every not in self._work:
-            self._work[every] = _Work(self.places, self.net, every)
-        return self._work[every]
+    def _carrying(self, every: bool) -> _Boxes:
+        if every not in self._boxes:
+            self._boxes[every] = _Boxes(self.places, self.net, self._live[every])
+        return self._boxes[every]
 
     def batch(self, arrays: int) -> int:
         """How many images to carry at a time when there are so many arrays of neurons and images."""
@@ -324,50 +308,33 @@ class Unrolled(nn.Module):
 
     def _run(self, x: Tensor) -> tuple[Tensor, np.ndarray]:
         """Outputs, and all neurons after their activations."""
-        work, net, values = self.work(), self.net, self._lend(len(x))
-        columns_to_rows(self._check(x), work.pixels, values[: net.first[1]], 0)
-        for place, (product, weights) in enumerate(zip(work.products, work.values, strict=True), 1):
-            rows = slice(net.first[place], net.first[place + 1])
-            product.forward(values, weights, net.bias[rows], values[rows], len(x), self.places.slopes[place])
-        return torch.from_numpy(values[net.first[-2] :].T.copy()).view(len(x), *self.places.shapes[-1]), values
+        values = self._lend(len(x))
+        self._signals.forward(self._check(x), values)
+        return torch.from_numpy(values[self.net.first[-2] :].T.copy()).view(len(x), *self.places.shapes[-1]), values
 
     def _pull(self, g: Tensor, values: np.ndarray) -> Tensor:
         """The gradient of the images from that of the outputs."""
-        if self._back is None:
-            self._back = _Back(self.places, self.net, self.work().live)
-        net, live, out = self.net, self.work().live, self._lend(len(g), True)
-        out[net.first[-2] :] = g.reshape(len(g), -1).T.numpy()
-        self._through(out, values, self.places.out, live)
-        for place, product, weights in self._back.steps:
-            product.forward(out, weights, weights[:0], out[net.first[place] : net.first[place + 1]], len(g))
-            self._through(out, values, place, live)
-        found = torch.from_numpy(out[: net.first[1]].T.copy()).view(len(g), *self.places.shapes[0])
+        out = self._lend(len(g), True)
+        out[self.net.first[-2] :] = g.reshape(len(g), -1).T.numpy()
+        self._signals.backward(values, out)
+        found = torch.from_numpy(out[: self.net.first[1]].T.copy()).view(len(g), *self.places.shapes[0])
         self._take_back(out, True)
         return found
 
-    def _through(self, g: np.ndarray, values: np.ndarray, place: int, live: np.ndarray) -> None:
-        slope, (a, b) = self.places.slopes[place], self.net.first[place : place + 2]
-        if slope == 1:
-            return
-        if with_numba():
-            _through(g, values, a + np.flatnonzero(live[a:b]), np.float32(slope))
-        else:
-            g[a:b] *= np.where(values[a:b] > 0, np.float32(1), np.float32(slope))
-
     def boxes(self, lower: Tensor, upper: Tensor, crown: bool = False, every: bool = False,
               watch: Callable[[int, np.ndarray], None] | None = None) -> Lines:
-        """What is known of every neuron on boxes [lower, upper], by IBP, or with the open neurons bounded by `crown`.
+        """What is known of every neuron on boxes [lower, upper], by IBP, or with the open neurons bounded by `crown`, until it is asked again.
 
         `watch` is called with each place that has an activation and its boxes before it, (neurons, 2 B); they are those of all neurons with `every`.
         """
-        work, net, B = self.work(every), self.net, len(lower)
-        lines = work.coefficients.lines(B)
+        work, net, B = self._carrying(every), self.net, len(lower)
+        lines, before = work.coefficients.lines(B), work.before(net, B)
         for end, start in ((lower, 0), (upper, B)):
             columns_to_rows(self._check(end), work.pixels, lines.boxes[: net.first[1]], start)
-        for place, (product, weights) in enumerate(zip(work.products, work.values, strict=True), 1):
+        for place in range(1, len(net.slope)):
             rows, active = slice(net.first[place], net.first[place + 1]), net.slope[place] < 1
-            z = np.zeros((rows.stop - rows.start, 2 * B), np.float32) if active else lines.boxes[rows]
-            product.forward(lines.boxes, weights, net.bias[rows], z, 0)
+            z = before[place] if active else lines.boxes[rows]
+            work.products[place].forward(lines.boxes, work.values[place], net.bias[rows], z, 0)
             if active:
                 if crown and place in self.places.refined:
                     work.coefficients.refine(lines, place, z)
@@ -381,10 +348,10 @@ class Unrolled(nn.Module):
         K, B, last = math.prod(self.places.shapes[-1]), len(lines.finite), self.places.out
         C = torch.eye(K).expand(B, K, K) if C is None else C
         if C.dim() != 3 or C.shape[0] not in (1, B) or C.shape[2] != K:
-            raise ValueError(f"C has shape {tuple(C.shape)}, and there are {B} boxes and {K} outputs: C is (B, S, K), as of margin_matrix(labels, K).")
+            raise ValueError(f"C has shape {tuple(C.shape)}, and there are {B} boxes and {K} outputs: margin_matrix(labels, K) makes one, (B, S, K).")
         C = np.ascontiguousarray(C.detach().float().expand(B, *C.shape[1:]).permute(1, 2, 0).numpy())
         stop = 0 if method != "ibp" else last if self.net.slope[last] < 1 else last - 1
-        found = [torch.from_numpy(end.T.copy()) for end in self.work(every).coefficients.combine(lines, C, stop)]
+        found = [torch.from_numpy(end.T.copy()) for end in self._carrying(every).coefficients.combine(lines, C, stop)]
         known = found[0].isfinite() & found[1].isfinite() & torch.from_numpy(lines.finite).unsqueeze(1)
         return found[0].masked_fill(~known, -math.inf), found[1].masked_fill(~known, math.inf)
 

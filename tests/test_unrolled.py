@@ -13,7 +13,7 @@ from sparselab.learn import build
 from sparselab.learn.rows import Unsupported
 from sparselab.learn.unrolled import Unrolled
 from sparselab.program import Unreadable
-from sparselab.robust import METHODS, bounds, eval_mode, input_box, margin_matrix
+from sparselab.robust import METHODS, Contradiction, bounds, eval_mode, input_box, margin_matrix, survivors, verify
 from sparselab.sparse import sparsify
 from sparselab.sparse.products import with_numba, without_numba
 
@@ -196,3 +196,34 @@ def test_batches_of_any_size_give_the_same_bits():
     box = input_box(x, 0.05)
     one, other = (net.bounds(*box, "crown") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@numba_or_not
+def test_verify_proves_the_same_by_an_unrolled_network(numba):
+    model, x = sparse_model("cnn4", 0.5, seed=3), torch.rand(60, 1, 8, 8)
+    y, eps = model(x).argmax(1), 0.05
+    with machine(numba):
+        net = Unrolled(model, x[:2])
+        ours, left = verify(model, x, y, eps, engine=net), survivors(net, x, y, eps)
+    theirs = verify(model, x, y, eps)
+    assert 0 < int(theirs.verified.sum()) < 60 and ours.proved_by == theirs.proved_by
+    assert torch.allclose(ours.margins, theirs.margins, atol=1e-5)
+    assert torch.equal(left, survivors(model, x, y, eps))
+
+
+def test_a_network_that_was_unrolled_before_its_weights_changed_proves_nothing():
+    model, x = sparse_model("mlp"), torch.rand(5, 1, 8, 8)
+    net, y = Unrolled(model, x[:2]), model(x).argmax(1)
+    with torch.no_grad():
+        next(m for m in model.modules() if isinstance(m, nn.Linear)).weight.mul_(1.5)
+    for ask in (lambda: bounds(model, *input_box(x, 0.01), engine=net), lambda: verify(model, x, y, 0.01, engine=net)):
+        with pytest.raises(Contradiction):
+            ask()
+    norm = sparse_model("resnet5_bn")
+    x = torch.rand(3, 3, 8, 8)
+    net = Unrolled(norm, x)
+    with pytest.raises(ValueError, match="model.eval"):
+        bounds(norm.train(), *input_box(x, 0.01), engine=net)
+    for nothing in (None, 3, "unrolled", torch.zeros(2)):
+        with pytest.raises(ValueError, match="no bound engine"):
+            bounds(norm.eval(), *input_box(x, 0.01), engine=nothing)

@@ -2,6 +2,7 @@
 import copy
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ import torch.nn.functional as F
 from fuzzing import build as random_network
 from torch import nn
 
-from sparselab.learn import build
+from sparselab.learn import Config, build, evaluate
+from sparselab.learn.assembly import make_learner
+from sparselab.learn.callbacks import Look, Progress
 from sparselab.learn.rows import Unsupported
+from sparselab.learn.training import sample_margins, summarise
 from sparselab.learn.unrolled import Unrolled
 from sparselab.program import Unreadable
 from sparselab.robust import METHODS, Contradiction, bounds, eval_mode, input_box, margin_matrix, survivors, verify
@@ -227,3 +231,39 @@ def test_a_network_that_was_unrolled_before_its_weights_changed_proves_nothing()
     for nothing in (None, 3, "unrolled", torch.zeros(2)):
         with pytest.raises(ValueError, match="no bound engine"):
             bounds(norm.eval(), *input_box(x, 0.01), engine=nothing)
+
+
+@numba_or_not
+def test_what_a_run_evaluates_is_equal_on_the_nonzeros(numba, capsys):
+    """Look, margins over radii and the final evaluation of one trained network, by both kernels."""
+    config = Config(dataset="digits", model="cnn4", epochs=2, batch_size=64, eps=0.05, train_samples=320, sparsity=0.9, method="rigl")
+    learner = make_learner(config, callbacks=[Look(0.05, kernels="sparse"), Progress()])
+    found = {}
+    with machine(numba):
+        learner.on_nonzeros.kernels = "sparse"
+        learner.fit()
+        for kernels in ("dense", "sparse"):
+            learner.row, look, chosen = dict(learner.row), Look(config.eps, kernels=kernels), replace(config, kernels=kernels)
+            look.after_epoch(learner)
+            margins, summary = sample_margins(learner, chosen), summarise(learner, chosen)
+            found[kernels] = learner.row, look, margins, summary
+    assert "evaluation is dense" not in capsys.readouterr().out
+    (row, look, margins, summary), (other_row, other_look, other_margins, other_summary) = found["dense"], found["sparse"]
+    assert row == other_row and summary["accuracy"] == other_summary["accuracy"] and summary["verified_by"] == other_summary["verified_by"]
+    assert list(look.stability["layers"]) == list(other_look.stability["layers"])
+    for layer, shares in look.stability["layers"].items():
+        assert shares == pytest.approx(other_look.stability["layers"][layer], abs=1e-3)
+    same = (margins.attacks == other_margins.attacks).reshape(len(margins.attacks), -1).all(1)
+    assert margins.lb.keys() == other_margins.lb.keys() and same.mean() > 0.9  # where rounding decides a sign, an attack goes another way
+    for method, lb in margins.lb.items():
+        assert torch.allclose(torch.from_numpy(lb), torch.from_numpy(other_margins.lb[method]), atol=1e-4), method
+
+
+def test_a_model_that_cannot_be_unrolled_is_evaluated_densely_and_a_sentence_says_so(capsys):
+    config = Config(dataset="digits", model="mlp", epochs=1, eps=0.05, train_samples=320, sparsity=0.5, kernels="auto")
+    learner = make_learner(config, callbacks=[Look(0.05, kernels="auto"), Progress()])
+    learner.fit()
+    assert "evaluation is dense: the model is not unrolled: 50% of its products exist, more than" in capsys.readouterr().out
+    for bad in ({"kernels": "fast"}, {"kernels": "Sparse"}):
+        with pytest.raises(ValueError, match="kernels"):
+            evaluate(learner.model, learner.data.test, 0.05, **bad)

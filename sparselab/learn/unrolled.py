@@ -307,26 +307,31 @@ class Unrolled(nn.Module):
             self._boxes[every] = _Boxes(self.places, self.net, self._live[every])
         return self._boxes[every]
 
-    def batch(self, arrays: int) -> int:
-        """How many images to carry at a time when there are so many arrays of neurons and images."""
-        return max(1, min(IMAGES, ROOM // (arrays * len(self.net.bias))))
+    def batches(self, images: int, arrays: int) -> tuple[Tensor, ...]:
+        """Which images to carry at a time, as even as can be, when there are so many arrays of neurons and images."""
+        most = max(1, min(IMAGES, ROOM // (arrays * len(self.net.bias))))
+        return torch.arange(images).tensor_split(max(1, -(-images // most)))
 
     def _check(self, x: Tensor) -> np.ndarray:
         """The images (B, pixels)."""
-        if tuple(x.shape[1:]) != self.places.shapes[0] or x.dtype != torch.float32 or x.device.type != "cpu":
+        if x.shape[1:] != self.places.shapes[0] or x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"The images are {x.dtype} of shape {tuple(x.shape)} on {x.device.type}, but the network was unrolled for "
                              f"float32 of shape (B, {', '.join(map(str, self.places.shapes[0]))}) on the CPU: unroll it for these.")
-        return np.ascontiguousarray(x.detach().reshape(len(x), -1).numpy())
+        return np.ascontiguousarray(x.detach().flatten(1).numpy())
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs (B, ...)."""
-        self._check(x)
         if x.requires_grad and torch.is_grad_enabled():
+            self._check(x)
             return _Outputs.apply(x, self)
-        outputs = [self._run(part) for part in x.split(self.batch(1))]
-        for _, values in outputs:
-            self._take_back(values)
-        return torch.cat([y for y, _ in outputs])
+        if len(x) == 1:
+            return self._forgotten(x)
+        return torch.cat([self._forgotten(x[rows]) for rows in self.batches(len(x), 1)])
+
+    def _forgotten(self, x: Tensor) -> Tensor:
+        y, values = self._run(x)
+        self._take_back(values)
+        return y
 
     def _lend(self, B: int, gradient: bool = False) -> np.ndarray:
         """A matrix (neurons, B) for values or a gradient, zero where nobody writes, used before or new; `_take_back` when it is done."""
@@ -340,7 +345,7 @@ class Unrolled(nn.Module):
         """Outputs, and all neurons after their activations."""
         values = self._lend(len(x))
         self._signals.forward(self._check(x), values)
-        return torch.from_numpy(values[self.net.first[-2] :].T.copy()).view(len(x), *self.places.shapes[-1]), values
+        return torch.from_numpy(values[self.net.first[-2] :].T.copy()).view(-1, *self.places.shapes[-1]), values
 
     def _pull(self, g: Tensor, values: np.ndarray) -> Tensor:
         """The gradient of the images from that of the outputs."""
@@ -390,7 +395,7 @@ class Unrolled(nn.Module):
         if method not in METHODS:
             raise unknown("bound method", method, METHODS)
         found = [self.combine(self.boxes(low, up, method == "crown"), method, c)
-                 for low, up, c in _split(self.batch(6), lower, upper, C)]
+                 for low, up, c in _split(self.batches(len(lower), 6), lower, upper, C)]
         lb, ub = (torch.cat(ends) for ends in zip(*found, strict=True))
         return (lb, ub) if C is not None else (lb.view(-1, *self.places.shapes[-1]), ub.view(-1, *self.places.shapes[-1]))
 
@@ -398,7 +403,7 @@ class Unrolled(nn.Module):
         """Logits (B, K), and lower bounds of the margins of `y` by IBP, (B, K - 1); `neurons` is told the bounds before every ReLU."""
         logits, found, names = self(x), [], self.places.names
         C, (lower, upper) = margin_matrix(y, logits.shape[1], logits.dtype), input_box(x, eps)
-        for rows in torch.arange(len(x)).split(self.batch(6)):
+        for rows in self.batches(len(x), 6):
             seen: dict[int, tuple[LayerStability, Tensor]] = {}
 
             def watch(place: int, z: np.ndarray, seen: dict = seen) -> None:
@@ -411,10 +416,10 @@ class Unrolled(nn.Module):
         return logits, torch.cat(found)
 
 
-def _split(rows: int, lower: Tensor, upper: Tensor, C: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def _split(parts: tuple[Tensor, ...], lower: Tensor, upper: Tensor, C: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     shared = C is None or C.shape[0] == 1 < len(lower)
-    for at in torch.arange(len(lower)).split(rows):
-        yield lower[at], upper[at], C if shared else C[at]
+    for rows in parts:
+        yield lower[rows], upper[rows], C if shared else C[rows]
 
 
 class _Outputs(Function):
@@ -422,7 +427,7 @@ class _Outputs(Function):
 
     @staticmethod
     def forward(ctx, x, net):
-        found = [net._run(part) for part in x.split(net.batch(2))]
+        found = [net._run(x[rows]) for rows in net.batches(len(x), 2)]
         ctx.net, ctx.values = net, [values for _, values in found]
         return torch.cat([y for y, _ in found])
 

@@ -88,38 +88,38 @@ def _gathered(to, start, x, ptr, end, source, value):
 
 
 @compiled
-def _signals(net, rows, x):
-    """Compute the neurons `rows`, in this order, into x (neurons, B), whose inputs are there."""
+def _signals(first, place, slope, ptr, source, value, bias, rows, x):
+    """Compute the neurons `rows`, in this order, into x (neurons, B), whose inputs are there; see `Neurons`."""
     if x.shape[1] == 1:
         y = x.reshape(-1)
         for g in rows:
-            t, slope = net.bias[g], net.slope[net.place[g]]
-            for i in range(net.ptr[g], net.ptr[g + 1]):
-                t += net.value[i] * y[net.source[i]]
-            y[g] = t if t > 0 else slope * t
+            t = bias[g]
+            for i in range(ptr[g], ptr[g + 1]):
+                t += value[i] * y[source[i]]
+            y[g] = t if t > 0 else slope[place[g]] * t
         return
     for g in rows:
-        y, slope = x[g], net.slope[net.place[g]]
-        _gathered(y, net.bias[g], x, net.ptr[g], net.ptr[g + 1], net.source, net.value)
-        if slope < 1:
+        y, s = x[g], slope[place[g]]
+        _gathered(y, bias[g], x, ptr[g], ptr[g + 1], source, value)
+        if s < 1:
             for b in range(len(y)):
-                y[b] = max(y[b], slope * y[b])
+                y[b] = max(y[b], s * y[b])
 
 
 @compiled
-def _slopes(net, rows, ptr, reader, value, x, g):
+def _slopes(place, slope, rows, ptr, reader, value, x, g):
     """Compute the gradients of the neurons `rows`, in this order, into g (neurons, B), where those of their readers are before the activation."""
     zero, one = x.dtype.type(0), x.dtype.type(1)
     for n in rows:
-        to, y, slope = g[n], x[n], net.slope[net.place[n]]
+        to, y, s = g[n], x[n], slope[place[n]]
         if ptr[n] < ptr[n + 1]:  # else somebody has written the gradient of an output
             _gathered(to, zero, g, ptr[n], ptr[n + 1], reader, value)
-        if slope == 0:
+        if s == 0:
             for b in range(len(to)):
                 to[b] = to[b] if y[b] > 0 else zero
-        elif slope < 1:
+        elif s < 1:
             for b in range(len(to)):
-                to[b] *= one if y[b] > 0 else slope
+                to[b] *= one if y[b] > 0 else s
 
 # %% ../../nbs/sparse/30_neurons.ipynb #8966e7b3
 class Signals:
@@ -136,8 +136,11 @@ class Signals:
 
     def forward(self, x: np.ndarray, values: np.ndarray) -> None:
         """Write the inputs x (B, inputs) and all live neurons into `values` (neurons, B)."""
-        columns_to_rows(x, self.rows[0], values[: self.net.first[1]], 0)
-        _signals(self.net, self._forth, values)
+        if len(x) == 1:
+            values[: x.shape[1], 0] = x[0]
+        else:
+            columns_to_rows(x, self.rows[0], values[: x.shape[1]], 0)
+        _signals(*self.net, self._forth, values)  # one by one: numba takes longer to see what a tuple has
 
     def back(self) -> tuple[np.ndarray, ...]:
         """The live neurons from the last to the first, and which live ones read each."""
@@ -156,7 +159,7 @@ class Signals:
         `values` are those of `forward`.
         """
         rows, *way = self.back()
-        _slopes(self.net, rows, *way, values, g)
+        _slopes(self.net.place, self.net.slope, rows, *way, values, g)
 
 # %% ../../nbs/sparse/30_neurons.ipynb #79a06e4e
 class BagSignals(Signals):

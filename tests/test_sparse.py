@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from sparselab.learn.flops import FlopCount, layer_flops
+from sparselab.learn.costs import FlopCount, layer_flops
 from sparselab.sparse.distributions import DISTRIBUTIONS, budget, layer_budgets, share_out
 from sparselab.sparse.drop_grow import drop_and_grow
 from sparselab.sparse.fan_in import fan_in

@@ -105,8 +105,8 @@ class Looks:
         self.folder, self.what = folder, what
         self.steps = sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.safetensors"))
         if not self.steps:
-            raise Unavailable(f"{folder.parent} has no recorded {what}: they are written at the end of every epoch, by "
-                              "runs of this version; train the run again to have them.")
+            raise Unavailable(f"{folder.parent} has no recorded {what}: they are written at the end of every "
+                              "epoch; train the run again to have them.")
 
     def read(self, step: int, names: Iterable[str] | None = None) -> tuple[dict[str, np.ndarray], dict]:
         """(arrays, description) of the look at `step`."""

@@ -6,6 +6,7 @@
 __all__ = ['Procedure', 'first_weights', 'all_ones', 'nnz_of', 'sparsity_of']
 
 # %% ../../nbs/learn/14e_rounds.ipynb #922024ea
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -29,7 +30,7 @@ from ..sparse.sparsify import method_options
 
 # %% ../../nbs/learn/14e_rounds.ipynb #52ca81e3
 @dataclass(kw_only=True)
-class Procedure:
+class Procedure(ABC):
     """A method of several trainings of `config` in `folder`; a subclass says with `last` what its rounds are.
 
     Fields that a subclass adds are options. Those of the method `inner`, if it names one that it trains with, are accepted as well: `rest`.
@@ -83,11 +84,11 @@ class Procedure:
         self.rounds.append(train_in(self.folder / "rounds" / name, config, [*callbacks, *self.callbacks], start, self.data))
         return self.rounds[-1]
 
+    @abstractmethod
     def last(self) -> tuple[Config, Start]:
         """Train all rounds but the last; the configuration of the last one, and what it begins with."""
-        raise NotImplementedError(f"{type(self).__name__} does not define the method last().")
 
-    def also(self, learner: Learner, summary: dict) -> dict:
+    def account(self, learner: Learner, summary: dict) -> dict:
         """The summary of the last training made that of the whole: seconds and training FLOPs include the rounds."""
         flops = summary["flops"]["training"] + sum(run.summary["flops"]["training"] for run in self.rounds)
         seconds = summary["seconds"] + sum(run.summary["seconds"] for run in self.rounds)
@@ -97,7 +98,7 @@ class Procedure:
         """All rounds, and the last in the run folder, which is locked."""
         begin(self.folder, self.config)
         config, start = self.last()
-        return complete(self.folder, self.config, make_learner(config, (), start, self.data), self.callbacks, self.also)
+        return complete(self.folder, self.config, make_learner(config, (), start, self.data), self.callbacks, self.account)
 
 # %% ../../nbs/learn/14e_rounds.ipynb #cac14944
 def first_weights(procedure: Procedure) -> dict[str, Tensor]:

@@ -154,7 +154,7 @@ class Run(Shown, Source):
         """Proved margins of some test samples over eps. Raises Unavailable when there are none."""
         if not (self.path / "margins.safetensors").exists():
             raise Unavailable(f"{self.path} has no margins.safetensors: margins are computed when training has ended, by "
-                              "runs of this version with eps above 0; learn.margins.margins_of computes them from any model.")
+                              "runs with eps above 0; learn.margins.margins_of computes them from any model.")
         return load_margins(self.path / "margins.safetensors")
 
     @property

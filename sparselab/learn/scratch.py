@@ -92,9 +92,9 @@ class DSTEnsemble(Procedure):
             self.round(f"member-{i}", replace(config, seed=(config.seed + 1000 * i) % 2**64))
         return config, Start()
 
-    def also(self, learner: Learner, summary: dict) -> dict:
+    def account(self, learner: Learner, summary: dict) -> dict:
         models = [new_model(self.config, self.data, 0) for _ in self.rounds]
         for model, run in zip(models, self.rounds, strict=True):
             model.load_state_dict(run.weights)
         test = learner.data.test.take(slice(self.config.test_samples or None))
-        return super().also(learner, summary) | {"ensemble": ensemble_summary([*models, learner.model], test)}
+        return super().account(learner, summary) | {"ensemble": ensemble_summary([*models, learner.model], test)}

@@ -19,12 +19,11 @@ from .assembly import Start, make_learner
 from .callbacks import Look, Record, StopWhenLost, collapse
 from .changes import Changes
 from .config import Config
-from .costs import cost
+from .costs import cost, silent_copy
 from .data import Data
 from .ensembles import ensemble_summary
 from .evaluation import evaluate
 from .files import locked, read_rows, write_sealed, write_tensors
-from .flops import silent_copy
 from .learner import Callback, Learner
 from .margins import Margins, margins_of, save_margins
 from .runs import Run
@@ -94,10 +93,10 @@ def begin(folder: Path, config: Config) -> None:
 
 
 def complete(folder: Path, config: Config, learner: Learner, callbacks: Sequence[Callback] = (),
-             also: Callable[[Learner, dict], dict] | None = None) -> Run:
+             account: Callable[[Learner, dict], dict] | None = None) -> Run:
     """Train `learner` in the locked `folder`, which is the run of `config`, to its end, evaluate it, and write what a run leaves.
 
-    `also` is given the learner and its summary, and returns what to write instead. A collapse is printed and written.
+    `account` turns the learner and its summary into the summary that is written; by default nothing changes. A collapse is printed and written.
     Raises TrainingStopped when training has failed, and what `begin` raises.
     """
     begin(folder, config)
@@ -112,7 +111,7 @@ def complete(folder: Path, config: Config, learner: Learner, callbacks: Sequence
         if problem := collapse(read_rows(folder / "metrics.jsonl")):
             summary["collapse"] = problem
             print(problem)
-        write_sealed(folder / "summary.json", also(learner, summary) if also else summary)
+        write_sealed(folder / "summary.json", account(learner, summary) if account else summary)
     return Run(folder)
 
 

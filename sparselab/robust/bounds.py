@@ -22,9 +22,9 @@ from .replay import check_alone, check_bounds, check_point, check_reading, probe
 from .rules import FAMILY, ONLY_LIRPA, RULES, SILENT, Statistics, training_norms
 
 # %% ../../nbs/robust/12_bounds.ipynb #27bf0981
-_all_ = ["input_box", "margin_matrix"]
+_all_ = ["input_box", "margin_matrix"]  # a user of bounds needs them: exported from this module too
 
-# %% ../../nbs/robust/12_bounds.ipynb #f37967dc
+# %% ../../nbs/robust/12_bounds.ipynb #ec4e6379
 METHODS = ("ibp", "crown_ibp", "crown")
 ENGINES = ("native", "auto_lirpa")
 
@@ -55,12 +55,12 @@ def check_arguments(model: nn.Module, lower: Tensor, upper: Tensor, C: Tensor | 
         raise ValueError(f"program is a {type(program).__name__}, but a reading is needed: sparselab.program.read(model, x) makes one.")
     if C is not None:
         check_dense("C", C)
-    if program is None:  # else it is a loop, in which every pass checks its box, and the one who calls vouches for C
+    if program is None:  # with a program the caller loops: each pass checks its box, and C is the caller's business
         check_box(lower, upper)
         if C is not None and (C.is_complex() or not bool(C.isfinite().all())):
             raise ValueError("C holds complex, NaN or infinite values: its rows are finite combinations of outputs, as of margin_matrix(labels, K).")
 
-
+# %% ../../nbs/robust/12_bounds.ipynb #f37967dc
 def bounds(
     model: nn.Module,
     lower: Tensor,  # (B, ...): lower ends of the boxes, in the units of the model's input
@@ -69,12 +69,13 @@ def bounds(
     C: Tensor | None = None,  # (B, S, K): bound C z instead of z; margin_matrix(labels, K) for margins
     engine: str | Engine = "native",  # or "auto_lirpa", or an engine that was made for this model
     statistics: Statistics | None = None,  # from recorded_statistics, for BatchNorm in train mode
-    program: Program | None = None,  # read(model, x) of such a batch: nothing is read or asked again
+    program: Program | None = None,  # read(model, x): then the model is neither read nor asked again
 ) -> tuple[Tensor, Tensor]:  # lb, ub: (B, K), or (B, S) with C
     """Lower and upper bounds of the model's output, or of C times it, on the boxes; differentiable, also twice, by the engines with a name.
 
-    The model is read anew by every call, and the real model is asked at three points of every box. A loop that bounds one
-    model many times may read it once and pass `program`; it then vouches that nothing but weights and buffers changes.
+    The model is read anew by every call, and the real model is asked at three points of every box; with a BatchNorm in
+    train mode it is not asked, for there every batch is another network. A loop that bounds one model many times may read
+    it once and pass `program`; it then vouches that nothing but weights and buffers changes.
     Raises Unreadable for a model that cannot be read, UnsupportedLayer for an operation without bounds in the native
     engine, Contradiction where the model and its bounds disagree, ImportError when auto_LiRPA is asked for and missing,
     and ValueError for unknown names, bad boxes, a C that does not fit, or a layer in train mode that has no bound there.
@@ -96,7 +97,7 @@ def bounds(
     else:
         pass_ = interval_pass(model, lower, upper, statistics, known)
         lb, ub = pass_.output(C) if method == "ibp" else crown_ibp(pass_, C)
-    if program is None and not training_norms(known):  # in train mode every batch is another network
+    if program is None and not training_norms(known):
         if engine != "native":  # it reads the model in a way of its own
             centre = middle(lower, upper)
             check_point(known.value, *bounds(model, centre, centre, "ibp", None, engine, statistics, known))

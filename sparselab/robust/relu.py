@@ -24,7 +24,7 @@ def _steep_from(slope: float) -> float:
 
 
 def zero_in(mid: Tensor, rad: Tensor) -> Tensor:
-    """mid / rad, clamped to [-1, 1]: where zero lies in the box; 1 where all of it is positive, -1 where all is negative."""
+    """mid / rad, clamped to [-1, 1]: minus the position of zero in the box; 1 is active, -1 is inactive."""
     unstable = mid.abs() < rad
     return torch.where(unstable, mid / torch.where(unstable, rad, 1), mid.sign())
 
@@ -48,15 +48,15 @@ class _Lines(Function):
 
     @staticmethod
     def forward(ctx, A: Tensor, mid: Tensor, rad: Tensor, y0: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-        steep = 0.5 - 0.5 * slope
-        place = mid.div(rad.clamp(min=1e-30)).clamp_(-1, 1)  # of zero in the box: 1 is active, -1 is inactive
-        chord = place.mul(steep).add_(1 - steep)
+        half_rise = 0.5 - 0.5 * slope  # from the slope left of 0 to that right of 0
+        place = mid.div(rad.clamp(min=1e-30)).clamp_(-1, 1)  # as zero_in
+        chord = place.mul(half_rise).add_(1 - half_rise)
         alpha = chord.sub(_steep_from(slope)).sign_().clamp_(min=0).mul_(1 - slope).add_(slope)
-        half = alpha.sub(chord).mul_(0.5)
-        depth = alpha.mul(mid).sub_(y0).mul_(0.5)
+        half = alpha.sub(chord).mul_(0.5)  # (alpha - chord) / 2
+        depth = alpha.mul(mid).sub_(y0).mul_(0.5)  # (alpha x0 - y0) / 2
         ctx.save_for_backward(A, mid, rad, y0, place, chord, alpha, half, depth)
-        ctx.slope, ctx.steep = slope, steep
-        twice = A.abs().add_(A)
+        ctx.slope, ctx.half_rise = slope, half_rise
+        twice = A.abs().add_(A)  # P
         slopes = A.mul(chord.unsqueeze(1)).addcmul_(twice, half.unsqueeze(1))
         return slopes, flat(twice.mul_(depth.unsqueeze(1)), 2).sum(2)
 
@@ -68,13 +68,14 @@ class _Lines(Function):
             formula = partial(_plain_lines, slope=ctx.slope)
             return (*plain_gradient(formula, (A, mid, rad, y0), ctx.needs_input_grad, (g, gc)), None)
         gc = gc.view(*gc.shape, *(1,) * (A.dim() - 2))
+        # a buffer that is not needed any more takes the next tensor (out=): it then has a new name
         grad_twice = g.mul(half.unsqueeze(1)).addcmul_(gc, depth.unsqueeze(1))
         grad_A = A.sign().add_(1).mul_(grad_twice).addcmul_(g, chord.unsqueeze(1))
-        negative = torch.clamp(A, max=0, out=grad_twice)
-        grad_depth = _total(A.sub(negative).mul_(gc))
-        unstable = place.mul(place).neg_().add_(1).sign_().mul_(ctx.steep).div_(rad.clamp(min=1e-30))
-        grad_mid = _total(negative.mul_(g)).mul_(unstable)
-        grad_rad = torch.mul(grad_mid, place, out=unstable).neg_()
+        negative = torch.clamp(A, max=0, out=grad_twice)  # A - P / 2: the gradient of A' by the chord
+        grad_depth = _total(A.sub(negative).mul_(gc))  # by alpha x0 - y0, where P / 2 is the factor
+        chord_by_mid = place.mul(place).neg_().add_(1).sign_().mul_(ctx.half_rise).div_(rad.clamp(min=1e-30))
+        grad_mid = _total(negative.mul_(g)).mul_(chord_by_mid)
+        grad_rad = torch.mul(grad_mid, place, out=chord_by_mid).neg_()
         return grad_A, grad_mid.addcmul_(alpha, grad_depth), grad_rad, grad_depth.neg_(), None
 
 # %% ../../nbs/robust/03_relu.ipynb #d5103747
@@ -114,6 +115,6 @@ class ReLU(Layer):
 
     def backward(self, A: Tensor, x: Interval, y: Interval) -> tuple[list[Tensor], Tensor]:
         """A (y - y0) >= A' (x - x0) + c for every x in the box, with A (B, S, ...) and c (B, S)."""
-        A = A.expand(len(x.mid), *A.shape[1:])  # rows that all samples share part here
+        A = A.expand(len(x.mid), *A.shape[1:])  # a leading 1 becomes B: every sample has lines of its own
         slopes, constant = _Lines.apply(A, x.mid, x.rad, y.mid, self.slope)
         return [slopes], constant

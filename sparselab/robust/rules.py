@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['aten', 'RULES', 'FAMILY', 'ROW_BY_ROW', 'SILENT', 'MOVED', 'WRITTEN', 'ONLY_LIRPA', 'Statistics', 'rule', 'Merged',
-           'is_activation', 'only_constant', 'Transposed', 'addmm', 'mm', 'bmm', 'convolution', 'batch_norm',
-           'avg_pool', 'adaptive_avg_pool2d', 'max_pool', 'relu', 'leaky_relu', 'prelu', 'without_options', 'absolute',
-           'softplus', 'elu', 'celu', 'gelu', 'spread', 'clamp', 'clamp_max', 'hardtanh', 'threshold', 'power',
-           'fixed_power', 'pair', 'add', 'sub', 'rsub', 'mul', 'neg', 'div', 'same', 'to_copy', 'keeps_batch',
-           'dims_of', 'view', 'squeeze', 'unsqueeze', 'permute', 'transpose', 'along', 'slice_', 'joined', 'filled',
-           'concat', 'stack', 'split', 'unbind', 'index', 'roll', 'repeat', 'expand', 'images', 'constant_pad',
-           'scatter', 'where', 'masked_fill', 'copy', 'UnsupportedLayer', 'Naming', 'training_norms', 'of_batch',
-           'Graph']
+           'is_activation', 'only_constant', 'addmm', 'mm', 'bmm', 'convolution', 'batch_norm', 'avg_pool',
+           'adaptive_avg_pool2d', 'max_pool', 'relu', 'leaky_relu', 'prelu', 'without_options', 'absolute', 'softplus',
+           'elu', 'celu', 'gelu', 'spread', 'clamp', 'clamp_max', 'hardtanh', 'threshold', 'power', 'fixed_power',
+           'pair', 'add', 'sub', 'rsub', 'mul', 'neg', 'div', 'same', 'to_copy', 'keeps_batch', 'dims_of', 'view',
+           'squeeze', 'unsqueeze', 'permute', 'transpose', 'along', 'slice_', 'filled', 'joined', 'concat', 'stack',
+           'split', 'unbind', 'index', 'roll', 'repeat', 'expand', 'images', 'constant_pad', 'scatter', 'where',
+           'masked_fill', 'copy', 'UnsupportedLayer', 'training_norms', 'of_batch', 'Transposed', 'Graph', 'Naming']
 
 # %% ../../nbs/robust/07_rules.ipynb #47505110
 import math
@@ -36,7 +35,7 @@ aten = torch.ops.aten
 RULES: dict[str, Callable] = {}  # ATen operation, whichever overload -> its rule; what is not here is refused
 FAMILY: dict[str, str] = {}  # ATen operation -> the family under which README lists it
 ROW_BY_ROW: set[str] = set()  # operations whose rules know what to do with merged rows
-SILENT = "no layer"  # the family of operations that change nothing and have no name for a user
+SILENT = "no layer"  # the family of copies and `detach`: README does not list it
 
 
 def rule(*operations: str, of: str, rows: bool = False) -> Callable:
@@ -65,19 +64,9 @@ def is_activation(*values: Any) -> bool:
 
 
 def only_constant(*values: Any) -> None:
-    """Refuse a product of two activations as matrices."""
+    """Refuse an activation among the weights."""
     if is_activation(*values):
-        raise Refused("it multiplies two activations as matrices")
-
-
-class Transposed:
-    """W^T, of which nothing but `t()`, W itself, is asked: no view is made of it, and autograd goes through none."""
-
-    def __init__(self, weight: Tensor):
-        self.weight = weight
-
-    def t(self) -> Tensor:
-        return self.weight
+        raise Refused("an activation stands where a constant weight is needed")
 
 
 @rule("addmm", of="linear layers, also on tokens", rows=True)
@@ -240,8 +229,8 @@ def hardtanh(x, low=-1.0, high=1.0):
 def threshold(x, at, value):
     """x, and `value` where x is at most `at`; without a jump it is a clamp."""
     if at != value:
-        raise Refused(f"it jumps at {at:g}, where it goes on at {value:g}")
-    return Clamp(at, None)
+        raise Refused(f"it is discontinuous at {at:g}: x above, {value:g} below")
+    return Clamp(at, None)  # also at 0, where it equals a ReLU
 
 # %% ../../nbs/robust/07_rules.ipynb #d74ee206
 @rule("pow", of="powers")
@@ -264,7 +253,7 @@ rule("log", of="log, roots, reciprocals")(without_options(Log))
 for name, exponent in {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}.items():
     rule(name, of="log, roots, reciprocals")(fixed_power(exponent))
 
-
+# %% ../../nbs/robust/07_rules.ipynb #54dfc60a
 def pair(kind: type) -> Callable:
     """The rule of an operation of two activations, or of one and a constant, which becomes the end of a range."""
     def rule_of_pair(x, y):
@@ -300,7 +289,9 @@ def sub(x, y, alpha=1):
 def rsub(x, y, alpha=1):
     """y - alpha * x."""
     if isinstance(x, Interval) and isinstance(y, Interval):
-        return [Add(-1 / alpha), Scale(-float(alpha), None)]
+        if alpha == 0:
+            raise Refused("its alpha is 0, so that one of its inputs is not used")
+        return [Add(-1 / alpha), Scale(-float(alpha), None)]  # y - alpha x = -alpha (x - y / alpha)
     return [Scale(-float(alpha), None), Scale(None, y)] if isinstance(x, Interval) else sub(y, x, alpha)
 
 
@@ -354,7 +345,7 @@ def keeps_batch(x: Interval, *dims: int, ndim: int | None = None) -> None:
 def dims_of(function: Callable[..., Tensor]) -> Callable:
     """The rule of an operation over a list of dimensions."""
     def rule_of_dims(x, dims=None, *args, dtype=None, **kwargs):
-        to_copy(x, dtype=dtype)
+        to_copy(x, dtype=dtype)  # refuses mean(..., dtype=another one)
         dims = [dims] if isinstance(dims, int) else dims or list(range(x.ndim))
         keeps_batch(x, *dims)
         return Move(lambda t: function(t, dims, *args, **kwargs))
@@ -382,7 +373,7 @@ def view(x, size):
     size = _sizes(math.prod(x.shape), size)
     if size[0] == x.shape[0]:
         return Reshape(x.shape, torch.Size(size))
-    if len(size) == 2 and size[1] == x.shape[-1]:
+    if len(size) == 2 and size[1] == x.shape[-1]:  # (B, T, n) -> (B T, n): the rows of a linear layer on tokens
         return Merged(x)
     raise Refused(f"it turns {tuple(x.shape)} into {tuple(size)}: the batch must stay in front")
 
@@ -443,21 +434,21 @@ def slice_(x, dim=0, start=None, end=None, step=1):
 rule("select", of="slices, concatenation, stack")(along(aten.select.int))
 
 
+def filled(parts: Sequence[Any], function: Callable[[list], Tensor]) -> Callable[..., Tensor]:
+    """A function of the activations among `parts` alone; filled([x, 5, z], f)(a, b) is f([a, 5, b])."""
+    def moved(*tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        return function([next(given) if isinstance(part, Interval) else part for part in parts])
+
+    return moved
+
+
 def joined(xs: Sequence, dim: int, ndim: int, function: Callable[..., Tensor]) -> Any:
     """Activations and constants joined along `dim` of the result, which has `ndim` dimensions."""
     keeps_batch(next(x for x in xs if isinstance(x, Interval)), dim, ndim=ndim)
     if all(isinstance(x, Interval) for x in xs) and function is torch.cat:
         return Concat(dim % ndim)
     return Move(filled(xs, lambda parts: function(parts, dim)))
-
-
-def filled(parts: Sequence[Any], function: Callable[[list], Tensor]) -> Callable[..., Tensor]:
-    """A function of the activations among `parts` alone; what is constant stays."""
-    def moved(*tensors: Tensor) -> Tensor:
-        given = iter(tensors)
-        return function([next(given) if isinstance(part, Interval) else part for part in parts])
-
-    return moved
 
 
 @rule("cat", of="slices, concatenation, stack")
@@ -531,7 +522,7 @@ def expand(x, size, *, implicit=False):
 
 # %% ../../nbs/robust/07_rules.ipynb #00a40cb4
 def images(function: Callable[..., Tensor]) -> Callable:
-    """The rule of an operation on whole images, which leaves batch and channels alone."""
+    """The rule of an operation on whole images, inside one sample."""
     def rule_of_images(x, *args, **kwargs):
         return Move(lambda t: function(t, *args, **kwargs))
 
@@ -604,24 +595,6 @@ class UnsupportedLayer(Unreadable):
         other = ', or use engine="auto_lirpa"' if what in ONLY_LIRPA else ""
         super().__init__(f"Layer '{name}' ({what}) is not supported by the native engine: {reason}. Replace the layer{other}.")
 
-
-class Naming:
-    """Inside, what a rule refuses, and torch's errors about shapes and types, become a ValueError that names the layer of `node`."""
-
-    def __init__(self, program: Program):
-        self.program, self.node = program, None
-
-    def __enter__(self) -> "Naming":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, Refused | TypeError | RuntimeError | IndexError) or isinstance(error, torch.OutOfMemoryError):
-            return
-        name, what = self.program.names[self.node], operation(self.node)
-        if isinstance(error, Refused | TypeError):
-            raise UnsupportedLayer(name, what, str(error)) from error
-        raise ValueError(f"Layer '{name}' ({what}) does not fit what reaches it: {error}") from error
-
 # %% ../../nbs/robust/07_rules.ipynb #fb0c579c
 Statistics = list[tuple[Tensor, Tensor]]  # (mean, variance) for each time that a BatchNorm ran in train mode, in order
 
@@ -648,19 +621,32 @@ def of_batch(program: Program, norm: fx.Node, statistics: Statistics) -> tuple[T
         )
     return statistics[norms.index(norm)]
 
+# %% ../../nbs/robust/07_rules.ipynb #528d03c8
+class Transposed:
+    """W^T, for a rule that asks for nothing but `t()`: W itself."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def t(self) -> Tensor:
+        return self.weight
+
 # %% ../../nbs/robust/07_rules.ipynb #d3fd1895
 @dataclass
 class Graph:
     """A program whose operations all have rules; raises UnsupportedLayer for one that has none.
 
     `layers`: the operations that depend on the input, in order; `reads`: the activations that each of them reads, as often as it
-    does; `norms`: convolution -> the BatchNorm that alone reads it.
+    does; `norms`: convolution -> the BatchNorm that alone reads it; `folded`: those BatchNorms, whose own layer is None;
+    `transposed`: the nodes W^T whose every reader is a linear layer.
     """
 
     program: Program
     layers: list[fx.Node] = field(init=False)
     reads: dict[fx.Node, list[fx.Node]] = field(init=False)
     norms: dict[fx.Node, fx.Node] = field(init=False, default_factory=dict)
+    folded: set[fx.Node] = field(init=False)
+    transposed: set[fx.Node] = field(init=False)
 
     def __post_init__(self):
         self.layers = [node for node in self.program.nodes if node in self.program.names]
@@ -720,3 +706,21 @@ class Graph:
             if node in training_norms(self.program):
                 kwargs["statistics"] = of_batch(self.program, node, statistics)
         return RULES[operation(node)](*args, **kwargs)
+
+# %% ../../nbs/robust/07_rules.ipynb #0ff8df80
+class Naming:
+    """In this context an error names the layer of `node`: what a rule refuses is an UnsupportedLayer, what torch refuses a ValueError."""
+
+    def __init__(self, program: Program):
+        self.program, self.node = program, None
+
+    def __enter__(self) -> "Naming":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Refused | TypeError | RuntimeError | IndexError) or isinstance(error, torch.OutOfMemoryError):
+            return
+        name, what = self.program.names[self.node], operation(self.node)
+        if isinstance(error, Refused | TypeError):
+            raise UnsupportedLayer(name, what, str(error)) from error
+        raise ValueError(f"Layer '{name}' ({what}) does not fit what reaches it: {error}") from error

@@ -27,7 +27,8 @@ from .replay import ask, check_alone, check_bounds, check_point, check_reading, 
 class Verification(Shown):
     """What is proved of each of B samples; every tensor is (B,).
 
-    `clean`: classified right. `margins`: the best lower bound of the worst margin on the box, -inf where no method ran.
+    `clean`: classified right. `margins`: over the methods, the greatest lower bound of the worst margin on the box; at most 0
+    for a sample that an attack or a witness broke, -inf where no method ran.
     `tried` and `by_method`: for each method, cheapest first, the samples it ran on and those it proved. A method runs
     only on what is not proved yet, so the sets of `by_method` do not overlap, and together they are `verified`.
     """
@@ -92,16 +93,16 @@ def check_order(clean: Tensor, robust: Tensor, verified: Tensor) -> None:
 
     `robust`: the samples that no attack broke, for example from `attacks.survivors`.
     """
-    for name, claim, of, needed in (
-        ("verified, but an attack broke", verified & ~robust, "verified", "robust"),
-        ("misclassified, but counted as surviving the attack on", robust & ~clean, "robust", "clean"),
-    ):
-        if count := int(claim.sum()):
-            first = claim.nonzero().flatten()[:5].tolist()
-            raise AssertionError(
-                f"{count} samples are {name} them (the first are {first}): every {of} sample must be {needed}, "
-                "so a bound or an attack is wrong. Please report it with the model and these samples."
-            )
+    _refuse(verified & ~robust, "verified, but an attack broke them", "every verified sample must be robust")
+    _refuse(robust & ~clean, "misclassified, but counted as surviving the attack on them", "every robust sample must be clean")
+
+
+def _refuse(samples: Tensor, what: str, rule: str) -> None:
+    """Raise AssertionError where there are such samples, (B,) bool."""
+    if count := int(samples.sum()):
+        first = samples.nonzero().flatten()[:5].tolist()
+        raise AssertionError(f"{count} samples are {what} (the first are {first}): {rule}, so a bound or an attack is wrong. "
+                             "Please report it with the model and these samples.")
 
 # %% ../../nbs/robust/16_verification.ipynb #1ad0b2e5
 FLOATS = 2**26  # that one batch may hold, about: 256 MB in single precision
@@ -114,9 +115,9 @@ def _batch(program: Program, classes: int, method: str, engine: str | Engine, mo
     rows = 0 if method == "ibp" or not isinstance(engine, str) else widest if (method, engine) == ("crown", "auto_lirpa") else classes - 1
     return max(1, min(most, FLOATS // (4 * (total + rows * widest) + 1)))
 
-# %% ../../nbs/robust/16_verification.ipynb #52ba2c9e
+# %% ../../nbs/robust/16_verification.ipynb #cb8a0650
 def _slope(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Where the margins fall; zero where autograd cannot go through the model, such as for some operations in place."""
+    """The gradient of minus the worst margin, positive where a larger pixel lowers it; zero where autograd cannot go through the model."""
     try:
         with torch.enable_grad():
             return gradient(model, x, y, "margin")[0]
@@ -127,7 +128,8 @@ def _slope(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _witnesses(model: nn.Module, x: Tensor, y: Tensor, eps: float, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """What the real model says at x and at three points of every box, (4, B, K); the last is the upper end where the mask, like x, says so.
+    """What the real model says at x and at three points of every box, (4, B, K), and a mask like x that tells the last of them: the
+    corner that is `upper` where the mask is True, and `lower` elsewhere.
 
     Contradiction where the reading of the model differs.
     """
@@ -138,7 +140,7 @@ def _witnesses(model: nn.Module, x: Tensor, y: Tensor, eps: float, logits: Tenso
     steepest = torch.where(rises, upper, lower)
     return torch.stack([logits, *(check_reading(program, model, point) for point in (*probes(lower, upper), steepest))]), rises
 
-
+# %% ../../nbs/robust/16_verification.ipynb #52ba2c9e
 ATTACKED, STEPS = 32, 3  # samples of a batch that are attacked before they are called proved, and PGD steps
 
 
@@ -157,7 +159,10 @@ def _hunted(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor | None
 def _lower_margins(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, seen: Tensor, rises: Tensor, method: str, engine: str | Engine
 ) -> Tensor:
-    """Lower bound of the worst margin of each sample, none of them above a margin that was `seen`; -inf where one is not finite."""
+    """Lower bound of the worst margin of each sample, -inf where one is not finite; Contradiction where a margin of `seen` is lower.
+
+    `seen` and `rises` are the outputs and the mask of `_witnesses`.
+    """
     program, C, (lower, upper) = read(model, x), margin_matrix(y, seen.shape[2], dtype=x.dtype), input_box(x, eps)
     check_reading(program, model, x, seen[0])
     check_reading(program, model, torch.where(rises, upper, lower), seen[-1])
@@ -172,7 +177,7 @@ def _lower_margins(
         check_bounds(found, lb[proved], ub[proved], C[proved])
     return lb.amin(1)
 
-# %% ../../nbs/robust/16_verification.ipynb #6e624b2f
+# %% ../../nbs/robust/16_verification.ipynb #94c79c9d
 BROKEN = 32  # broken samples that methods other than IBP run on, as a test of the method
 
 
@@ -194,6 +199,24 @@ def _first(samples: Tensor, most: int) -> Tensor:
     return samples & (samples.cumsum(0) <= most)
 
 
+def _check(model: nn.Module, x: Tensor, y: Tensor, eps: float, batch_size: int, robust: Tensor | None) -> None:
+    """Refuse, with a sentence, what `verify` cannot work with."""
+    if not isinstance(model, nn.Module) or not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise ValueError(f"verify takes a module, images and labels as tensors, not {type(model).__name__}, {type(x).__name__}, {type(y).__name__}.")
+    check_dense("x", x), check_dense("y", y)
+    if torch.get_default_device().type == "meta":
+        raise ValueError("The default device of torch is 'meta', where tensors have no values: call torch.set_default_device('cpu').")
+    if robust is not None and not (isinstance(robust, Tensor) and robust.dtype == torch.bool and robust.shape == y.shape):
+        what = f"{robust.dtype} of shape {tuple(robust.shape)}" if isinstance(robust, Tensor) else type(robust).__name__
+        raise ValueError(f"robust is {what}, but it says for each of the {len(x)} images whether an attack left it: (B,) bool, as of `survivors`.")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}, but a batch has at least 1 sample.")
+    check_labels(x, y)
+    input_box(x, eps)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(f"The images are {x.dtype}, in which rounding is larger than margins: verify model.float() on x.float().")
+
+# %% ../../nbs/robust/16_verification.ipynb #6e624b2f
 def verify(
     model: nn.Module,
     x: Tensor,  # images (B, ...), pixels in [0, 1]
@@ -213,20 +236,7 @@ def verify(
     """
     order = _order(methods)
     check_engine(engine)
-    if not isinstance(model, nn.Module) or not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise ValueError(f"verify takes a module, images and labels as tensors, not {type(model).__name__}, {type(x).__name__}, {type(y).__name__}.")
-    check_dense("x", x), check_dense("y", y)
-    if torch.get_default_device().type == "meta":
-        raise ValueError("The default device of torch is 'meta', where tensors have no values: call torch.set_default_device('cpu').")
-    if robust is not None and not (isinstance(robust, Tensor) and robust.dtype == torch.bool and robust.shape == y.shape):
-        what = f"{robust.dtype} of shape {tuple(robust.shape)}" if isinstance(robust, Tensor) else type(robust).__name__
-        raise ValueError(f"robust is {what}, but it says for each of the {len(x)} images whether an attack left it: (B,) bool, as of `survivors`.")
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}, but a batch has at least 1 sample.")
-    check_labels(x, y)
-    input_box(x, eps)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(f"The images are {x.dtype}, in which rounding is larger than margins: verify model.float() on x.float().")
+    _check(model, x, y, eps, batch_size, robust)
     with eval_mode(model), restored(model), full_precision(x.device), torch.no_grad():
         program = read(model, x[:1])
         size = _batch(program, 1, "ibp", engine, batch_size)
@@ -237,7 +247,7 @@ def verify(
         clean, scale = worst_margin(logits, y) > 0, logits.abs().amax(1).clamp(min=1)
         unbroken = torch.stack([worst_margin(z, y) > 0 for z in seen]).all(0)
         worth = clean if robust is None else clean & robust
-        robust = worth & unbroken
+        provable = worth & unbroken
         margins, tried, by_method = torch.full_like(scale, -math.inf), {}, {}
         for method in order:
             broken = clean & ~worth
@@ -246,7 +256,7 @@ def verify(
             for rows in left.split(_batch(program, logits.shape[1], method, engine, batch_size)):
                 if len(rows):
                     found[rows] = _lower_margins(model, x[rows], y[rows], eps, seen[:, rows], rises[rows], method, engine)
-            check_order(clean, robust, found > 1e-4 * scale)
-            found = torch.where(robust, found, found.clamp(max=0))  # a broken point outweighs rounding
+            check_order(clean, provable, found > 1e-4 * scale)  # less is rounding: scale is the largest logit
+            found = torch.where(provable, found, found.clamp(max=0))  # a broken point outweighs rounding
             by_method[method], margins = found > 0, torch.maximum(margins, found)
     return Verification(clean, margins, tried, by_method)

@@ -61,6 +61,7 @@ class Conv(Affine):
         return self._conv(r, self.weight.abs(), None)
 
     def backward(self, A: Tensor, x: Interval, y: Interval) -> tuple[list[Tensor], float]:
+        # the transpose needs the size of x, which a stride hides
         return [self.transpose(A, x.shape[2:])], 0.0
 
     def transpose(self, A: Tensor, size: Sequence[int]) -> Tensor:
@@ -69,6 +70,7 @@ class Conv(Affine):
         x = torch.convolution(
             A.flatten(0, 1), self.weight, None, self.stride, self.padding, self.dilation, not self.transposed, rest, self.groups
         )
+        # a transposed layer whose output_padding >= stride gives more places than x has: cut
         return x[(..., *map(slice, size))].unflatten(0, A.shape[:2])
 
     def _untouched(self, after: Sequence[int], before: Sequence[int]) -> list[int]:
@@ -124,7 +126,7 @@ class AvgPool(Affine):
 class MaxPool(Layer):
     """nn.MaxPool2d and 3d: `kernel` has one entry per dimension; the options are those of aten.max_pool2d, in its order.
 
-    Raises ValueError for a window that lies wholly in the padding: its maximum is -inf.
+    Raises Refused, a ValueError, for a window that lies wholly in the padding: its maximum is -inf.
     """
 
     linear, entrywise, switch = False, False, False
@@ -145,7 +147,7 @@ class MaxPool(Layer):
 
     def interval(self, x: Interval) -> Interval:
         y = Interval.ends(self._pool(x.lb), self._pool(x.ub))
-        self.places(x.shape, y.shape, "cpu")
+        self.places(x.shape, y.shape, "cpu")  # only to refuse a window that is all padding
         return y
 
     def places(self, before: Sequence[int], after: Sequence[int], device: torch.device | str) -> Tensor:
@@ -177,6 +179,7 @@ class MaxPool(Layer):
         centre = x.mid.flatten(-dims).gather(-1, best.flatten(-dims)).view_as(above)  # of the input i*
         size, free = A.abs(), ~exact.unsqueeze(1)
         slope = torch.where(free, (A + size) / 2, A)
+        # A (m - y0) for A >= 0 and A (U - y0) for A < 0, written with |A|
         middle = torch.where(exact, centre, (centre + above) / 2) - y.mid
         spread = torch.where(exact, 0.0, (above - centre) / 2)
         constant = _dot(A, middle) - _dot(size, spread)

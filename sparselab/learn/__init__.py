@@ -19,6 +19,7 @@ _HOME = {  # public name -> the module that defines it
     "Run": "runs",
     "Source": "reading",
     "TrainingStopped": "learner",
+    "Unrolled": "unrolled",
     "build": "models",
     "evaluate": "evaluation",
     "examples": "runs",
@@ -49,6 +50,7 @@ __all__ = [
     "Run",
     "Source",
     "TrainingStopped",
+    "Unrolled",
     "build",
     "evaluate",
     "examples",
@@ -82,3 +84,4 @@ if TYPE_CHECKING:
     from .parameters import read_parameters
     from .reading import Given, Source
     from .runs import Run, examples, runs_in
+    from .unrolled import Unrolled

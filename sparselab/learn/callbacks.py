@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .arrays import drop_later, write_arrays
 from .checkpoints import load_checkpoint, save_checkpoint
-from .evaluation import reestimate_statistics, validate
+from .evaluation import reestimate_statistics, sparse_network, validate
 from .files import append_row, keep_rows, read_rows
 from .learner import Callback, Learner, TrainingStopped
 from .recordings import NeuronSums, value_arrays
@@ -21,17 +21,20 @@ from ..sparse.history_files import save_anew
 
 # %% ../../nbs/learn/14_callbacks.ipynb #36af964c
 class Look(Callback):
-    """Validation accuracies and stability after every epoch, at the evaluation radius `eps`; on train data if no split."""
+    """Validation accuracies and stability after every epoch, at the evaluation radius `eps`; on train data if no split.
 
-    def __init__(self, eps: float, engine: str = "native"):
-        self.eps, self.engine, self.stability, self.neurons = eps, engine, {}, NeuronSums()
+    `kernels`: see `validate`.
+    """
+
+    def __init__(self, eps: float, engine: str = "native", kernels: str = "dense"):
+        self.eps, self.engine, self.kernels, self.stability, self.neurons = eps, engine, kernels, {}, NeuronSums()
 
     def after_epoch(self, learner: Learner) -> None:
         if learner.sparsifier.history.updates:
             reestimate_statistics(learner.model, learner.data.train)
         split = learner.data.valid if len(learner.data.valid) else learner.data.train
         self.neurons = NeuronSums(learner.model, next(iter(split.batches(1, shuffle=False)))[0])
-        accuracies, layers = validate(learner.model, split, self.eps, self.engine, watch=self.neurons.add)
+        accuracies, layers = validate(learner.model, split, self.eps, self.engine, neurons=self.neurons, kernels=self.kernels)
         learner.row |= accuracies
         self.stability = {"step": learner.step, "epoch": learner.epoch, "layers": layers}
 
@@ -110,10 +113,20 @@ class Progress(Callback):
         print("epoch     loss train_eps   clean  verified        nnz  seconds")
 
     def after_epoch(self, learner: Learner) -> None:
-        if learner.epoch == 1 and learner.on_nonzeros.kernels == "auto" and learner.on_nonzeros.reason:
-            print(f"training steps are dense: {learner.on_nonzeros.reason}")
+        if learner.epoch == 1:
+            self._say_what_is_dense(learner)
         every = math.ceil(learner.epochs / self.lines)
         if learner.epoch % every == 0 or learner.epoch in (1, learner.epochs):
             row = learner.row
             print(f"{row['epoch']:5} {row['loss']:8.4f} {row['train_eps']:9.3f} {row['clean']:7.2%} {row['verified']:9.2%} "
                   f"{row['nnz']:10,} {learner.seconds:8.1f}", flush=True)
+
+    @staticmethod
+    def _say_what_is_dense(learner: Learner) -> None:
+        steps = learner.on_nonzeros
+        if steps.kernels == "auto" and steps.reason:
+            print(f"training steps are dense: {steps.reason}")
+        x, _ = next(iter(learner.data.train.batches(2, shuffle=False)))
+        _, reason = sparse_network(learner.model, x, steps.kernels, learner.objective.engine)
+        if reason:
+            print(f"evaluation is dense: {reason}")

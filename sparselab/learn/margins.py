@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..errors import unknown
 from .arrays import Unavailable, read_arrays, write_arrays
 from .data import torch_seed
+from .evaluation import sparse_network
 from ..robust.attacks import pgd
-from ..robust.bounds import METHODS, bounds
+from ..robust.bounds import METHODS, Engine, bounds
 from ..robust.boxes import input_box, margin_matrix
 from ..robust.ibp import interval_pass
 from ..robust.modes import eval_mode
@@ -63,11 +64,15 @@ class Margins:
 
 # %% ../../nbs/learn/11c_margins.ipynb #bbe10986
 def margins_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, methods: tuple[str, ...] = METHODS,
-               radii: int = 21, seed: int = 0, engine: str = "native") -> Margins:
-    """Margins of `model`, in eval mode, on images `x` (N, C, H, W) in [0, 1] with labels `y`, from 0 to 2 `eps`."""
+               radii: int = 21, seed: int = 0, engine: str = "native", kernels: str = "dense") -> Margins:
+    """Margins of `model`, in eval mode, on images `x` (N, C, H, W) in [0, 1] with labels `y`, from 0 to 2 `eps`.
+
+    `kernels`: "sparse" or "auto" for the nonzeros alone, see `sparse_evaluation`.
+    """
     grid, lb, left_out = np.linspace(0, 2 * eps, radii), {}, {}
     with eval_mode(model):
-        attacks = pgd(model, x, y, eps, generator=torch.Generator(x.device).manual_seed(torch_seed(seed)))
+        net, _ = sparse_network(model, x, kernels, engine)
+        attacks = pgd(model if net is None else net, x, y, eps, generator=torch.Generator(x.device).manual_seed(torch_seed(seed)))
         with torch.no_grad():
             logits, attacked = model(x), model(attacks).argmax(1)
             C = margin_matrix(y, logits.shape[1], logits.dtype)
@@ -76,7 +81,8 @@ def margins_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, methods: tupl
                 if method == "crown" and (reason := _too_long(neurons, engine)):
                     left_out[method] = f"Margins by CROWN were not recorded, as {reason}; robust.verify computes them."
                     continue
-                lb[method] = _worst(model, x, grid, method, C, engine, rows=500 if neurons < 1000 else 25)
+                rows = 25 if net is None and neurons >= 1000 else 500
+                lb[method] = _worst(model, x, grid, method, C, engine if net is None else net, rows)
     return Margins(eps, grid, lb, _bytes(x), _bytes(attacks), *(v.cpu().numpy() for v in (y, logits.argmax(1), attacked)),
                    left_out)
 
@@ -95,7 +101,7 @@ def _too_long(neurons: int, engine: str) -> str:
     return f"{neurons:,} neurons are more than {CROWN_NEURONS:,}" if neurons > CROWN_NEURONS else ""
 
 
-def _worst(model: nn.Module, x: Tensor, grid: np.ndarray, method: str, C: Tensor, engine: str, rows: int) -> np.ndarray:
+def _worst(model: nn.Module, x: Tensor, grid: np.ndarray, method: str, C: Tensor, engine: str | Engine, rows: int) -> np.ndarray:
     """Worst margins (radii, N); boxes of several radii share a batch of `rows`, which small networks need to be fast."""
     boxes = [input_box(x, float(radius)) for radius in grid]
     lower, upper = (torch.cat(ends).split(rows) for ends in zip(*boxes, strict=True))

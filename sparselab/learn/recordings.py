@@ -55,9 +55,12 @@ class NeuronSums:
     def add(self, preactivations: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """One batch more."""
         for name, (lb, ub) in preactivations.items():
-            part, total = LayerStability.of(lb, ub), torch.stack([lb.sum(0), ub.sum(0)]).flatten(1)
-            self.counts[name] = self.counts[name] + part if name in self.counts else part
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
+            self.count(name, LayerStability.of(lb, ub), torch.stack([lb.sum(0), ub.sum(0)]).flatten(1))
+
+    def count(self, name: str, states: LayerStability, sums: Tensor) -> None:
+        """One batch more of one layer: its states, and the sums (2, neurons) of the lower and of the upper ends."""
+        self.counts[name] = self.counts[name] + states if name in self.counts else states
+        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
     def arrays(self) -> tuple[dict[str, np.ndarray], dict]:
         """(arrays, description) of the look: per layer `state` (n,) uint8, `lb` and `ub` (n,) float16."""

@@ -60,7 +60,7 @@ def summarise(learner: Learner, config: Config) -> dict:
     test = learner.data.test.take(slice(config.test_samples or None))
     masks, others = learner.sparsifier.masks, partners(learner)
     layers = {name: {"nnz": count, "total": masks[name].numel()} for name, count in masks.counts.items()}
-    found = {**evaluate(learner.model, test, config.eps, config.engine).summary(), "sparsity": masks.sparsity,
+    found = {**evaluate(learner.model, test, config.eps, config.engine, kernels=config.kernels).summary(), "sparsity": masks.sparsity,
              "nnz": masks.nnz, "total": masks.total, "layers": layers, "seconds": round(learner.seconds, 1),
              "flops": cost(learner), "epochs": learner.epoch, "samples": len(test),
              "data": {"name": learner.data.name, "source": learner.data.source}, "config": asdict(config)}
@@ -75,12 +75,12 @@ def sample_margins(learner: Learner, config: Config, samples: int = 100) -> Marg
     """Margins over eps of the first `samples` test images, or of `config.test_samples` when that is fewer."""
     test = learner.data.test.take(slice(min(samples, config.test_samples or samples)))
     x, y = next(iter(test.batches(samples, shuffle=False)))
-    return margins_of(learner.model, x, y, config.eps, seed=config.seed, engine=config.engine)
+    return margins_of(learner.model, x, y, config.eps, seed=config.seed, engine=config.engine, kernels=config.kernels)
 
 # %% ../../nbs/learn/14d_training.ipynb #16849643
 def watchers(folder: Path, config: Config, callbacks: Sequence[Callback] = ()) -> list[Callback]:
     """The callbacks of a run in `folder`: those that look, stop, record and make changes, then `callbacks`."""
-    look = Look(config.eps, config.engine)
+    look = Look(config.eps, config.engine, config.kernels)
     return [look, StopWhenLost(folder / "metrics.jsonl"), Record(folder, look), Changes(folder), *callbacks]
 
 

@@ -6,6 +6,7 @@ from .._surface import lazy
 _HOME = {  # public name -> the module that defines it
     "Contradiction": "replay",
     "ENGINES": "bounds",
+    "Engine": "bounds",
     "LayerStability": "neurons",
     "METHODS": "bounds",
     "UnsupportedLayer": "rules",
@@ -31,6 +32,7 @@ _HOME = {  # public name -> the module that defines it
 __all__ = [
     "Contradiction",
     "ENGINES",
+    "Engine",
     "LayerStability",
     "METHODS",
     "UnsupportedLayer",
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from .attacks import fgsm, pgd, survivors
     from .boxes import input_box, margin_matrix
     from .crown import crown_ibp, fused_upper
-    from .bounds import ENGINES, METHODS, bounds, engine_table
+    from .bounds import ENGINES, METHODS, Engine, bounds, engine_table
     from .ibp import interval_pass, recorded_statistics
     from .modes import eval_mode, full_precision, worst_margin
     from .neurons import LayerStability, stability

@@ -60,12 +60,8 @@ class _Worst:
     def update(self, rows: Tensor, points: Tensor, margins: Tensor) -> None:
         """Keep the points of the samples `rows` whose margins are smaller than what is known."""
         worse = margins < self.margins[rows]
-        self.points[rows] = torch.where(worse.view(-1, *(1,) * (points.dim() - 1)), points, self.points[rows])
-        self.margins[rows] = torch.where(worse, margins, self.margins[rows])
-
-    def open(self, rows: Tensor) -> Tensor:
-        """Those of `rows` that are still classified right."""
-        return rows[self.margins[rows] > 0]
+        rows = rows[worse]
+        self.points[rows], self.margins[rows] = points[worse], margins[worse]
 
 # %% ../../nbs/robust/14_attacks.ipynb #aeb1fea8
 def _climb(
@@ -77,18 +73,18 @@ def _climb(
     schedule: list[tuple[float, str]],
     early_stop: bool,
 ) -> None:
-    rows = torch.arange(len(y), device=y.device)
+    rows, (low, up) = torch.arange(len(y), device=y.device), box
     for length, loss in schedule:
-        if early_stop:
-            rows = worst.open(rows)
+        left = worst.margins[rows] > 0
+        if early_stop and not bool(left.all()):
+            rows, points, y, low, up = (part[left] for part in (rows, points, y, low, up))
         if not len(rows):
             return
-        here = points[rows]
-        slope, margins = gradient(model, here, y[rows], loss)
-        worst.update(rows, here, margins)
-        points[rows] = (here + length * slope.sign()).clamp(box[0][rows], box[1][rows])
+        slope, margins = gradient(model, points, y, loss)
+        worst.update(rows, points, margins)
+        points = (points + length * slope.sign()).clamp(low, up)
     with torch.no_grad():
-        worst.update(rows, points[rows], worst_margin(model(points[rows]), y[rows]))
+        worst.update(rows, points, worst_margin(model(points), y))
 
 # %% ../../nbs/robust/14_attacks.ipynb #dff7d60b
 def _schedule(length: float, steps: int, loss: str, constant: bool) -> list[tuple[float, str]]:

@@ -17,7 +17,7 @@ from ..cards import Card, Course, Share, Shown, Table
 from ..errors import unknown
 from ..program import Program, read, restored
 from .attacks import gradient, pgd
-from .bounds import METHODS, bounds, input_box, margin_matrix
+from .bounds import METHODS, Engine, bounds, check_engine, input_box, margin_matrix
 from .boxes import check_dense
 from .modes import check_classes, check_labels, eval_mode, full_precision, worst_margin
 from .replay import ask, check_alone, check_bounds, check_point, check_reading, probes
@@ -108,11 +108,11 @@ def _refuse(samples: Tensor, what: str, rule: str) -> None:
 FLOATS = 2**26  # that one batch may hold, about: 256 MB in single precision
 
 
-def _batch(program: Program, classes: int, method: str, engine: str, most: int) -> int:
-    """How many samples fit into FLOATS, at most `most`; `program` was read for any number of samples."""
+def _batch(program: Program, classes: int, method: str, engine: str | Engine, most: int) -> int:
+    """How many samples fit into FLOATS, at most `most`; `program` was read for any number of samples. An engine of a model has batches of its own."""
     sizes = [math.prod(node.meta["shape"][1:]) for node in (program.input, *program.names) if isinstance(node.meta["shape"], torch.Size)]
     total, widest = sum(sizes), max(sizes)
-    rows = 0 if method == "ibp" else widest if (method, engine) == ("crown", "auto_lirpa") else classes - 1
+    rows = 0 if method == "ibp" or not isinstance(engine, str) else widest if (method, engine) == ("crown", "auto_lirpa") else classes - 1
     return max(1, min(most, FLOATS // (4 * (total + rows * widest) + 1)))
 
 # %% ../../nbs/robust/16_verification.ipynb #cb8a0650
@@ -157,7 +157,7 @@ def _hunted(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor | None
 
 
 def _lower_margins(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, seen: Tensor, rises: Tensor, method: str, engine: str
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, seen: Tensor, rises: Tensor, method: str, engine: str | Engine
 ) -> Tensor:
     """Lower bound of the worst margin of each sample, -inf where one is not finite; Contradiction where a margin of `seen` is lower.
 
@@ -223,7 +223,7 @@ def verify(
     y: Tensor,  # labels (B,)
     eps: float,  # radius in pixel space
     methods: Sequence[str] = METHODS,
-    engine: str = "native",  # or "auto_lirpa"
+    engine: str | Engine = "native",  # or "auto_lirpa", or an engine that was made for this model, as `learn.Unrolled`
     batch_size: int = 500,  # at most; fewer where the model is large
     robust: Tensor | None = None,  # (B,) bool: samples that no attack broke; others are not worth a proof
 ) -> Verification:
@@ -235,6 +235,7 @@ def verify(
     when a bound and `robust` do.
     """
     order = _order(methods)
+    check_engine(engine)
     _check(model, x, y, eps, batch_size, robust)
     with eval_mode(model), restored(model), full_precision(x.device), torch.no_grad():
         program = read(model, x[:1])

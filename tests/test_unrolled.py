@@ -1,0 +1,269 @@
+"""A network unrolled on its nonzeros against the dense engine: outputs, gradients, bounds, proofs; with and without numba."""
+import copy
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fuzzing import build as random_network
+from torch import nn
+
+from sparselab.learn import Config, build, evaluate
+from sparselab.learn.assembly import make_learner
+from sparselab.learn.callbacks import Look, Progress
+from sparselab.learn.rows import Unsupported
+from sparselab.learn.training import sample_margins, summarise
+from sparselab.learn.unrolled import Unrolled
+from sparselab.program import Unreadable
+from sparselab.robust import METHODS, Contradiction, bounds, eval_mode, input_box, margin_matrix, survivors, verify
+from sparselab.sparse import sparsify
+from sparselab.sparse.products import with_numba, without_numba
+
+numba_or_not = pytest.mark.parametrize("numba", [True, False])
+
+
+def machine(numba: bool):
+    if numba and not with_numba():
+        pytest.skip("numba is not installed")
+    return nullcontext() if numba else without_numba()
+
+
+class Parts(nn.Module):
+    """Groups, dilation, a pre-activation that is read twice, a leaky ReLU, a part of an image turned and joined to another, and a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.Conv2d(4, 4, 3, dilation=2, padding=2), nn.Linear(72, 10)
+        self.register_buffer("scale", torch.tensor([-0.5, 2.0]).view(2, 1, 1))
+
+    def forward(self, x):
+        x = self.first((x - 0.5) * self.scale)
+        y = F.leaky_relu(self.second(x.relu()), 0.2) - 0.5 * x
+        return self.last(torch.cat([y[:, :1].flip(3), x[:, 2:3].transpose(2, 3)], 1).flatten(1))
+
+
+def pools() -> nn.Module:
+    layers = nn.Conv2d(2, 6, 3), nn.ReLU(), nn.AvgPool2d(2, 1), nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.LeakyReLU(0.7)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(54, 20), nn.ReLU(), nn.Linear(20, 10))
+
+
+def tokens() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Conv1d(5, 4, 3, 2), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(12, 10), nn.ReLU())
+
+
+MODELS = {"mlp": (1, 8, 8), "cnn4": (1, 8, 8), "ctbench_cnn4_bn": (1, 8, 8), "resnet5": (3, 8, 8), "resnet5_bn": (3, 8, 8), "parts": (2, 6, 6),
+          "pools": (2, 9, 9), "tokens": (5, 6)}
+OWN = {"parts": Parts, "pools": pools, "tokens": tokens}
+
+
+def sparse_model(name: str, sparsity: float = 0.9, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = OWN[name]() if name in OWN else build(name, MODELS[name], 10)
+    sparsify(model, torch.optim.Adam(model.parameters()), method="static", sparsity=sparsity, total_steps=10)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias, std=0.1)
+        elif getattr(module, "bias", None) is not None:
+            nn.init.normal_(module.bias, std=0.2)
+    return model.eval()
+
+
+def check(ours, theirs, exact) -> None:
+    """Bounds that differ no more from those in double precision than rounding explains."""
+    for end, other, truth in zip(ours, theirs, exact, strict=True):
+        room = 2e-5 * (1 + truth.abs().max()) + 4 * (other - truth).abs().max()
+        assert torch.allclose(end.double(), truth, rtol=0, atol=float(room)), float((end - truth).abs().max() / room)
+
+
+@numba_or_not
+@pytest.mark.parametrize("name", MODELS)
+def test_bounds_are_those_of_the_dense_engine(name, numba):
+    model = sparse_model(name)
+    reference = copy.deepcopy(model).double()
+    x, y = torch.rand(11, *MODELS[name]), torch.randint(0, 10, (11,))
+    with machine(numba):
+        net = Unrolled(model, x[:2])
+        assert torch.allclose(net(x), model(x), atol=1e-4)
+        for method in METHODS:
+            for eps in (0.0, 0.03, 0.2):
+                for C in (margin_matrix(y, 10), None, torch.randn(11, 4, 10)):
+                    ours = net.bounds(*input_box(x, eps), method, C)
+                    with torch.no_grad():
+                        theirs = bounds(model, *input_box(x, eps), method, C)
+                        exact = bounds(reference, *(end.double() for end in input_box(x, eps)), method, None if C is None else C.double())
+                    check(ours, theirs, exact)
+
+
+@numba_or_not
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_the_images_are_those_of_the_model(name, numba):
+    model, x = sparse_model(name), torch.rand(7, *MODELS[name], requires_grad=True)
+    weights = torch.randn(7, 10)
+    with machine(numba):
+        net = Unrolled(model, x.detach()[:2])
+        again = net(x)  # another pass that is open at the same time
+        (ours,) = torch.autograd.grad((net(x) * weights).sum(), x)
+        (other,) = torch.autograd.grad((again * weights).sum(), x)
+    (truth,) = torch.autograd.grad((model(x) * weights).sum(), x)
+    assert torch.allclose(ours, truth, atol=1e-5) and torch.equal(ours, other)
+
+
+@numba_or_not
+def test_no_point_leaves_its_bounds(numba):
+    for seed in range(6):
+        name = ("cnn4", "resnet5", "parts")[seed % 3]
+        model, x = sparse_model(name, (0.5, 0.95)[seed % 2], seed), torch.rand(9, *MODELS[name])
+        lower, upper = input_box(x, 0.1)
+        with machine(numba):
+            found = [Unrolled(model, x[:2]).bounds(lower, upper, method) for method in METHODS]
+        for _ in range(40):
+            points = torch.where(torch.rand(x.shape) < 0.5, lower, upper) if seed % 2 else lower + torch.rand(x.shape) * (upper - lower)
+            y = model(points)
+            for lb, ub in found:
+                assert (lb <= y + 1e-4).all() and (y <= ub + 1e-4).all()
+
+
+def pruned(net: nn.Module, share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1 and parameter.is_floating_point():
+                parameter.mul_((torch.rand(parameter.shape, generator=generator) < share).to(parameter))
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_a_random_network_is_bounded_as_the_dense_engine_does_or_refused(block):
+    done = 0
+    for seed in range(50 * block, 50 * block + 50):
+        net, x = random_network(seed, torch.float32)
+        pruned(net, 0.4, seed)
+        box = x - 0.03, x + 0.03
+        with eval_mode(net):
+            try:
+                unrolled = Unrolled(net, x)
+            except (Unsupported, Unreadable, ValueError):
+                continue
+            with torch.no_grad():
+                theirs = [bounds(net, *box, method) for method in METHODS]
+            ours = [unrolled.bounds(*box, method) for method in METHODS]
+        if not all(end.isfinite().all() for pair in theirs for end in pair):
+            continue
+        done += 1
+        for method, pair, other in zip(METHODS, ours, theirs, strict=True):
+            for end, truth in zip(pair, other, strict=True):
+                assert torch.allclose(end, truth, rtol=2e-3, atol=2e-3 * float(truth.abs().max()) + 1e-5), (seed, method)
+    assert done >= 5
+
+
+def test_what_is_not_finite_proves_nothing():
+    model = sparse_model("mlp")
+    x, last = torch.rand(3, 1, 8, 8), [m for m in model.modules() if isinstance(m, nn.Linear)]
+    with torch.no_grad():
+        last[0].weight[0, 0] = 3e38
+        last[1].weight[:, 0] = 3e38
+    net = Unrolled(model, torch.zeros(2, 1, 8, 8))
+    for method in METHODS:
+        lb, ub = net.bounds(*input_box(x, 0.1), method)
+        assert (lb == -math.inf).all() and (ub == math.inf).all()
+    with torch.no_grad():
+        last[0].weight[0, 0] = math.nan
+    with pytest.raises(Unsupported, match="not finite"):
+        Unrolled(model, x)
+
+
+def test_what_cannot_be_unrolled_is_refused_with_the_reason():
+    x = torch.rand(2, 1, 8, 8)
+    with pytest.raises(Unsupported, match="neither linear nor a ReLU"):
+        Unrolled(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 10)), x)
+    with pytest.raises(Unsupported, match="float64"):
+        Unrolled(sparse_model("mlp").double(), x.double())
+    with pytest.raises(Unsupported, match="more than 20%"):
+        Unrolled(sparse_model("cnn4", 0.5), x, most=0.2)
+    net = Unrolled(sparse_model("mlp"), x)
+    for call in (lambda: net(x[:, :, :4]), lambda: net.bounds(x.double(), x.double()), lambda: net.bounds(x, x, "ipb"),
+                 lambda: net.bounds(x, x, "ibp", torch.zeros(2, 3, 4))):
+        with pytest.raises(ValueError):
+            call()
+
+
+def test_batches_of_any_size_give_the_same_bits():
+    model = sparse_model("cnn4")
+    x = torch.rand(300, 1, 8, 8)
+    net = Unrolled(model, x[:2])
+    whole, parts = net(x), torch.cat([net(part) for part in x.split(128)])
+    assert torch.equal(whole, parts)
+    box = input_box(x, 0.05)
+    one, other = (net.bounds(*box, "crown") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@numba_or_not
+def test_verify_proves_the_same_by_an_unrolled_network(numba):
+    model, x = sparse_model("cnn4", 0.5, seed=3), torch.rand(60, 1, 8, 8)
+    y, eps = model(x).argmax(1), 0.05
+    with machine(numba):
+        net = Unrolled(model, x[:2])
+        ours, left = verify(model, x, y, eps, engine=net), survivors(net, x, y, eps)
+    theirs = verify(model, x, y, eps)
+    assert 0 < int(theirs.verified.sum()) < 60 and ours.proved_by == theirs.proved_by
+    assert torch.allclose(ours.margins, theirs.margins, atol=1e-5)
+    assert torch.equal(left, survivors(model, x, y, eps))
+
+
+def test_a_network_that_was_unrolled_before_its_weights_changed_proves_nothing():
+    model, x = sparse_model("mlp"), torch.rand(5, 1, 8, 8)
+    net, y = Unrolled(model, x[:2]), model(x).argmax(1)
+    with torch.no_grad():
+        next(m for m in model.modules() if isinstance(m, nn.Linear)).weight.mul_(1.5)
+    for ask in (lambda: bounds(model, *input_box(x, 0.01), engine=net), lambda: verify(model, x, y, 0.01, engine=net)):
+        with pytest.raises(Contradiction):
+            ask()
+    norm = sparse_model("resnet5_bn")
+    x = torch.rand(3, 3, 8, 8)
+    net = Unrolled(norm, x)
+    with pytest.raises(ValueError, match="model.eval"):
+        bounds(norm.train(), *input_box(x, 0.01), engine=net)
+    for nothing in (None, 3, "unrolled", torch.zeros(2)):
+        with pytest.raises(ValueError, match="no bound engine"):
+            bounds(norm.eval(), *input_box(x, 0.01), engine=nothing)
+
+
+@numba_or_not
+def test_what_a_run_evaluates_is_equal_on_the_nonzeros(numba, capsys):
+    """Look, margins over radii and the final evaluation of one trained network, by both kernels."""
+    config = Config(dataset="digits", model="cnn4", epochs=2, batch_size=64, eps=0.05, train_samples=320, sparsity=0.9, method="rigl")
+    learner = make_learner(config, callbacks=[Look(0.05, kernels="sparse"), Progress()])
+    found = {}
+    with machine(numba):
+        learner.on_nonzeros.kernels = "sparse"
+        learner.fit()
+        for kernels in ("dense", "sparse"):
+            learner.row, look, chosen = dict(learner.row), Look(config.eps, kernels=kernels), replace(config, kernels=kernels)
+            look.after_epoch(learner)
+            margins, summary = sample_margins(learner, chosen), summarise(learner, chosen)
+            found[kernels] = learner.row, look, margins, summary
+    assert "evaluation is dense" not in capsys.readouterr().out
+    (row, look, margins, summary), (other_row, other_look, other_margins, other_summary) = found["dense"], found["sparse"]
+    assert row == other_row and summary["accuracy"] == other_summary["accuracy"] and summary["verified_by"] == other_summary["verified_by"]
+    assert list(look.stability["layers"]) == list(other_look.stability["layers"])
+    for layer, shares in look.stability["layers"].items():
+        assert shares == pytest.approx(other_look.stability["layers"][layer], abs=1e-3)
+    same = (margins.attacks == other_margins.attacks).reshape(len(margins.attacks), -1).all(1)
+    assert margins.lb.keys() == other_margins.lb.keys() and same.mean() > 0.9  # where rounding decides a sign, an attack goes another way
+    for method, lb in margins.lb.items():
+        assert torch.allclose(torch.from_numpy(lb), torch.from_numpy(other_margins.lb[method]), atol=1e-4), method
+
+
+def test_a_model_that_cannot_be_unrolled_is_evaluated_densely_and_a_sentence_says_so(capsys):
+    config = Config(dataset="digits", model="mlp", epochs=1, eps=0.05, train_samples=320, sparsity=0.5, kernels="auto")
+    learner = make_learner(config, callbacks=[Look(0.05, kernels="auto"), Progress()])
+    learner.fit()
+    assert "evaluation is dense: the model is not unrolled: 50% of its products exist, more than" in capsys.readouterr().out
+    for bad in ({"kernels": "fast"}, {"kernels": "Sparse"}):
+        with pytest.raises(ValueError, match="kernels"):
+            evaluate(learner.model, learner.data.test, 0.05, **bad)

@@ -334,7 +334,7 @@ def test_what_is_missing_is_a_sentence(broken):
 def test_files_that_were_cut_short_are_skipped_or_said(broken, left):
     newest = broken.path / "stability" / f"step-{broken.neurons.steps[-1]:09d}.safetensors"
     newest.write_bytes(newest.read_bytes()[:left])
-    assert len(broken.neurons.skipped) == 1 and "1 recordings cannot be read" in neurons_panel(broken).figure.layout.title.text
+    assert len(broken.neurons.skipped) == 1 and "1 recording cannot be read" in neurons_panel(broken).figure.layout.title.text
     margins = broken.path / "margins.safetensors"
     margins.write_bytes(margins.read_bytes()[:left])
     with pytest.raises(Unavailable, match="cannot be read .* cut short"):

@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ...errors import unknown
+from ...errors import counted, unknown
 from ...learn.arrays import Unavailable
 from ...learn.reading import Source, record_at
 from ...learn.recordings import STATES, NeuronLooks
@@ -113,9 +113,8 @@ def neurons_raster(neurons: NeuronLooks, layer: str, sort: str = "index") -> tup
     """(states of `layer` as a picture, a row for each neuron and a column for each epoch; the neuron of every row)."""
     states = neurons.over_time(layer)
     order, by = neuron_order(states, sort), neurons.by(layer)
-    epochs = f"{len(neurons.steps)} epoch{'s' * (len(neurons.steps) != 1)}"
-    note = f"{states.shape[1]} {by}s, {int((flips(states) > 0).sum())} of them changed state in {epochs}"
-    note += f"; {len(neurons.skipped)} recordings cannot be read" * bool(neurons.skipped)
+    note = f"{counted(states.shape[1], by)}, {int((flips(states) > 0).sum())} of them changed state in {counted(len(neurons.steps), 'epoch')}"
+    note += f"; {counted(len(neurons.skipped), 'recording')} cannot be read" * bool(neurons.skipped)
     return Raster((states[:, order].T + LEGENDS["state"][STATES[0]]).astype(np.uint8), "state", note), order
 
 
@@ -173,7 +172,7 @@ def neuron_panel(source: Source, step: float | None = None, layer: str | None = 
     layer = layer or next(iter(neurons.layers))
     lb, ub = neurons.over_time(layer, "lb"), neurons.over_time(layer, "ub")
     if not 0 <= neuron < lb.shape[1]:
-        raise ValueError(f"{layer} has {lb.shape[1]} {neurons.by(layer)}s, numbered from 0; there is no {neuron}.")
+        raise ValueError(f"{layer} has {counted(lb.shape[1], neurons.by(layer))}, numbered from 0; there is no {neuron}.")
     step = neurons.steps[-1] if step is None else step
     fig = make_subplots(1, 2, horizontal_spacing=0.12, subplot_titles=["bounds before the ReLU", "incoming weights"])
     for name, y, hue in (("upper bound", ub, "vermillion"), ("lower bound", lb, "blue")):
@@ -198,4 +197,4 @@ def _weights(fig: go.Figure, source: Source, layer: str, neuron: int, step: floa
     fig.add_bar(x=places, y=np.nan_to_num(values).astype(float), marker_color=hues.tolist(), showlegend=False,
                 name=name, hovertemplate="input %{x}: %{y:.4f}<extra></extra>", row=1, col=2)
     fig.update_xaxes(title_text=f"place in the row of {name}", row=1, col=2)
-    return f"step {step:,.0f}: {len(places)} active weights of {name}"
+    return f"step {step:,.0f}: {counted(len(places), 'active weight')} of {name}"

@@ -17,6 +17,7 @@ import ipywidgets as widgets
 from ...errors import attempt
 from .plot import Plot
 from ..figures.panels import Panel
+from ..figures.theme import untitled
 
 # %% ../../../nbs/view/explorer/17_blocks.ipynb #f801af40
 def press(label: str, act: Callable[[], None], tooltip: str = "") -> widgets.ToggleButton:
@@ -41,11 +42,10 @@ def chooser(label: str, options: Sequence = (), width: str = "14em") -> widgets.
     return widgets.Dropdown(description=label, options=options, layout={"width": width}, style={"description_width": "initial"})
 
 
-def heading(title: str, how_to_read: str = "") -> str:
-    """A panel's first line; what has no room there is shown by the mouse."""
+def heading(title: str, how_to_read: str = "", tip: str = "") -> str:
+    """A panel's first two lines; the mouse shows what has no room there, or `tip`."""
     words = html.escape(how_to_read, quote=True)
-    return (f'<div title="{words}" style="line-height:1.35;white-space:nowrap;overflow:hidden;text-overflow:ellipsis"><b>{title}</b> '
-            f'<small>{words}</small></div>')
+    return f'<div title="{html.escape(tip, quote=True) or words}" class="sparselab-heading"><b>{title}</b> <small>{words}</small></div>'
 
 
 def legend_html(colours: Mapping[str, str]) -> str:
@@ -150,8 +150,9 @@ class PanelBlock(Block):
     """The panel that `make(step)` draws. `go`, for a figure over steps, is called with the step that was clicked."""
 
     def __init__(self, title: str, make: Callable[[float | None], Panel], go: Callable[[float], None] | None = None, controls: tuple = ()):
-        plot = Plot()
-        super().__init__(title, plot, controls, saver=plot)
+        plot, self.note = Plot(), widgets.HTML()
+        self.note.add_class("sparselab-note")
+        super().__init__(title, plot, (*controls, self.note), saver=plot)
         self.make, self.step, self.timed = make, None, go is not None
         if go is not None:
             plot.observe(lambda change: go(change["new"]["x"]), "clicked")
@@ -171,4 +172,9 @@ class PanelBlock(Block):
         with self.lock:
             self.step = step
             if panel := self.draw(lambda: self.make(step)):
-                self.content.show(panel.figure)
+                self.take(panel)
+                self.content.show(untitled(panel.figure))
+
+    def take(self, panel: Panel) -> None:
+        """Show the note of the figure as text, which breaks into lines."""
+        self.note.value = html.escape(panel.figure.layout.meta["note"])

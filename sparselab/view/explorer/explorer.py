@@ -24,7 +24,7 @@ from ...learn.gate import Snapshot
 from ...learn.live import Live
 from ...learn.reading import Given, Source
 from ...learn.runs import Run
-from .blocks import Block, PanelBlock, Selection, press
+from .blocks import Block, PanelBlock, Selection, heading, press
 from .controls import Bookmarks, LiveControls
 from .margins_block import MarginsBlock
 from .mask_block import DifferenceBlock, MaskBlock
@@ -134,6 +134,10 @@ class MetricsBlock(PanelBlock):
         self.size = press("enlarge", self.resize, "one part below the other, or all in one row")
         super().__init__("Metrics", lambda step: self.strip(step), go)
         self.buttons.children = (self.size, *self.buttons.children)
+
+    def take(self, panel: Panel) -> None:
+        """Say behind the title what was measured at the step; the mouse shows how to read the figure."""
+        self.heading.value = heading(self.title, panel.figure.layout.meta["note"], panel.how_to_read)
 
     def resize(self) -> None:
         """Fold the strip, or unfold it."""

@@ -16,6 +16,7 @@ from ...learn.arrays import Unavailable
 from ...learn.reading import Source, record_at
 from ...learn.recordings import STATES, NeuronLooks
 from ...sparse.cursor import Cursor
+from .filters import seen_by, unit_codes
 from .panels import Panel, call_of, last_step, now_line
 from .pixels import LEGENDS, Raster
 from .theme import COLORS, OKABE_ITO, TEXT, panel_titles, short, titled
@@ -174,21 +175,25 @@ def neuron_panel(source: Source, step: float | None = None, layer: str | None = 
     if not 0 <= neuron < lb.shape[1]:
         raise ValueError(f"{layer} has {counted(lb.shape[1], neurons.by(layer))}, numbered from 0; there is no {neuron}.")
     step = neurons.steps[-1] if step is None else step
-    fig = make_subplots(1, 2, horizontal_spacing=0.12, subplot_titles=["bounds before the ReLU", "incoming weights"])
+    name = neurons.layers[layer].get("weight")
+    field = seen_by(source, name) if name in source.history.shapes else None
+    parts = ["bounds before the ReLU", "incoming weights", "what it sees"][:3 if field else 2]
+    fig = make_subplots(1, len(parts), horizontal_spacing=0.12, subplot_titles=parts)
     for name, y, hue in (("upper bound", ub, "vermillion"), ("lower bound", lb, "blue")):
         fig.add_scatter(x=neurons.steps, y=y[:, neuron].astype(float), name=name, mode="lines", row=1, col=1,
                         line={"color": OKABE_ITO[hue], "width": 2}, fill=None if name == "upper bound" else "tonexty",
                         fillcolor="rgba(128,128,128,0.15)")
     fig.add_hline(0, line={"color": TEXT, "width": 1}, row=1, col=1)
-    note = _weights(fig, source, layer, neuron, step)
+    note = _weights(fig, source, layer, neuron, step, field)
     panel_titles(now_line(fig, step).update_xaxes(title_text="step", row=1, col=1))
     title = f"{neurons.by(layer).capitalize()} {neuron} of {layer}"
-    return Panel("Neuron", "Where the band between the bounds leaves zero on one side, the neuron is stable; bars are the weights that feed it.",
+    return Panel("Neuron", "Where the band between the bounds leaves zero on one side, the neuron is stable; bars are the weights that feed "
+                 "it, in a picture where they lie on pixels or kernels.",
                  call_of("neuron_panel", source, step=step, layer=layer, neuron=neuron), titled(fig, title, note))
 
 
-def _weights(fig: go.Figure, source: Source, layer: str, neuron: int, step: float) -> str:
-    """Adds the bars of the incoming weights, and returns what they are; or why there are none."""
+def _weights(fig: go.Figure, source: Source, layer: str, neuron: int, step: float, field: tuple[int, int, int] | None) -> str:
+    """Adds the incoming weights as bars, and as a picture over the `field` that the neuron sees; returns what they are, or why there are none."""
     try:
         name, places, values = incoming(source, layer, neuron, step)
     except ValueError as error:
@@ -197,4 +202,9 @@ def _weights(fig: go.Figure, source: Source, layer: str, neuron: int, step: floa
     fig.add_bar(x=places, y=np.nan_to_num(values).astype(float), marker_color=hues.tolist(), showlegend=False,
                 name=name, hovertemplate="input %{x}: %{y:.4f}<extra></extra>", row=1, col=2)
     fig.update_xaxes(title_text=f"place in the row of {name}", row=1, col=2)
+    if field:
+        codes = unit_codes(places, np.asarray(values, float), field, float(np.abs(np.nan_to_num(values)).max(initial=0)))
+        fig.add_image(source=Raster(codes, "weight", "").source, hoverinfo="skip", row=1, col=3)
+        fig.update_xaxes(visible=False, range=[-0.5, codes.shape[1] - 0.5], constrain="domain", row=1, col=3)
+        fig.update_yaxes(visible=False, range=[codes.shape[0] - 0.5, -0.5], scaleanchor="x3", constrain="domain", row=1, col=3)
     return f"step {step:,.0f}: {counted(len(places), 'active weight')} of {name}"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from ...errors import attempt
 from ...learn.reading import Source
+from .filters import filters_panel
 from .margins import margins_panel
 from .masks import layers_panel, mask_panel
 from .metrics import metrics_panel
@@ -21,7 +22,7 @@ from .updates import updates_panel
 # %% ../../../nbs/view/figures/09_report.ipynb #357fd7cc
 PANELS: dict[str, Callable[..., Panel]] = {  # title -> f(source, step)
     "Metrics": metrics_panel, "Mask": mask_panel, "Neurons": neurons_panel, "Updates": updates_panel, "Layers": layers_panel,
-    "Stability": stability_panel, "Margins": margins_panel}
+    "Stability": stability_panel, "Margins": margins_panel, "Filters": filters_panel}
 
 
 class Report:

@@ -124,7 +124,7 @@ def test_a_training_without_a_folder_is_a_source_too():
     assert live.snapshot.status == "finished" and not live.finished and live.networks == {}
     assert live.moments == sorted({*live.history.steps, *(row["step"] for row in live.metrics)}) and len(live.metrics) == 2
     drawn = {title: (panel, reason) for title, panel, reason in Report(live)}
-    assert {title for title, (panel, _) in drawn.items() if panel is None} == {"Neurons", "Margins", "Stability"}
+    assert {title for title, (panel, _) in drawn.items() if panel is None} == {"Neurons", "Margins", "Stability", "Filters"}
     assert "writes no run folder" in drawn["Margins"][1]
     name = live.history.names[0]
     cursor = Cursor(live.history, name).seek(-1)

@@ -20,7 +20,7 @@ _HOME = {  # public name -> the module that defines it
     "difference_panel": "figures.masks",
     "effective_sparsity": "runs.networks",
     "explorer_html": "explorer.page",
-    "filters_panel": "figures.filters",
+    "filters_panel": "figures.neurons",
     "layer_densities": "runs.networks",
     "layers_panel": "figures.masks",
     "left_out": "runs.table",
@@ -94,11 +94,10 @@ if TYPE_CHECKING:
     from .explorer.explorer import Explorer
     from .explorer.page import explorer_html, save_html
     from .figures.evidence import matrices, seed_dots
-    from .figures.filters import filters_panel
     from .figures.margins import margins_panel
     from .figures.masks import difference_panel, layers_panel, mask_panel, masks_panel
     from .figures.metrics import metrics_panel
-    from .figures.neurons import neuron_panel, neurons_panel, stability_panel
+    from .figures.neurons import filters_panel, neuron_panel, neurons_panel, stability_panel
     from .figures.panels import Panel, show
     from .figures.report import PANELS, Report
     from .figures.theme import titled

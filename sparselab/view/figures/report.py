@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 
 from ...errors import attempt
 from ...learn.reading import Source
-from .filters import filters_panel
 from .margins import margins_panel
 from .masks import layers_panel, mask_panel
 from .metrics import metrics_panel
-from .neurons import neurons_panel, stability_panel
+from .neurons import filters_panel, neurons_panel, stability_panel
 from .panels import Panel, show
 from .updates import updates_panel
 

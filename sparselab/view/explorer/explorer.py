@@ -174,6 +174,9 @@ class Explorer(widgets.VBox):
         for side in self.sides:
             side.blocks[0] = self.metrics  # one for all
         if len(sources) > 1:
+            for one, other in zip(*(side.blocks[1:] for side in self.sides[:2]), strict=True):
+                if isinstance(one, PanelBlock):
+                    one.peer, other.peer = other, one
             self.sides[0].blocks.insert(1, DifferenceBlock(self.sides[0].mask, sources[1]))
         for side in self.sides:
             for block in side.blocks:

@@ -40,7 +40,7 @@ def server(root: Path, scratch: Path, theme: str = "JupyterLab Light") -> Iterat
         lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=log)
     try:
         url = f"http://127.0.0.1:{port}"
-        until(lambda: _answers(f"{url}/api"), 60, lambda: (scratch / "lab.log").read_text()[-2000:])
+        until(lambda: answers(f"{url}/api"), 60, lambda: (scratch / "lab.log").read_text()[-2000:])
         yield url
     finally:
         lab.terminate()  # the server ends its kernels
@@ -56,7 +56,8 @@ def until(true, seconds: float = 30, otherwise=lambda: "it did not happen"):
     return found
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a server is there."""
     try:
         return urllib.request.urlopen(url, timeout=5).status == 200
     except OSError:

@@ -187,8 +187,9 @@ def test_the_eps_slider_draws_the_proofs_of_that_radius(opened, runs):
     assert abs(eps - (runs[0].margins.eps + runs[0].margins.grid[1])) < 1e-9
     pure = margins_panel(runs[0], method=method, eps=eps).figure
     assert json.loads(opened.value(f"{margins}.content.figure"))["data"] == json.loads(pure.to_json())["data"]
-    titles = "() => [...document.querySelectorAll('.sparselab-plot')].map(plot => plot.layout?.title?.text)"
-    until(lambda: pure.layout.title.text in opened.page.evaluate(titles))
+    titles = "() => [...document.querySelectorAll('.sparselab-plot')].map(plot => plot.layout?.meta?.note)"
+    until(lambda: pure.layout.meta["note"] in opened.page.evaluate(titles))
+    assert pure.layout.meta["note"] in opened.page.locator(".sparselab-note").all_text_contents()
 
 
 def test_two_runs_move_on_one_timeline(opened, runs):
@@ -245,7 +246,7 @@ def test_the_mouse_on_the_mask_tells_index_age_and_value(opened, runs):
 
 # where on the screen the middle of a bar of a figure is
 BAR = """([title, trace, point]) => {
-    const plot = [...document.querySelectorAll('.sparselab-plot')].find(plot => plot.layout?.title?.text?.includes(title));
+    const plot = [...document.querySelectorAll('.sparselab-plot')].find(plot => plot.layout?.meta?.title?.includes(title));
     plot.scrollIntoView({ block: 'center' });
     const found = plot._fullData.find(each => each.name === trace), { xaxis: x, yaxis: y } = plot._fullLayout;
     const at = values => Array.from(values._inputArray || values), box = plot.getBoundingClientRect();
@@ -366,7 +367,7 @@ def test_cards_and_panels_can_be_read_in_light_and_dark(theme, tmp_path, chrome,
         for card in cards.all():
             card.scroll_into_view_if_needed()
             assert card.is_visible()
-        texts = ".jp-RenderedHTMLCommon b, .jp-RenderedHTMLCommon td, .sparselab-line, .sparselab-plot .gtitle, " \
+        texts = ".jp-RenderedHTMLCommon b, .jp-RenderedHTMLCommon td, .sparselab-line, .sparselab-note, .sparselab-heading, " \
                 ".sparselab-plot .xtick text, .sparselab-plot .legendtext"
         seen = [text.evaluate(CONTRAST) for text in book.page.locator(texts).all()]
         assert len(seen) > 60 and min(contrast for contrast, _ in seen) > 4.5

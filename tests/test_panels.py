@@ -124,7 +124,7 @@ def test_a_training_without_a_folder_is_a_source_too():
     assert live.snapshot.status == "finished" and not live.finished and live.networks == {}
     assert live.moments == sorted({*live.history.steps, *(row["step"] for row in live.metrics)}) and len(live.metrics) == 2
     drawn = {title: (panel, reason) for title, panel, reason in Report(live)}
-    assert {title for title, (panel, _) in drawn.items() if panel is None} == {"Neurons", "Margins", "Stability"}
+    assert {title for title, (panel, _) in drawn.items() if panel is None} == {"Neurons", "Margins", "Stability", "Filters"}
     assert "writes no run folder" in drawn["Margins"][1]
     name = live.history.names[0]
     cursor = Cursor(live.history, name).seek(-1)
@@ -334,7 +334,7 @@ def test_what_is_missing_is_a_sentence(broken):
 def test_files_that_were_cut_short_are_skipped_or_said(broken, left):
     newest = broken.path / "stability" / f"step-{broken.neurons.steps[-1]:09d}.safetensors"
     newest.write_bytes(newest.read_bytes()[:left])
-    assert len(broken.neurons.skipped) == 1 and "1 recordings cannot be read" in neurons_panel(broken).figure.layout.title.text
+    assert len(broken.neurons.skipped) == 1 and "1 recording cannot be read" in neurons_panel(broken).figure.layout.title.text
     margins = broken.path / "margins.safetensors"
     margins.write_bytes(margins.read_bytes()[:left])
     with pytest.raises(Unavailable, match="cannot be read .* cut short"):

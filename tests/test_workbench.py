@@ -1,11 +1,16 @@
 """What the explorer does with its sources, without a browser: a run that had finished, a refusal, two runs."""
+import json
+import shutil
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("anywidget", reason="anywidget is not installed: pip install 'sparselab[lab]'")
 
 from sparselab.learn import Config, Live, Run, train
+from sparselab.notebooks import at_root
 from sparselab.view import Explorer
 
 SMALL = dict(model="mlp", model_options={"widths": [24, 20]}, method="rigl", sparsity=0.8, eps=0.02, test_samples=40,
@@ -101,8 +106,6 @@ def test_two_runs_share_what_is_selected(pair):
 
 
 def test_the_difference_of_two_masks_is_that_of_the_masks(pair):
-    import numpy as np
-
     block = next(block for block in pair.sides[0].blocks if block.title == "Difference")
     for step in (0, 8, pair.moments[-1]):
         pair.go(step)
@@ -127,7 +130,6 @@ def test_a_colouring_without_values_keeps_the_picture(configs):
 
 def test_the_run_picker_offers_the_newest_first_and_explores_one_or_two(configs, tmp_path):
     import os
-    import shutil
 
     from sparselab.view import RunPicker
 
@@ -148,8 +150,6 @@ def test_the_run_picker_offers_the_newest_first_and_explores_one_or_two(configs,
 
 
 def test_a_bookmark_is_kept_in_the_run_and_leads_back(configs, tmp_path):
-    import shutil
-
     from sparselab.learn.bookmarks import bookmarks
 
     folder = tmp_path / "run"
@@ -176,3 +176,72 @@ def test_what_a_training_has_recorded_is_shown_when_it_stops(configs):
     live.stop()
     neurons = explorer.sides[0].neurons
     until(lambda: neurons.recorded is not None and neurons.recorded.steps == live.neurons.steps, 10)
+
+
+def test_a_finished_run_goes_on_from_its_last_checkpoint_in_a_folder_of_its_own(configs):
+    live = Live(configs[0])
+    first = Run(live.folder)
+    explorer = Explorer(live)
+    controls = next(child for child in explorer.children[2].children if hasattr(child, "rested"))
+    controls.more.value = 2
+    controls.extend()
+    until(lambda: live.snapshot.status == "finished" and not live.rested)
+    longer = Run(live.folder)
+    assert (longer.continues, first.continues) == (first.name, None) and longer.path != first.path and controls.refusal.value == ""
+    assert longer.metrics[:2] == first.metrics and len(longer.metrics) == 4 and Run(first.path).finished
+    assert longer.history.updates[:len(first.history.updates)] == first.history.updates and longer.moments[-1] > first.moments[-1]
+    shutil.rmtree(longer.path / "checkpoint")
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        live.extend(1)
+
+
+def test_masks_are_those_of_the_training_that_began_anew(configs):
+    """With another seed the same layer has other masks at the same steps: what was walked before must not be shown."""
+    live = Live(Config(**SMALL, epochs=2, seed=5, runs_dir=configs[0].runs_dir)).start()
+    until(lambda: live.snapshot.status == "finished")
+    explorer = Explorer(live)
+    explorer.go(8)
+    live.anew(seed=6)
+    until(lambda: live.snapshot.status == "finished" and live.source.seed == 6)
+    mask = explorer.sides[0].mask
+    until(lambda: explorer.sides[0].source.history is live.history)
+    explorer.go(4)
+    explorer.go(8)
+    assert (mask.cursor.mask == np.asarray(live.history.mask(mask.cursor.record, mask.layer.value))).all()
+
+
+def test_a_training_says_that_it_starts_until_there_is_something_to_see(configs, monkeypatch):
+    from threading import Event
+
+    from sparselab.learn import live as module
+
+    read, train_now = Event(), module.train
+    monkeypatch.setattr(module, "train", lambda *given: read.wait(60) and train_now(*given))  # as if the data took long
+    live = Live(Config(**SMALL, epochs=1, seed=7, runs_dir=configs[0].runs_dir)).start()
+    side = Explorer(live).sides[0]
+    assert "starting" in live.headline and "0 of 0" not in live.headline
+    assert all("has not started" in side.block(title).problem.value for title in ("Mask", "Neurons", "Margins"))
+    read.set()
+    until(lambda: live.snapshot.status == "finished")
+    assert "step 11 of 11" in live.headline
+
+
+def test_two_runs_share_the_y_axes_of_their_panels(pair):
+    one, two = (side.block("Updates") for side in pair.sides)
+    for block in (one, two):
+        block.settle(8)
+    ranges = [{name: axis["range"] for name, axis in json.loads(block.content.figure)["layout"].items() if name.startswith("yaxis")}
+              for block in (one, two)]
+    assert ranges[0] == ranges[1] and len(ranges[0]) > 2
+    for block, found in zip((one, two), ranges, strict=True):
+        for trace in block.panel.figure.data:
+            low, high = found["yaxis" + (trace.yaxis or "y")[1:]]
+            assert low <= min(trace.y) and max(trace.y) <= high
+
+
+def test_paths_count_from_the_root_of_the_repository(monkeypatch):
+    root = Path(__file__).resolve().parents[1]
+    monkeypatch.chdir(root / "nbs")
+    assert at_root() == Path.cwd() == root
+    for name in ("train", "explore", "compare", "index"):
+        assert "at_root()" in (root / "nbs" / f"{name}.ipynb").read_text()

@@ -21,6 +21,7 @@ import torch
 from joblib.externals.loky import get_reusable_executor
 from scipy.special import stdtrit
 
+from ..errors import counted
 from .assembly import pick_device
 from .config import Config
 from .experiments import train
@@ -123,7 +124,7 @@ class Claim:
         width = max(map(len, self.values))
         rows = [f"  {name:{width}}  {self.shown(name)}" for name in self.values]
         checks = [f"  {comparison}: {verdict}" for comparison, verdict in self.verdicts.items()]
-        return "\n".join([f"{self.claim}", f"{self.metric}, {self.setting}, {len(self.seeds)} seeds", *rows, *checks,
+        return "\n".join([f"{self.claim}", f"{self.metric}, {self.setting}, {counted(len(self.seeds), 'seed')}", *rows, *checks,
                           f"verdict: {self.verdict}"])
 
 

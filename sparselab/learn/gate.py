@@ -29,7 +29,7 @@ PERIOD = 0.25  # seconds between two snapshots while training runs
 class Snapshot:
     """A training at one moment; nothing in it will change.
 
-    `status`: ready, running, paused, finished, stopped or failed; `note`: what there is to say, such as why it failed.
+    `status`: ready, starting, running, paused, finished, stopped or failed; `note`: what there is to say, such as why it failed.
     `metrics` and `stability` as in the files of a run; `weights`: layer -> a copy; `knobs`: what can be changed.
     """
 

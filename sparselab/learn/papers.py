@@ -9,7 +9,7 @@ __all__ = ['BEGIN', 'END', 'at_scale', 'records_folder', 'seconds', 'claims_tabl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import unknown
+from ..errors import counted, unknown
 from .claims import Claim
 from .config import Config
 from .runs import Run
@@ -46,7 +46,7 @@ def claims_table(folder: str | Path) -> str:
                   if verdict != "holds"]
         verdict = f"**{claim.verdict}**{': ' * bool(failed)}{'; '.join(failed)}"
         found = "; ".join(f"{name} {claim.shown(name)}" for name in claim.values)
-        evidence = f"{claim.metric}, {claim.setting}, {len(claim.seeds)} seeds: {found}"
+        evidence = f"{claim.metric}, {claim.setting}, {counted(len(claim.seeds), 'seed')}: {found}"
         lines.append(f"| {paper} | {claim.claim} | {verdict} | {evidence} |")
     return "\n".join(lines) + "\n"
 

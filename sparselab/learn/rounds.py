@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import unknown
+from ..errors import counted, unknown
 from .assembly import Start, load_data, make_learner, new_model
 from .callbacks import Progress
 from .config import Config
@@ -80,7 +80,7 @@ class Procedure(ABC):
     def round(self, name: str, config: Config, start: Start | None = None, callbacks: Sequence[Callback] = ()) -> Run:
         """Train `config` in rounds/`name`, unless that has been done."""
         if any(isinstance(callback, Progress) for callback in self.callbacks):
-            print(f"{self.config.method}, round {name}: {config.method}, sparsity {config.sparsity:.4%}, {config.epochs} epochs")
+            print(f"{self.config.method}, round {name}: {config.method}, sparsity {config.sparsity:.4%}, {counted(config.epochs, 'epoch')}")
         self.rounds.append(train_in(self.folder / "rounds" / name, config, [*callbacks, *self.callbacks], start, self.data))
         return self.rounds[-1]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..cards import Card, Course, Share, Shown, Table
-from ..errors import attempt
+from ..errors import attempt, counted
 from .arrays import Unavailable, check_file, or_unavailable
 from .checkpoints import load_state
 from .config import Config
@@ -33,7 +33,7 @@ def described(config: Config) -> str:
     """The configuration in a line."""
     c = config
     return (f"{c.method} at {c.sparsity:.2%} sparsity; {c.model} on {c.dataset}, {c.objective} at eps {c.eps:g}, "
-            f"{c.epochs} epochs, seed {c.seed}")
+            f"{counted(c.epochs, 'epoch')}, seed {c.seed}")
 
 
 def achieved(summary: Mapping) -> tuple[Table, str]:
@@ -78,12 +78,17 @@ class Run(Shown, Source):
     @cached_property
     def config(self) -> Config:
         """The configuration that the run was started with."""
-        return Config.read({name: value for name, value in self._begun.items() if name != "fingerprint"})
+        return Config.read({name: value for name, value in self._begun.items() if name not in ("fingerprint", "continues")})
 
     @property
     def fingerprint(self) -> str | None:
         """What the data were that the run was started with, see `learn.find.fingerprint`."""
         return self._begun.get("fingerprint")
+
+    @property
+    def continues(self) -> str | None:
+        """The name of the finished run whose last checkpoint this one goes on from; None for a run from the start."""
+        return self._begun.get("continues")
 
     def of(self, config: Config) -> "Run":
         """The run itself, if `config` and its data are what it was begun with. Raises ValueError that says what is not."""
@@ -107,7 +112,7 @@ class Run(Shown, Source):
         """In words, how far the run is: finished, being written at this moment, or stopped."""
         if self.finished:
             return "finished"
-        epochs = f"not finished, {len(self.metrics)} of {self.config.epochs} epochs so far"
+        epochs = f"not finished, {len(self.metrics)} of {counted(self.config.epochs, 'epoch')} so far"
         return epochs + ("; it is being written now" if being_written(self.path)
                          else "; it was stopped, and training the same configuration again continues it")
 
@@ -181,7 +186,8 @@ class Run(Shown, Source):
         """`state`, whether the network has collapsed, and a sentence for every damaged file, in a line."""
         state, problem = attempt(lambda: self.state)
         collapsed, _ = attempt(lambda: self.summary.get("collapse"))
-        return " ".join(filter(None, dict.fromkeys([problem or f"{self.name}: {state}.", collapsed, *self.damage])))
+        earlier, _ = attempt(lambda: self.continues and f"It goes on from the end of {self.continues}.")
+        return " ".join(filter(None, dict.fromkeys([problem or f"{self.name}: {state}.", earlier, collapsed, *self.damage])))
 
     @property
     def rounds(self) -> list["Run"]:

@@ -20,6 +20,7 @@ _HOME = {  # public name -> the module that defines it
     "difference_panel": "figures.masks",
     "effective_sparsity": "runs.networks",
     "explorer_html": "explorer.page",
+    "filters_panel": "figures.neurons",
     "layer_densities": "runs.networks",
     "layers_panel": "figures.masks",
     "left_out": "runs.table",
@@ -59,6 +60,7 @@ __all__ = [
     "difference_panel",
     "effective_sparsity",
     "explorer_html",
+    "filters_panel",
     "layer_densities",
     "layers_panel",
     "left_out",
@@ -95,7 +97,7 @@ if TYPE_CHECKING:
     from .figures.margins import margins_panel
     from .figures.masks import difference_panel, layers_panel, mask_panel, masks_panel
     from .figures.metrics import metrics_panel
-    from .figures.neurons import neuron_panel, neurons_panel, stability_panel
+    from .figures.neurons import filters_panel, neuron_panel, neurons_panel, stability_panel
     from .figures.panels import Panel, show
     from .figures.report import PANELS, Report
     from .figures.theme import titled

@@ -50,7 +50,7 @@ export default () => {
   return {
     initialize({ model }) {
       whole(model);
-      model.on("change:version", () => take(model));
+      model.on("change:version", () => queueMicrotask(() => take(model)));  // a host may set the traits of a message one after another
     },
     render({ model, el }) {
       const box = document.createElement("div"), canvas = document.createElement("canvas");

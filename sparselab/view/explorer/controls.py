@@ -66,14 +66,19 @@ class LiveControls(widgets.VBox):
                                                  continuous_update=False, tooltip="share of weights replaced, at first")
         self.growth = chooser("grow by", list(GROWTH), "12em")
         self.lr = widgets.FloatText(0.0, description="peak lr", layout={"width": "11em"}, style=close, continuous_update=False)
-        self.rested = widgets.HBox([press("begin anew", live.anew, "train from the start; the finished run is kept beside its folder"),
-                                    press("train twice the epochs", self.twice,
-                                          "a run of its own, from the start: its schedules stretch over all epochs")], layout={"display": "none"})
+        self.more = widgets.BoundedIntText(10, min=1, max=1_000_000, description="for", layout={"width": "7em"}, style=close)
+        self.rested = widgets.HBox([
+            press("continue", self.extend, "from the last checkpoint, as a run of its own; its schedules stretch over all epochs"),
+            self.more, widgets.HTML("epochs"),
+            press("begin anew", live.anew, "train from the start; the finished run is kept beside its folder"),
+            press("train twice the epochs", self.twice, "a run of its own, from the start: its schedules stretch over all epochs")],
+            layout={"display": "none"})
+        self.refusal = widgets.HTML()
         self.knobs = {"drop_fraction": self.drop_fraction, "growth": self.growth, "lr": self.lr}
         for name, control in self.knobs.items():
             control.observe(lambda change, name=name: self._turned(name, change["new"]), "value")
         super().__init__([widgets.HBox([*self.buttons.values(), *self.knobs.values()], layout={"flex_flow": "row wrap"}),
-                          widgets.HBox([self.state, self.rested])])
+                          widgets.HBox([self.state, self.rested, self.refusal], layout={"flex_flow": "row wrap"})])
         self.add_class("sparselab-live")
         live.watch(self.show)
 
@@ -85,6 +90,10 @@ class LiveControls(widgets.VBox):
             control.disabled = name not in now.knobs
             if name in now.knobs:  # also what was refused goes back to what is in force
                 control.value = now.knobs[name]
+
+    def extend(self) -> None:
+        """Train the finished run for more epochs, or say why it cannot be."""
+        self.refusal.value = html.escape(attempt(lambda: self.live.extend(self.more.value))[1])
 
     def twice(self) -> None:
         """Train the same configuration for twice its epochs."""

@@ -24,7 +24,7 @@ from ...learn.gate import Snapshot
 from ...learn.live import Live
 from ...learn.reading import Given, Source
 from ...learn.runs import Run
-from .blocks import Block, PanelBlock, Selection, press
+from .blocks import Block, PanelBlock, Selection, heading, press
 from .controls import Bookmarks, LiveControls
 from .margins_block import MarginsBlock
 from .mask_block import DifferenceBlock, MaskBlock
@@ -135,6 +135,10 @@ class MetricsBlock(PanelBlock):
         super().__init__("Metrics", lambda step: self.strip(step), go)
         self.buttons.children = (self.size, *self.buttons.children)
 
+    def take(self, panel: Panel) -> None:
+        """Say behind the title what was measured at the step; the mouse shows how to read the figure."""
+        self.heading.value = heading(self.title, panel.figure.layout.meta["note"], panel.how_to_read)
+
     def resize(self) -> None:
         """Fold the strip, or unfold it."""
         self.folded = not self.folded
@@ -170,6 +174,9 @@ class Explorer(widgets.VBox):
         for side in self.sides:
             side.blocks[0] = self.metrics  # one for all
         if len(sources) > 1:
+            for one, other in zip(*(side.blocks[1:] for side in self.sides[:2]), strict=True):
+                if isinstance(one, PanelBlock):
+                    one.peer, other.peer = other, one
             self.sides[0].blocks.insert(1, DifferenceBlock(self.sides[0].mask, sources[1]))
         for side in self.sides:
             for block in side.blocks:

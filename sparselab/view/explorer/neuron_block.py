@@ -11,7 +11,7 @@ from collections.abc import Callable
 import ipywidgets as widgets
 import numpy as np
 
-from ...errors import attempt
+from ...errors import attempt, counted
 from ...learn.reading import Source
 from ...learn.recordings import STATES, NeuronLooks
 from .blocks import RASTER, Block, Selection, chooser, heading, legend_html
@@ -114,7 +114,7 @@ class NeuronBlock(Block):
             return ""
         neuron, states = int(self.order[row]), self.recorded.over_time(self.layer.value)
         return (f"{self.recorded.by(self.layer.value)} {neuron} at step {self.recorded.steps[column]:,}: "
-                f"{STATES[states[column, neuron]]}; {flips(states)[neuron]} flips")
+                f"{STATES[states[column, neuron]]}; {counted(int(flips(states)[neuron]), 'flip')}")
 
     def whole(self) -> Panel:
         """The raster as a plotly figure."""

@@ -13,6 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ...errors import counted
 from ...learn.growth import growth_scores
 from ...learn.reading import Source, record_at
 from ...sparse.cursor import Cursor
@@ -69,12 +70,15 @@ def layers_panel(source: Source, step: float | None = None) -> Panel:
 
 # %% ../../../nbs/view/figures/04_masks.ipynb #4076544d
 def _log_axes(fig: go.Figure, names: list[str], nnz: list[int], total: list[int]) -> None:
+    texts = [f"{n:,} of {t:,}" for n, t in zip(nnz, total, strict=True)]
+    room = min(0.6, (7 * max(map(len, texts)) + 8) / 200)  # of a part that is 200 pixels wide in the explorer
     low = min((value for trace in fig.data[:-2] for value in trace.x if value > 0), default=1)
     fig.update_xaxes(type="log", title_text="density (kept / all)", tickformat=".3~%", dtick=1, row=1, col=1,
                      range=[min(-1, np.floor(np.log10(low))) - 0.1, 0.1])
-    fig.update_xaxes(type="log", title_text="weights", dtick=1, range=[0, 1.45 * np.log10(max(total))], row=1, col=2)
-    for name, n, t in zip(names, nnz, total, strict=True):
-        fig.add_annotation(x=np.log10(t), y=name, text=f"{n:,} of {t:,}", xanchor="left", xshift=4, showarrow=False, row=1, col=2)
+    fig.update_xaxes(type="log", title_text="weights", tickvals=10 ** np.arange(0, np.log10(max(total)), 2), row=1, col=2,
+                     range=[0, np.log10(max(total)) / (1 - room)])
+    for name, t, text in zip(names, total, texts, strict=True):
+        fig.add_annotation(x=np.log10(t), y=name, text=text, xanchor="left", xshift=4, showarrow=False, row=1, col=2)
     fig.update_yaxes(autorange="reversed")
     fig.update_layout(barmode="overlay")
 
@@ -161,7 +165,7 @@ def masks_panel(source: Source, step: float | None = None, layer: str | None = N
     active = max(i for i, (record, _) in enumerate(rasters) if i == 0 or record <= record_at(history, step))
     fig = _figure(rasters[active][1], layer, "event", at)
     fig.frames = [go.Frame(name=raster.note, data=[go.Image(source=raster.source)], traces=[0]) for _, raster in rasters]
-    shown = f"{len(rasters)} of {len(cursor)} masks shown" if len(rasters) < len(cursor) else f"all {len(cursor)} masks since the start"
+    shown = f"{len(rasters)} of {len(cursor)} masks shown" if len(rasters) < len(cursor) else f"all {counted(len(cursor), 'mask')} since the start"
     blocks = f"; one pixel is a block of {at.block[0]} x {at.block[1]} weights" * at.summarised
     titled(fig, f"Masks of {short(layer)}", shown + blocks, height=440)
     return Panel("Masks", "Each pixel is a weight, rows are output units; the slider goes through the updates: blue was grown by the update, "

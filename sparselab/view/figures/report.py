@@ -14,14 +14,14 @@ from ...learn.reading import Source
 from .margins import margins_panel
 from .masks import layers_panel, mask_panel
 from .metrics import metrics_panel
-from .neurons import neurons_panel, stability_panel
+from .neurons import filters_panel, neurons_panel, stability_panel
 from .panels import Panel, show
 from .updates import updates_panel
 
 # %% ../../../nbs/view/figures/09_report.ipynb #357fd7cc
 PANELS: dict[str, Callable[..., Panel]] = {  # title -> f(source, step)
     "Metrics": metrics_panel, "Mask": mask_panel, "Neurons": neurons_panel, "Updates": updates_panel, "Layers": layers_panel,
-    "Stability": stability_panel, "Margins": margins_panel}
+    "Stability": stability_panel, "Margins": margins_panel, "Filters": filters_panel}
 
 
 class Report:

@@ -12,6 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ...errors import counted
 from ...learn.reading import Source, record_at
 from .masks import counts_of
 from .panels import Panel, call_of, last_step, layer_of, now_line
@@ -58,7 +59,7 @@ def updates_panel(source: Source, step: float | None = None, layer: str | None =
     fig = _parts(shown, rows)
     for at, c in enumerate(shown.values()):
         _bars(fig, history.steps[1:], c, {"row": at + 1, "col": 1, "showlegend": at == 0})
-    _distance(fig, history.steps, counts, {name: int(np.prod(history.shapes[name])) for name in counts}, rows // 2 + rows % 2 + 1)
+    _distance(fig, history.steps, counts, {name: int(np.prod(history.shapes[name])) for name in counts}, rows // 2 + rows % 2 + 1, min(4, most))
     for axis in ("x", fig.data[-1].xaxis):  # one through each column
         now_line(fig, step, axis)
     fig.update_xaxes(title_text="step", showticklabels=True, row=rows if several else 1, col=1)
@@ -92,14 +93,14 @@ def _bars(fig: go.Figure, steps: list[int], c: Counts, place: dict) -> None:
     fig.update_yaxes(nticks=4, row=place["row"], col=1)
 
 
-def _distance(fig: go.Figure, steps: list[int], counts: Mapping[str, Counts], size: Mapping[str, int], below: int) -> None:
-    """Overlap above, exploration below: of all layers together, and of the four that changed most."""
+def _distance(fig: go.Figure, steps: list[int], counts: Mapping[str, Counts], size: Mapping[str, int], below: int, most: int) -> None:
+    """Overlap above, exploration below: of all layers together, and of the `most` that changed most."""
     total, mode = total_of(counts), "lines+markers" if len(steps) < 40 else "lines"
     for name, y, hue in zip(("overlap with the first", "overlap with the previous"), jaccard(total), ("blue", "sky"), strict=True):
         fig.add_scatter(x=steps, y=y, name=name, mode=mode, marker_size=4, line={"color": OKABE_ITO[hue], "width": 3}, row=1, col=2)
     fig.add_scatter(x=steps, y=total["ever"] / sum(size.values()), name="ever active", mode=mode, marker_size=4,
                     line={"color": TEXT, "width": 4}, row=below, col=2)
-    for name, hue in zip(busiest(counts, 4) if len(counts) > 1 else (), ("green", "orange", "purple", "vermillion"), strict=False):
+    for name, hue in zip(busiest(counts, most) if len(counts) > 1 else (), ("green", "orange", "purple", "vermillion"), strict=False):
         fig.add_scatter(x=steps, y=counts[name]["ever"] / size[name], name=f"{short(name)} ever active", mode=mode, marker_size=4,
                         line={"color": OKABE_ITO[hue], "width": 1.5}, row=below, col=2)
     fig.update_yaxes(tickformat=".3~%", rangemode="tozero", col=2)
@@ -110,4 +111,4 @@ def _note(steps: list[int], record: int, total: Counts) -> str:
     if len(steps) == 1:
         return "the masks never changed: nothing was grown or dropped"
     return (f"step {steps[record]:,}: {grown[record]:,} grown, {regrown[record]:,} of them again, {dropped[record]:,} dropped; "
-            f"{len(steps) - 1} updates in all grew {grown.sum():,} and dropped {dropped.sum():,}")
+            f"{counted(len(steps) - 1, 'update')} in all grew {grown.sum():,} and dropped {dropped.sum():,}")

@@ -13,6 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ...errors import counted
 from ...learn.experiments import ALL_METHODS, family
 from ..figures.theme import OKABE_ITO, TEXT, panel_titles, titled
 from .table import Group, by_label, groups_of
@@ -59,7 +60,7 @@ def curves(fig: go.Figure, groups: Sequence[Group], x: Place, y: Place, col: int
         fig.add_scatter(x=[at for _, (at, _), _ in points], y=[at for *_, (at, _) in points], name=label, legendgroup=label,
                         showlegend=col in (None, 1), mode="lines+markers", line={"color": colour, "dash": dashes(groups)[label]},
                         marker={"color": colour, "symbol": symbol, "size": 9}, **whiskers,
-                        customdata=[f"{group.name}, {len(group.rows)} run{'s' * (len(group.rows) > 1)}" for group, *_ in points],
+                        customdata=[f"{group.name}, {counted(len(group.rows), 'run')}" for group, *_ in points],
                         hovertemplate="%{customdata}<br>%{x}, %{y:.2%}<extra></extra>", **({"row": 1, "col": col} if col else {}))
 
 
@@ -84,7 +85,7 @@ MEASURED = {"clean": "clean accuracy", "verified": "verified accuracy"}
 
 
 def _two_panels(groups: Sequence[Group], x: Place) -> go.Figure:
-    fig = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=list(MEASURED.values()))
+    fig = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.08, subplot_titles=list(MEASURED.values()))
     for col, measure in enumerate(MEASURED, 1):
         curves(fig, groups, x, lambda group, measure=measure: group.spread(measure), col)
     panel_titles(fig).update_yaxes(tickformat=".0%")

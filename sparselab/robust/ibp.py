@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..program import Program, operation, read
 from .boxes import Interval, Refused, check_box, flat, in_full_width, written_precision
 from .layers import Layer, Scale
-from .rules import ROW_BY_ROW, Graph, Merged, Naming, Statistics, UnsupportedLayer  # Graph: a program and the rule of each node
+from .rules import ROW_BY_ROW, Graph, Merged, Naming, Statistics, UnsupportedLayer  # Naming: errors name the node at hand
 
 # %% ../../nbs/robust/08_ibp.ipynb #7963da00
 class Step(NamedTuple):

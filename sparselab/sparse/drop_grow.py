@@ -16,7 +16,7 @@ from ..errors import unknown
 from .distributions import budget, layer_budgets
 from .masks import assign
 from .pruning import check_share
-from .regrowth import Regrowth
+from .regrowth import Regrowth  # 16: scales Adam's first steps with a grown weight, where asked for
 from .schedules import CosineDrop, Periodic
 from .scores import Score, generator_for, gradient, magnitude, random, top
 from .sparsifier import Sparsifier, cloned, random_masks

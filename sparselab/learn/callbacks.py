@@ -107,13 +107,23 @@ class Progress(Callback):
     def before_fit(self, learner: Learner) -> None:
         if learner.epoch:
             print(f"continuing after epoch {learner.epoch} of {learner.epochs}")
+        if learner.on_nonzeros.compiles():
+            print("the first steps compile the kernels for sparse networks, once on this machine, in about ten seconds")
         print("epoch     loss train_eps   clean  verified        nnz  seconds")
 
     def after_epoch(self, learner: Learner) -> None:
-        if learner.epoch == 1 and learner.on_nonzeros.kernels == "auto" and learner.on_nonzeros.reason:
-            print(f"training steps are dense: {learner.on_nonzeros.reason}")
+        if learner.epoch == 1:
+            self._print_kernels(learner.on_nonzeros)
         every = math.ceil(learner.epochs / self.lines)
         if learner.epoch % every == 0 or learner.epoch in (1, learner.epochs):
             row = learner.row
             print(f"{row['epoch']:5} {row['loss']:8.4f} {row['train_eps']:9.3f} {row['clean']:7.2%} {row['verified']:9.2%} "
                   f"{row['nnz']:10,} {learner.seconds:8.1f}", flush=True)
+
+    @staticmethod
+    def _print_kernels(steps) -> None:
+        """What has been trained on the nonzeros in the first epoch, and why the rest has not."""
+        if steps.count:
+            print(f"{steps.count:,} steps of the first epoch were on the nonzeros" + f"; others were dense: {steps.reason}" * bool(steps.reason))
+        elif steps.kernels == "auto" and steps.reason:
+            print(f"training steps are dense: {steps.reason}")

@@ -535,7 +535,7 @@ def test_a_hook_that_watches_is_called():
     torch.manual_seed(0)
     steps, _ = both(build("mlp", (1, 8, 8), 10).train(), objective("natural", 0.1), kernels="auto")
     x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
-    with mock.patch("sparselab.learn.sparse_steps.PAYS", {True: 1.0, False: 1.0}):
+    with mock.patch("sparselab.learn.sparse_steps.PAYS", {True: (1.0, 1.0), False: (1.0, 1.0)}):
         stepped(steps, x, y, 2)
         steps.model.relu1.register_forward_hook(lambda module, args, output: None)
         assert not steps.ready(x) and "'relu1' has hooks, which sparse steps would not call" in steps.reason

@@ -110,11 +110,13 @@ class Progress(Callback):
     def before_fit(self, learner: Learner) -> None:
         if learner.epoch:
             print(f"continuing after epoch {learner.epoch} of {learner.epochs}")
+        if learner.on_nonzeros.compiles():
+            print("the first steps compile the kernels for sparse networks, once on this machine, in about ten seconds")
         print("epoch     loss train_eps   clean  verified        nnz  seconds")
 
     def after_epoch(self, learner: Learner) -> None:
         if learner.epoch == 1:
-            self._say_what_is_dense(learner)
+            self._print_kernels(learner)
         every = math.ceil(learner.epochs / self.lines)
         if learner.epoch % every == 0 or learner.epoch in (1, learner.epochs):
             row = learner.row
@@ -122,9 +124,12 @@ class Progress(Callback):
                   f"{row['nnz']:10,} {learner.seconds:8.1f}", flush=True)
 
     @staticmethod
-    def _say_what_is_dense(learner: Learner) -> None:
+    def _print_kernels(learner: Learner) -> None:
+        """What has been trained on the nonzeros in the first epoch, why the rest has not, and why the evaluation is not."""
         steps = learner.on_nonzeros
-        if steps.kernels == "auto" and steps.reason:
+        if steps.count:
+            print(f"{steps.count:,} steps of the first epoch were on the nonzeros" + f"; others were dense: {steps.reason}" * bool(steps.reason))
+        elif steps.kernels == "auto" and steps.reason:
             print(f"training steps are dense: {steps.reason}")
         x, _ = next(iter(learner.data.train.batches(2, shuffle=False)))
         _, reason = sparse_network(learner.model, x, steps.kernels, learner.objective.engine)

@@ -153,20 +153,26 @@ class Sparse(Layer):
 
     def dense_gradient(self, p: Pass, weight: Tensor) -> Tensor:
         """dL/dw of every entry of the weight, also where the mask is off: |w| has slope 0 there, so that only centres count."""
-        x, g = (self._batch(p, a, shape) for a, shape in ((p.x[self.src[0]], self.shapes[0]), (p.gradient(self.dst), self.entries.out_shape)))
-        x[p.n :] *= 0.5
+        x, g = (self._columns(p, a, shape) for a, shape in ((p.x[self.src[0]], self.shapes[0]), (p.gradient(self.dst), self.entries.out_shape)))
+        x[..., p.n :] *= 0.5
         if self.geometry is None:
-            return torch.einsum("b...o,b...i->oi", g, x)
+            return torch.einsum("...ob,...ib->oi", g, x)
         stride, padding, dilation, groups = self.geometry
-        outputs = [0] * len(stride)
-        return torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, dilation, False, outputs, groups, (False, True, False))[1]
+        x = F.pad(x, (0, 0, *(side for pad in reversed(padding) for side in (pad, pad))))
+        found, g = torch.empty(weight.shape), g.reshape(groups, len(weight) // groups, -1)
+        for tap in np.ndindex(*weight.shape[2:]):  # one matrix product each: the batch is innermost, so that what a tap reads is long
+            where = (slice(t * gap, t * gap + step * (count - 1) + 1, step)
+                     for t, gap, step, count in zip(tap, dilation, stride, self.entries.out_shape[1:], strict=True))
+            read = x[(slice(None), *where)].reshape(groups, weight.shape[1], -1)
+            found[(slice(None), slice(None), *tap)] = torch.bmm(g, read.transpose(1, 2)).view(weight.shape[:2])
+        return found
 
     @staticmethod
-    def _batch(p: Pass, rows: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-        """(n + m, *shape): clean values, and the sums of both ends."""
+    def _columns(p: Pass, rows: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+        """(*shape, n + m): clean values, and the sums of both ends."""
         rows = torch.from_numpy(rows)
         lower, upper = p.ends(rows)
-        return torch.cat([rows[:, : p.n], lower + upper], 1).T.reshape(-1, *shape)
+        return torch.cat([rows[:, : p.n], lower + upper], 1).view(*shape, -1)
 
 # %% ../../nbs/learn/30_rows.ipynb #6f5e95b1
 @dataclass(eq=False)

@@ -1078,7 +1078,8 @@ REFUSED = [
     ("cht", {"soft": 1}, "soft is true or false; got 1"),
     ("cht", {"initial": "half"}, "initial is a share, from 0 to 1; got 'half'"),
     ("cht", {"shrink_until": 0.9}, "shrink_until = 0.9 must not exceed end = 0.75"),
-    ("sparsevlr", {"update_every": -3}, "update_every is a number of steps, at least 1; got -3"),
+    ("sparsevlr", {"update_every": -3}, "update_every is a whole number of steps, at least 1; got -3"),
+    ("rigl", {"update_every": 1.5}, "update_every is a whole number of steps, at least 1; got 1.5"),
 ]
 FORMS = [("mest", {"soft": True}), ("mest", {"soft": True, "across": True}), ("granet", {"initial": 0.0}), ("granet", {"across": True}),
          ("cht", {"initial": 0.3}), ("cht", {"soft": False}), ("srigl", {"ablation": 0.0}), ("gse", {"sample": 0.01})]

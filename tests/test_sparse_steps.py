@@ -115,7 +115,7 @@ def test_gradients_of_the_input_are_right():
 
 
 @numba_or_not
-@pytest.mark.parametrize("method", ["rigl", "set", "sparsevlr", "gmp", "snip", "static", "snfs"])
+@pytest.mark.parametrize("method", ["rigl", "set", "sparsevlr", "gmp", "snip", "static", "snfs", "granet", "mest", "gse", "srigl", "cht"])
 def test_a_training_is_that_of_the_dense_kernels(method, numba):
     options = {"update_every": 4} if method not in ("snip", "static") else {}
     base = Config(**SMALL, method=method, sparsity=0.9, method_options=options)

@@ -68,8 +68,8 @@ class SET(Sparsifier):
     def start(self) -> None:
         check_share("drop_fraction", self.drop_fraction)
         check_share("end", self.end)
-        if self.update_every < 1:
-            raise ValueError(f"update_every is a number of steps, at least 1; got {self.update_every!r}.")
+        if isinstance(self.update_every, bool) or not isinstance(self.update_every, int) or self.update_every < 1:
+            raise ValueError(f"update_every is a whole number of steps, at least 1; got {self.update_every!r}.")
         if not 1 <= self.accumulate <= self.update_every:
             raise ValueError(f"accumulate is from 1 to update_every = {self.update_every}; got {self.accumulate!r}.")
         if isinstance(self.regrow_warmup, bool) or not isinstance(self.regrow_warmup, int) or self.regrow_warmup < 0:

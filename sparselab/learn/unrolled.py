@@ -307,10 +307,11 @@ class Unrolled(nn.Module):
             self._boxes[every] = _Boxes(self.places, self.net, self._live[every])
         return self._boxes[every]
 
-    def batches(self, images: int, arrays: int) -> tuple[Tensor, ...]:
+    def batches(self, images: int, arrays: int) -> list[slice]:
         """Which images to carry at a time, as even as can be, when there are so many arrays of neurons and images."""
         most = max(1, min(IMAGES, ROOM // (arrays * len(self.net.bias))))
-        return torch.arange(images).tensor_split(max(1, -(-images // most)))
+        parts = max(1, -(-images // most))
+        return [slice(images * i // parts, images * (i + 1) // parts) for i in range(parts)]
 
     def _check(self, x: Tensor) -> np.ndarray:
         """The images (B, pixels)."""
@@ -416,7 +417,7 @@ class Unrolled(nn.Module):
         return logits, torch.cat(found)
 
 
-def _split(parts: tuple[Tensor, ...], lower: Tensor, upper: Tensor, C: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def _split(parts: list[slice], lower: Tensor, upper: Tensor, C: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     shared = C is None or C.shape[0] == 1 < len(lower)
     for rows in parts:
         yield lower[rows], upper[rows], C if shared else C[rows]

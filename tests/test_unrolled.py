@@ -191,6 +191,22 @@ def test_what_cannot_be_unrolled_is_refused_with_the_reason():
             call()
 
 
+@numba_or_not
+def test_pixels_that_nobody_reads_have_no_gradient_whatever_was_computed_before(numba):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.LeakyReLU(1.0), nn.Linear(3, 10))
+    with torch.no_grad():
+        model[1].weight[:, 1] = 0
+    with machine(numba):
+        net = Unrolled(model, torch.rand(2, 4))
+        for B in (9, 1, 5, 0, 130):
+            x = torch.rand(B, 4, requires_grad=True)
+            (slope,) = torch.autograd.grad(net(x).sum(), x)
+            (truth,) = torch.autograd.grad(model(x).sum(), x)
+            assert torch.allclose(slope, truth, atol=1e-5) and (slope[:, 1] == 0).all()
+            assert torch.allclose(net(x.detach()), model(x), atol=1e-5) and net(x.detach()).shape == (B, 10)
+        assert len(net._free) < 5
+
+
 def test_batches_of_any_size_give_the_same_bits():
     model = sparse_model("cnn4")
     x = torch.rand(300, 1, 8, 8)

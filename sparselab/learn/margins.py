@@ -22,6 +22,7 @@ from ..robust.bounds import METHODS, Engine, bounds
 from ..robust.boxes import input_box, margin_matrix
 from ..robust.ibp import interval_pass
 from ..robust.modes import eval_mode
+from ..robust.replay import ask, check_bounds, probes
 from ..robust.rules import UnsupportedLayer
 
 # %% ../../nbs/learn/11c_margins.ipynb #73cc3aff
@@ -76,13 +77,15 @@ def margins_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, methods: tupl
         with torch.no_grad():
             logits, attacked = model(x), model(attacks).argmax(1)
             C = margin_matrix(y, logits.shape[1], logits.dtype)
-            neurons = _neurons(model, x)
+            neurons, seen = _neurons(model, x), [] if net is None else _seen(model, x, grid)
             for method in methods:
                 if method == "crown" and (reason := _too_long(neurons, engine)):
                     left_out[method] = f"Margins by CROWN were not recorded, as {reason}; robust.verify computes them."
                     continue
-                rows = 25 if net is None and neurons >= 1000 else 500
-                lb[method] = _worst(model, x, grid, method, C, engine if net is None else net, rows)
+                if net is None:
+                    lb[method] = _worst(model, x, grid, method, C, engine, rows=500 if neurons < 1000 else 25)
+                else:
+                    lb[method] = _worst_on_nonzeros(net, seen, x, grid, method, C)
     return Margins(eps, grid, lb, _bytes(x), _bytes(attacks), *(v.cpu().numpy() for v in (y, logits.argmax(1), attacked)),
                    left_out)
 
@@ -101,13 +104,33 @@ def _too_long(neurons: int, engine: str) -> str:
     return f"{neurons:,} neurons are more than {CROWN_NEURONS:,}" if neurons > CROWN_NEURONS else ""
 
 
-def _worst(model: nn.Module, x: Tensor, grid: np.ndarray, method: str, C: Tensor, engine: str | Engine, rows: int) -> np.ndarray:
+def _worst(model: nn.Module, x: Tensor, grid: np.ndarray, method: str, C: Tensor, engine: str, rows: int) -> np.ndarray:
     """Worst margins (radii, N); boxes of several radii share a batch of `rows`, which small networks need to be fast."""
-    boxes = [input_box(x, float(radius)) for radius in grid]
-    lower, upper = (torch.cat(ends).split(rows) for ends in zip(*boxes, strict=True))
+    lower, upper = (ends.split(rows) for ends in _boxes(x, grid))
     parts = [bounds(model, lb, ub, method, c, engine)[0].amin(1)
              for lb, ub, c in zip(lower, upper, C.repeat(len(grid), 1, 1).split(rows), strict=True)]
     return torch.cat(parts).nan_to_num(-torch.inf).view(len(grid), -1).cpu().numpy().astype(np.float32)
+
+
+def _boxes(x: Tensor, grid: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The boxes of all radii, one after the other."""
+    lower, upper = zip(*(input_box(x, float(radius)) for radius in grid), strict=True)
+    return torch.cat(lower), torch.cat(upper)
+
+
+def _seen(model: nn.Module, x: Tensor, grid: np.ndarray) -> list[Tensor]:
+    """What the real model says at the images, and at a corner and an inner point of every box."""
+    points = [x.repeat(len(grid), *[1] * (x.dim() - 1)), *probes(*_boxes(x, grid))]
+    return [torch.cat([ask(model, part) for part in point.split(500)]) for point in points]
+
+
+def _worst_on_nonzeros(net: Engine, seen: list[Tensor], x: Tensor, grid: np.ndarray, method: str, C: Tensor) -> np.ndarray:
+    """Worst margins (radii, N), held against what the real model was seen to say."""
+    C = C.repeat(len(grid), 1, 1)
+    lb, ub = net.bounds(*_boxes(x, grid), method, C)
+    for logits in seen:
+        check_bounds(logits, lb, ub, C)
+    return lb.amin(1).nan_to_num(-torch.inf).view(len(grid), -1).numpy()
 
 
 def _bytes(x: Tensor) -> np.ndarray:

@@ -9,10 +9,8 @@ __all__ = ['on_nonzeros']
 from torch import Tensor, nn
 
 from ..errors import unknown
-from .rows import Unsupported
 from .sparse_steps import KERNELS, PAYS
 from .unrolled import Unrolled
-from ..program import Unreadable
 from ..sparse.products import with_numba
 
 # %% ../../nbs/learn/33_sparse_evaluation.ipynb #8a3c233e
@@ -29,5 +27,5 @@ def on_nonzeros(model: nn.Module, x: Tensor, kernels: str = "auto", engine: str 
         return None, f"the engine {engine} needs the dense network"
     try:
         return Unrolled(model, x[:2], 1.0 if kernels == "sparse" else PAYS[with_numba()]), ""
-    except (Unsupported, Unreadable) as reason:
+    except (ValueError, RuntimeError) as reason:  # whatever it is, the dense network is there
         return None, f"the model is not unrolled: {reason}"

@@ -146,7 +146,7 @@ class _Places:
                     self.at[number] = self._new(tuple(y.shape[1:]), sources, *parts_of(layer, boxes, y))
             except Unsupported as reason:
                 raise Unsupported(f"'{step.name}' ({type(layer).__name__}): {reason}") from reason
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 raise Unsupported(f"'{step.name}' ({type(layer).__name__}): {error}") from error
         self.out = self.at[last]
         if self.out != len(self.shapes) - 1:
@@ -291,7 +291,7 @@ class Unrolled(nn.Module):
             self._signals = signals_kind()(self.net, live := self.net.read(), places.shapes)
             self._live = {False: live, True: np.ones_like(live)}
             self._boxes: dict[bool, _Boxes] = {}
-            self._free: dict[tuple[int, bool], list[np.ndarray]] = {}
+            self._free: list[np.ndarray] = []
             y, z = model(x.clone()), self(x)
             if z.shape != y.shape or bool(((y - z).abs().flatten(1) > rounding(y)).any()):
                 raise Unsupported("its outputs differ from those of the model")
@@ -307,10 +307,11 @@ class Unrolled(nn.Module):
             self._boxes[every] = _Boxes(self.places, self.net, self._live[every])
         return self._boxes[every]
 
-    def batches(self, images: int, arrays: int) -> tuple[Tensor, ...]:
+    def batches(self, images: int, arrays: int) -> list[slice]:
         """Which images to carry at a time, as even as can be, when there are so many arrays of neurons and images."""
         most = max(1, min(IMAGES, ROOM // (arrays * len(self.net.bias))))
-        return torch.arange(images).tensor_split(max(1, -(-images // most)))
+        parts = max(1, -(-images // most))
+        return [slice(images * i // parts, images * (i + 1) // parts) for i in range(parts)]
 
     def _check(self, x: Tensor) -> np.ndarray:
         """The images (B, pixels)."""
@@ -333,27 +334,30 @@ class Unrolled(nn.Module):
         self._take_back(values)
         return y
 
-    def _lend(self, B: int, gradient: bool = False) -> np.ndarray:
-        """A matrix (neurons, B) for values or a gradient, zero where nobody writes, used before or new; `_take_back` when it is done."""
-        free = self._free.setdefault((B, gradient), [])
-        return free.pop() if free else np.zeros((len(self.net.bias), B), np.float32)
+    def _lend(self, B: int) -> np.ndarray:
+        """A matrix (neurons, B) of anything, used before or new; `_take_back` when it is done."""
+        size = len(self.net.bias) * B
+        flat = self._free.pop() if self._free else np.zeros(0, np.float32)
+        flat = flat if len(flat) >= size else np.zeros(size, np.float32)
+        return flat[:size].reshape(len(self.net.bias), B)
 
-    def _take_back(self, values: np.ndarray, gradient: bool = False) -> None:
-        self._free[values.shape[1], gradient].append(values)
+    def _take_back(self, values: np.ndarray) -> None:
+        self._free.append(values.base)
 
     def _run(self, x: Tensor) -> tuple[Tensor, np.ndarray]:
         """Outputs, and all neurons after their activations."""
         values = self._lend(len(x))
         self._signals.forward(self._check(x), values)
-        return torch.from_numpy(values[self.net.first[-2] :].T.copy()).view(-1, *self.places.shapes[-1]), values
+        return torch.from_numpy(values[self.net.first[-2] :].T.copy()).view(len(x), *self.places.shapes[-1]), values
 
     def _pull(self, g: Tensor, values: np.ndarray) -> Tensor:
         """The gradient of the images from that of the outputs."""
-        out = self._lend(len(g), True)
-        out[self.net.first[-2] :] = g.reshape(len(g), -1).T.numpy()
+        out = self._lend(len(g))
+        out[self.net.first[-2] :] = g.flatten(1).T.numpy()
         self._signals.backward(values, out)
+        out[: self.net.first[1]][~self._live[False][: self.net.first[1]]] = 0
         found = torch.from_numpy(out[: self.net.first[1]].T.copy()).view(len(g), *self.places.shapes[0])
-        self._take_back(out, True)
+        self._take_back(out)
         return found
 
     def boxes(self, lower: Tensor, upper: Tensor, crown: bool = False, every: bool = False,
@@ -370,11 +374,11 @@ class Unrolled(nn.Module):
             rows, active = slice(net.first[place], net.first[place + 1]), net.slope[place] < 1
             z = before[place] if active else lines.boxes[rows]
             work.products[place].forward(lines.boxes, work.values[place], net.bias[rows], z, 0)
+            if crown and place in self.places.refined:
+                work.coefficients.refine(lines, place, z)
+            if watch is not None and place in self.places.names:
+                watch(place, z)
             if active:
-                if crown and place in self.places.refined:
-                    work.coefficients.refine(lines, place, z)
-                if watch is not None:
-                    watch(place, z)
                 work.coefficients.relax(lines, place, z)
         return lines
 
@@ -416,7 +420,7 @@ class Unrolled(nn.Module):
         return logits, torch.cat(found)
 
 
-def _split(parts: tuple[Tensor, ...], lower: Tensor, upper: Tensor, C: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def _split(parts: list[slice], lower: Tensor, upper: Tensor, C: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     shared = C is None or C.shape[0] == 1 < len(lower)
     for rows in parts:
         yield lower[rows], upper[rows], C if shared else C[rows]

@@ -73,6 +73,19 @@ def test_a_finished_run_opens_at_the_moment_with_most_change(book):
     assert book.value("explorer.step") == history.steps[1 + moved.index(max(moved))]
 
 
+def test_no_text_of_a_figure_is_cut_off(book):
+    """Titles, notes, legends and numbers at bars, in a panel that is half a window wide."""
+    until(lambda: book.page.evaluate("() => document.querySelectorAll('.sparselab-plot[data-ready]').length") >= 6)
+    cut = book.page.evaluate("""() => [...document.querySelectorAll('.sparselab-explorer')[0].querySelectorAll('.sparselab-plot')]
+        .filter(plot => plot.clientWidth).flatMap(plot => [...plot.querySelectorAll('text')].filter(text => {
+            const at = text.getBoundingClientRect(), frame = plot.getBoundingClientRect();
+            return at.width && (at.right > frame.right + 1 || at.left < frame.left - 1); }).map(text => text.textContent))""")
+    assert cut == []
+    notes = book.page.evaluate("""() => [...document.querySelectorAll('.sparselab-explorer .sparselab-note')]
+        .filter(note => note.clientWidth).map(note => [note.textContent, note.scrollWidth - note.clientWidth])""")
+    assert any("grown" in text for text, _ in notes) and max(over for _, over in notes) <= 1
+
+
 def canvas(book: Notebook, which: int) -> tuple[object, dict]:
     found = book.page.locator(".sparselab-canvas canvas").nth(which)
     return found, found.bounding_box()

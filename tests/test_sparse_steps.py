@@ -561,3 +561,16 @@ def test_images_and_labels_that_cannot_be_are_refused_before_a_step():
         with pytest.raises(ValueError):
             stepped(steps, images, labels, 1)
     assert all(torch.equal(p, q) for p, q in zip(before, steps.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["cnn4", "ctbench_cnn4_bn"])
+def test_a_model_that_nobody_changes_is_read_and_taken_up_once(name):
+    torch.manual_seed(0)
+    steps, _ = both(build(name, MODELS[name], 10).train(), objective("ibp", 0.02))
+    x, y = torch.rand(16, *MODELS[name]), torch.randint(0, 10, (16,))
+    stepped(steps, x, y, 1)
+    with mock.patch.object(steps, "_take_up", side_effect=AssertionError("taken up again")):
+        stepped(steps, x, y, 3)
+        steps.optimizer.state_dict()
+        steps.model.state_dict()
+        stepped(steps, x, y, 1)

@@ -111,6 +111,8 @@ class Watch:
         self.arrays: list[tuple[np.ndarray, bytes]] = []
         for module in self.modules:
             self._keep(vars(module), 3)
+        buffers = set(map(id, model.buffers()))  # their values may change
+        self.tensors = [t for t in self.tensors if id(t) not in buffers]
         self.tables = [table for table in self.now if isinstance(table, dict) and any(map(torch.is_tensor, table.values()))]
         self.ids, self.versions = self._ids(), [t._version for t in self.tensors]
 

@@ -48,8 +48,8 @@ def linear(mask: np.ndarray, in_shape: Sequence[int]) -> Entries:
     """The entries of a Linear layer with the `mask` (out, in) on inputs (..., in)."""
     out, into = mask.nonzero()
     tokens, number = np.arange(math.prod(in_shape) // mask.shape[1]), np.arange(len(out))
-    at, out, into, number = np.broadcast_arrays(tokens[:, None], out, into, number)
-    row, col = at * mask.shape[0] + out, at * mask.shape[1] + into
+    token, out, into, number = np.broadcast_arrays(tokens[:, None], out, into, number)
+    row, col = token * mask.shape[0] + out, token * mask.shape[1] + into
     return _entries(row, col, number, (*in_shape[:-1], mask.shape[0]), in_shape, len(out[0]) if len(out) else 0, image=False)
 
 

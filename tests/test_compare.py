@@ -44,7 +44,7 @@ from sparselab.view import (
 from sparselab.view.explorer.browser import FIGURES
 from sparselab.view.runs.networks import pairs_of
 from sparselab.view.runs.table import COLUMNS, finished, groups_of, table_of
-from sparselab.view.runs.trade_offs import LOOKS, look
+from sparselab.view.runs.trade_offs import STYLES, style
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARE, EXAMPLE = ROOT / "nbs" / "compare.ipynb", ROOT / "nbs" / "example"
@@ -173,15 +173,15 @@ def test_a_method_looks_the_same_in_every_figure(rows):
     for draw in (accuracy_by_sparsity, trade_off, accuracy_by_flops, effective_sparsity):
         for trace in draw(rows).data:
             if trace.name.split(" ")[0] in ("dense", "static", "rigl"):
-                assert trace.line.color == look(trace.name.split(" ")[0])["color"]
+                assert trace.line.color == style(trace.name.split(" ")[0])["color"]
 
 
 def test_a_method_without_a_look_is_refused_loudly(monkeypatch):
     with pytest.raises(ValueError, match="Did you mean 'rigl'"):
-        look("rigll")
-    monkeypatch.delitem(LOOKS, "dynamic")
-    with pytest.raises(ValueError, match="family 'dynamic', which has no look"):
-        look("rigl")
+        style("rigll")
+    monkeypatch.delitem(STYLES, "dynamic")
+    with pytest.raises(ValueError, match="family 'dynamic', which has no style"):
+        style("rigl")
 
 
 # --- overlap ------------------------------------------------------------------------------------------------------------

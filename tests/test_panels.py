@@ -17,7 +17,7 @@ from sparselab.learn.config import Config
 from sparselab.learn.data import load
 from sparselab.learn.margins import margins_of
 from sparselab.learn.models import build
-from sparselab.learn.recordings import STATES, NeuronLooks, NeuronSums
+from sparselab.learn.recordings import STATES, NeuronRecordings, NeuronSums
 from sparselab.learn.runs import Run
 from sparselab.robust.bounds import METHODS, input_box
 from sparselab.robust.ibp import interval_pass
@@ -342,7 +342,7 @@ def test_files_that_were_cut_short_are_skipped_or_said(broken, left):
     for path in (broken.path / "stability").iterdir():
         path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(Unavailable, match="cannot be read .* cut short"):
-        NeuronLooks(broken.path / "stability")
+        NeuronRecordings(broken.path / "stability")
 
 
 def test_wrong_names_are_answered_with_the_nearest(run):

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparselab.learn import Config, build, evaluate
 from sparselab.learn.assembly import make_learner
-from sparselab.learn.callbacks import Look, Progress
+from sparselab.learn.callbacks import Progress, Validate
 from sparselab.learn.rows import Unsupported
 from sparselab.learn.training import sample_margins, summarise
 from sparselab.learn.unrolled import Unrolled
@@ -251,24 +251,24 @@ def test_a_network_that_was_unrolled_before_its_weights_changed_proves_nothing()
 
 @numba_or_not
 def test_what_a_run_evaluates_is_equal_on_the_nonzeros(numba, capsys):
-    """Look, margins over radii and the final evaluation of one trained network, by both kernels."""
+    """Validate, margins over radii and the final evaluation of one trained network, by both kernels."""
     config = Config(dataset="digits", model="cnn4", epochs=2, batch_size=64, eps=0.05, train_samples=320, sparsity=0.9, method="rigl")
-    learner = make_learner(config, callbacks=[Look(0.05, kernels="sparse"), Progress()])
+    learner = make_learner(config, callbacks=[Validate(0.05, kernels="sparse"), Progress()])
     found = {}
     with machine(numba):
         learner.on_nonzeros.kernels = "sparse"
         learner.fit()
         for kernels in ("dense", "sparse"):
-            learner.row, look, chosen = dict(learner.row), Look(config.eps, kernels=kernels), replace(config, kernels=kernels)
-            look.after_epoch(learner)
+            learner.row, validation, chosen = dict(learner.row), Validate(config.eps, kernels=kernels), replace(config, kernels=kernels)
+            validation.after_epoch(learner)
             margins, summary = sample_margins(learner, chosen), summarise(learner, chosen)
-            found[kernels] = learner.row, look, margins, summary
+            found[kernels] = learner.row, validation, margins, summary
     assert "evaluation is dense" not in capsys.readouterr().out
-    (row, look, margins, summary), (other_row, other_look, other_margins, other_summary) = found["dense"], found["sparse"]
+    (row, validation, margins, summary), (other_row, other_validation, other_margins, other_summary) = found["dense"], found["sparse"]
     assert row == other_row and summary["accuracy"] == other_summary["accuracy"] and summary["verified_by"] == other_summary["verified_by"]
-    assert list(look.stability["layers"]) == list(other_look.stability["layers"])
-    for layer, shares in look.stability["layers"].items():
-        assert shares == pytest.approx(other_look.stability["layers"][layer], abs=1e-3)
+    assert list(validation.stability["layers"]) == list(other_validation.stability["layers"])
+    for layer, shares in validation.stability["layers"].items():
+        assert shares == pytest.approx(other_validation.stability["layers"][layer], abs=1e-3)
     same = (margins.attacks == other_margins.attacks).reshape(len(margins.attacks), -1).all(1)
     assert margins.lb.keys() == other_margins.lb.keys() and same.mean() > 0.9  # where rounding decides a sign, an attack goes another way
     for method, lb in margins.lb.items():
@@ -277,7 +277,7 @@ def test_what_a_run_evaluates_is_equal_on_the_nonzeros(numba, capsys):
 
 def test_a_model_that_cannot_be_unrolled_is_evaluated_densely_and_a_sentence_says_so(capsys):
     config = Config(dataset="digits", model="mlp", epochs=1, eps=0.05, train_samples=320, sparsity=0.5, kernels="auto")
-    learner = make_learner(config, callbacks=[Look(0.05, kernels="auto"), Progress()])
+    learner = make_learner(config, callbacks=[Validate(0.05, kernels="auto"), Progress()])
     learner.fit()
     assert "evaluation is dense: the model is not unrolled: 50% of its products exist, more than" in capsys.readouterr().out
     for bad in ({"kernels": "fast"}, {"kernels": "Sparse"}):

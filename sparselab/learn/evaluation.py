@@ -46,7 +46,7 @@ def sparse_network(model: nn.Module, x: Tensor, kernels: str, engine: str) -> tu
     return on_nonzeros(model, x, kernels, engine)
 
 
-def _look(model: nn.Module, x: Tensor, y: Tensor, eps: float, engine: str, neurons: NeuronSums) -> tuple[Tensor, Tensor]:
+def _logits_and_margins(model: nn.Module, x: Tensor, y: Tensor, eps: float, engine: str, neurons: NeuronSums) -> tuple[Tensor, Tensor]:
     """Logits, and lower bounds of the margins by IBP; `neurons` is told the bounds before every ReLU by the native engine."""
     logits = model(x)
     C = margin_matrix(y, logits.shape[1], logits.dtype)
@@ -71,7 +71,7 @@ def validate(model: nn.Module, split: Split, eps: float, engine: str = "native",
     with eval_mode(model):
         net, _ = sparse_network(model, next(iter(split.batches(2, shuffle=False)))[0], kernels, engine)
         for x, y in split.batches(batch_size, shuffle=False):
-            logits, lb = _look(model, x, y, eps, engine, neurons) if net is None else net.look(x, y, eps, neurons)
+            logits, lb = _logits_and_margins(model, x, y, eps, engine, neurons) if net is None else net.logits_and_margins(x, y, eps, neurons)
             correct = worst_margin(logits, y) > 0
             right += y[correct].bincount(minlength=classes)
             count += y.bincount(minlength=classes)

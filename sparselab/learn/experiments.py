@@ -54,7 +54,7 @@ def _put_aside(folder: Path) -> None:
 def train(config: Config, callbacks: Sequence[Callback] = (Progress(),), wait: bool = False) -> Run:
     """Train `config` in its run folder, or continue, or return the run if it has finished.
 
-    `callbacks` run after those that look, stop and record; by default they print. `wait`: if another process is training
+    `callbacks` run after those that validate, stop and record; by default they print. `wait`: if another process is training
     this run, wait for it and return what it leaves. Raises ValueError for a configuration that cannot be, RuntimeError when
     another process trains this run, TrainingStopped when training has failed, OSError when the folder cannot be written.
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .callbacks import Look
+from .callbacks import Validate
 from .changes import Changes, knobs
 from .checkpoints import save_checkpoint
 from .files import read_rows
@@ -65,7 +65,7 @@ class Gate(Callback):
     def before_fit(self, learner: Learner) -> None:
         self.learner = learner
         self.changes = next(each for each in learner.callbacks if isinstance(each, Changes))
-        self.look = next((each for each in learner.callbacks if isinstance(each, Look)), None)
+        self.validation = next((each for each in learner.callbacks if isinstance(each, Validate)), None)
         self.metrics, self.stability = (read_rows(self.folder / f"{name}.jsonl") if self.folder else []
                                         for name in ("metrics", "stability"))
         self.publish("running")
@@ -88,7 +88,7 @@ class Gate(Callback):
 
     def after_epoch(self, learner: Learner) -> None:
         self.metrics = [*self.metrics, dict(learner.row)]
-        self.stability = [*self.stability, self.look.stability] if self.look else []
+        self.stability = [*self.stability, self.validation.stability] if self.validation else []
         self.publish("running")
 
     def publish(self, status: str, note: str = "") -> None:

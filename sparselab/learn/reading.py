@@ -19,7 +19,7 @@ from ..errors import attempt
 from .arrays import Unavailable
 from .config import Config
 from .margins import Margins
-from .recordings import Looks, NeuronLooks
+from .recordings import NeuronRecordings, Recordings
 from ..sparse.cursor import Cursor
 from ..sparse.history import MaskHistory
 
@@ -29,14 +29,14 @@ def record_at(history: MaskHistory, step: float) -> int:
     return max(0, bisect_right(history.steps, step) - 1)
 
 
-def value_step(values: Looks, cursor: Cursor, step: float = np.inf) -> int:
+def value_step(values: Recordings, cursor: Cursor, step: float = np.inf) -> int:
     """The step of the values that show the record of `cursor` best: the last until `step` that still have its mask."""
     last = cursor.record + 1 == len(cursor)
     until = min(step, np.inf if last else cursor.history.updates[cursor.record][0] - 1)
     return next((at for at in reversed(values.steps) if cursor.step <= at <= until), values.nearest(cursor.step))
 
 
-def recorded_weights(values: Looks, cursor: Cursor, step: float = np.inf) -> np.ndarray:
+def recorded_weights(values: Recordings, cursor: Cursor, step: float = np.inf) -> np.ndarray:
     """The value of each active weight of `cursor` at `value_step`, float32, NaN where it was not recorded.
 
     Raises Unavailable when none were recorded for this layer.
@@ -111,12 +111,12 @@ class Source(Protocol):
 
     @property
     @abstractmethod
-    def neurons(self) -> NeuronLooks:
+    def neurons(self) -> NeuronRecordings:
         """State and mean bounds of every neuron, once per epoch so far."""
 
     @property
     @abstractmethod
-    def values(self) -> Looks:
+    def values(self) -> Recordings:
         """Values of the active weights, once per epoch so far."""
 
     @property

@@ -21,7 +21,7 @@ from .config import Config
 from .files import being_written, read_rows, read_sealed, read_tensors
 from .margins import Margins, load_margins
 from .reading import Kept, Source
-from .recordings import Looks, NeuronLooks
+from .recordings import NeuronRecordings, Recordings
 from ..sparse.history import MaskHistory
 from ..sparse.history_files import load as load_history
 
@@ -145,14 +145,14 @@ class Run(Shown, Source):
             return read_tensors(self.path / "model.safetensors", load)[0]
 
     @property
-    def neurons(self) -> NeuronLooks:
+    def neurons(self) -> NeuronRecordings:
         """State and mean bounds of every neuron, once per epoch so far. Raises Unavailable when there are none."""
-        return self._kept.read(self.path / "stability", NeuronLooks)
+        return self._kept.read(self.path / "stability", NeuronRecordings)
 
     @property
-    def values(self) -> Looks:
+    def values(self) -> Recordings:
         """Values of the active weights, once per epoch so far, in flat order. Raises Unavailable when there are none."""
-        return self._kept.read(self.path / "weights", lambda folder: Looks(folder, "weights"))
+        return self._kept.read(self.path / "weights", lambda folder: Recordings(folder, "weights"))
 
     @cached_property
     def margins(self) -> Margins:

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .assembly import Start, make_learner
-from .callbacks import Look, Record, StopWhenLost, collapse
+from .callbacks import Record, StopWhenLost, Validate, collapse
 from .changes import Changes
 from .config import Config
 from .costs import cost, silent_copy
@@ -95,9 +95,9 @@ def sample_margins(learner: Learner, config: Config, samples: int = 100) -> Marg
 
 # %% ../../nbs/learn/14d_training.ipynb #16849643
 def watchers(folder: Path, config: Config, callbacks: Sequence[Callback] = ()) -> list[Callback]:
-    """The callbacks of a run in `folder`: those that look, stop, record and make changes, then `callbacks`."""
-    look = Look(config.eps, config.engine, config.kernels)
-    return [look, StopWhenLost(folder / "metrics.jsonl"), Record(folder, look), Changes(folder), *callbacks]
+    """The callbacks of a run in `folder`: those that validate, stop, record and make changes, then `callbacks`."""
+    validation = Validate(config.eps, config.engine, config.kernels)
+    return [validation, StopWhenLost(folder / "metrics.jsonl"), Record(folder, validation), Changes(folder), *callbacks]
 
 
 def begin(folder: Path, config: Config) -> None:

@@ -403,7 +403,7 @@ class Unrolled(nn.Module):
         lb, ub = (torch.cat(ends) for ends in zip(*found, strict=True))
         return (lb, ub) if C is not None else (lb.view(-1, *self.places.shapes[-1]), ub.view(-1, *self.places.shapes[-1]))
 
-    def look(self, x: Tensor, y: Tensor, eps: float, neurons: NeuronSums) -> tuple[Tensor, Tensor]:
+    def logits_and_margins(self, x: Tensor, y: Tensor, eps: float, neurons: NeuronSums) -> tuple[Tensor, Tensor]:
         """Logits (B, K), and lower bounds of the margins of `y` by IBP, (B, K - 1); `neurons` is told the bounds before every ReLU."""
         logits, found, names = self(x), [], self.places.names
         C, (lower, upper) = margin_matrix(y, logits.shape[1], logits.dtype), input_box(x, eps)

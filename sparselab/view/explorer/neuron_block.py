@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import attempt, counted
 from ...learn.reading import Source
-from ...learn.recordings import STATES, NeuronLooks
+from ...learn.recordings import STATES, NeuronRecordings
 from .blocks import RASTER, Block, Selection, chooser, heading, legend_html
 from .canvas import Canvas
 from .plot import Plot
@@ -27,7 +27,7 @@ class NeuronBlock(Block):
 
     def __init__(self, source: Source, selected: Callable[[str, int], None]):
         self.source, self.neuron, self.step = source, -1, 0
-        self.recorded: NeuronLooks | None = None
+        self.recorded: NeuronRecordings | None = None
         self.raster: Raster | None = None
         self.layer = chooser("ReLU", width="12em")
         self.sort = chooser("sort by", SORTS, "10em")

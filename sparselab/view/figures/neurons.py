@@ -16,7 +16,7 @@ from ...errors import attempt, counted, unknown
 from ...learn.arrays import Unavailable
 from ...learn.known import DATASETS
 from ...learn.reading import Source, record_at
-from ...learn.recordings import STATES, NeuronLooks
+from ...learn.recordings import STATES, NeuronRecordings
 from ...sparse.cursor import Cursor
 from .panels import Panel, call_of, last_step, layer_of, now_line
 from .pixels import EMPTY, LEGENDS, LEVELS, OFF, Raster
@@ -111,7 +111,7 @@ def neuron_order(states: np.ndarray, sort: str = "index") -> np.ndarray:
     return np.arange(states.shape[1]) if sort == "index" else np.argsort(-flips(states), kind="stable")
 
 
-def neurons_raster(neurons: NeuronLooks, layer: str, sort: str = "index") -> tuple[Raster, np.ndarray]:
+def neurons_raster(neurons: NeuronRecordings, layer: str, sort: str = "index") -> tuple[Raster, np.ndarray]:
     """(states of `layer` as a picture, a row for each neuron and a column for each epoch; the neuron of every row)."""
     states = neurons.over_time(layer)
     order, by = neuron_order(states, sort), neurons.by(layer)
@@ -120,7 +120,7 @@ def neurons_raster(neurons: NeuronLooks, layer: str, sort: str = "index") -> tup
     return Raster((states[:, order].T + LEGENDS["state"][STATES[0]]).astype(np.uint8), "state", note), order
 
 
-def neurons_axes(neurons: NeuronLooks, layer: str, sort: str = "index") -> dict[str, dict]:
+def neurons_axes(neurons: NeuronRecordings, layer: str, sort: str = "index") -> dict[str, dict]:
     """The axes of `neurons_raster`: {"x" and "y": {title, x0, dx}}; pixel i stands for x0 + i * dx."""
     steps = neurons.steps
     wide = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 1

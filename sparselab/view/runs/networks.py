@@ -22,7 +22,7 @@ from ..figures.neurons import MOST_LAYERS, grid, shares, stacked
 from ..figures.theme import OKABE_ITO, TEXT, panel_titles, short, titled
 from .results import spread
 from .table import Group, effective_nnz, groups_of, last_masks
-from .trade_offs import SPARSITY_AXIS, curves, legend_room, look, seeds_note
+from .trade_offs import SPARSITY_AXIS, curves, legend_room, seeds_note, style
 
 # %% ../../../nbs/view/runs/14_networks.ipynb #8cecf2d5
 MOST_NETWORKS = 3
@@ -49,7 +49,7 @@ def _markers(fig: go.Figure, at: int, layers: Sequence[tuple[str, int]], groups:
     names = [f"{short(name)} · {total:,}" for name, total in layers]
     for group in groups:
         means, deviations = zip(*(_density(group, name) for name, _ in layers), strict=True)
-        colour, symbol = look(group.method).values()
+        colour, symbol = style(group.method).values()
         turn = [other.sparsity for other in groups if other.label == group.label].index(group.sparsity)
         marker = {"color": colour, "symbol": symbol + FILLS[turn % len(FILLS)], "size": 9, "line": {"color": colour, "width": 2}}
         fig.add_scatter(x=means, y=names, error_x={"array": deviations, "visible": any(deviations)}, mode="markers", marker=marker,
@@ -163,7 +163,7 @@ def overlap_by_method(rows: pd.DataFrame, reference: str = "") -> go.Figure:
 
 
 def _with_chance(fig: go.Figure, shown: Sequence[Pair], lines: int, of: str = "") -> go.Figure:
-    """Adds what chance gives to every line, with two standard deviations, and the look."""
+    """Adds what chance gives to every line, with two standard deviations, and the style."""
     names = list(dict.fromkeys(pair.name for pair in shown))
     by_name = {name: [pair.overlap for pair in shown if pair.name == name] for name in names}
     chance = [spread([o.chance for o in found])[0] for found in by_name.values()]
@@ -210,7 +210,7 @@ def effective_sparsity(rows: pd.DataFrame) -> go.Figure:
 def _effective_axes(fig: go.Figure, groups: Sequence[Group], note: str) -> go.Figure:
     ends = [1 - group.sparsity for group in groups]
     fig.add_scatter(x=[min(ends), max(ends)], y=[min(ends), max(ends)], mode="lines", hoverinfo="skip", name="nothing lost", row=1, col=1,
-                    line={"color": look("dense")["color"], "dash": "dot", "width": 1})
+                    line={"color": style("dense")["color"], "dash": "dot", "width": 1})
     fig.update_xaxes(**SPARSITY_AXIS, title_text="nominal sparsity")
     fig.update_yaxes(**SPARSITY_AXIS, row=1, col=1)
     fig.update_yaxes(tickformat=".3~%", rangemode="tozero", row=1, col=2)

@@ -75,10 +75,10 @@ def accuracy_bars(runs: Runs, dense: str | None = None) -> go.Figure:
         fig.add_bar(x=list(groups), y=list(height.values()), name=label, marker_color=COLORS[key], error_y=whisker,
                     text=text, textposition="inside", insidetextanchor="start",
                     textangle=0 if upright else -90, hovertemplate=label + " %{y:.2%}<extra></extra>")
-    return _bars_look(fig, groups, dense)
+    return _bars_style(fig, groups, dense)
 
 
-def _bars_look(fig: go.Figure, groups: dict[str, list[dict]], dense: str | None) -> go.Figure:
+def _bars_style(fig: go.Figure, groups: dict[str, list[dict]], dense: str | None) -> go.Figure:
     seeds = max(map(len, groups.values()))
     notes = [f"whiskers: standard deviation over up to {seeds} runs"] if seeds > 1 else []
     notes += [f"signed numbers: points from {dense}"] if dense is not None and len(groups) > 1 else []

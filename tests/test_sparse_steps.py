@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparselab.learn import Config, build, objective, train
 from sparselab.learn.assembly import make_learner
@@ -262,13 +263,13 @@ def test_a_model_that_is_not_what_was_read_is_not_trained_on_rows():
 
 OPTIONS = {
     "adam": {}, "amsgrad": {"amsgrad": True, "weight_decay": 0.01}, "adamw": {"weight_decay": 0.05},
-    "sgd": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "sgd": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, "decoupled": {"decoupled_weight_decay": True, "weight_decay": 0.5},
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_optimizer_that_acts_on_single_weights_steps_as_on_the_dense_network(name):
-    kind = {"amsgrad": torch.optim.Adam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}.get(name, torch.optim.Adam)
     found = []
     for kernels in ("sparse", "dense"):
         torch.manual_seed(0)
@@ -490,7 +491,6 @@ def test_what_is_written_past_pytorch_is_taken_up_or_does_not_stay(change):
     else:
         weight.data.masked_fill_(~mask, 1.0)
         stepped(steps, x, y, 1)
-        steps.settle()
         assert steps.sparsifier.masks.nnz == steps.sparsifier.budget
         return
     assert weight._version == version
@@ -539,6 +539,45 @@ def test_a_hook_that_watches_is_called():
         stepped(steps, x, y, 2)
         steps.model.relu1.register_forward_hook(lambda module, args, output: None)
         assert not steps.ready(x) and "'relu1' has hooks, which sparse steps would not call" in steps.reason
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+@pytest.mark.parametrize("what", ["a hook", "a hook of all optimizers", "a step", "a hook of all modules", "a second group", "fewer parameters"])
+def test_whatever_else_an_optimizer_does_is_not_left_out(what, when):
+    """Nor what a hook of all modules does."""
+    torch.manual_seed(0)
+    steps, _ = both(build("mlp", (1, 8, 8), 10).train(), objective("natural", 0.1), kernels="auto")
+    x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,))
+    optimizer, handle = steps.optimizer, None
+    group = optimizer.param_groups[0]
+    with mock.patch("sparselab.learn.sparse_steps.PAYS", {True: (1.0, 1.0), False: (1.0, 1.0)}):
+        if when == "between":
+            stepped(steps, x, y, 2)
+        if what == "a hook":
+            optimizer.register_step_post_hook(lambda *_: None)
+        elif what == "a hook of all optimizers":
+            handle = register_optimizer_step_post_hook(lambda *_: None)
+        elif what == "a step":
+            optimizer.step = lambda closure=None, step=optimizer.step: step(closure)
+        elif what == "a hook of all modules":
+            handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+        else:
+            bias = group["params"].pop()
+            if what == "a second group":
+                optimizer.add_param_group({"params": [bias], "lr": 0.0})
+        try:
+            assert not steps.ready(x) and steps.closed and steps.reason
+        finally:
+            if handle:
+                handle.remove()
+
+
+def test_a_scheduler_that_counts_steps_does_not_make_them_dense():
+    torch.manual_seed(0)
+    steps, _ = both(build("mlp", (1, 8, 8), 10).train(), objective("natural", 0.1))
+    torch.optim.lr_scheduler.StepLR(steps.optimizer, 1)
+    stepped(steps, torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,)), 2)
+    assert steps.count == 2 and not steps.reason
 
 
 def test_two_learners_of_one_optimizer_hand_the_moments_over():

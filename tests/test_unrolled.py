@@ -1,6 +1,7 @@
 """A network unrolled on its nonzeros against the dense engine: outputs, gradients, bounds, proofs; with and without numba."""
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -239,9 +240,19 @@ def test_a_network_that_was_unrolled_before_its_weights_changed_proves_nothing()
     for ask in (lambda: bounds(model, *input_box(x, 0.01), engine=net), lambda: verify(model, x, y, 0.01, engine=net)):
         with pytest.raises(Contradiction):
             ask()
+    closed = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2))
+    with torch.no_grad():  # 0 for every x in [0, 1] at first; later the ReLU opens at x > .45, where no point of a small box is tried
+        closed[0].weight.fill_(1), closed[0].bias.fill_(-2)
+        closed[2].weight.copy_(torch.tensor([[-9.0], [9.0]])), closed[2].bias.copy_(torch.tensor([1.0, 0.0]))
+    net = Unrolled(closed, torch.rand(2, 1))
+    closed[0].bias.data.fill_(-0.45)
+    with pytest.raises(Contradiction, match="make an Unrolled of the model as it is now"):
+        bounds(closed, torch.tensor([[0.4]]), torch.tensor([[0.5]]), engine=net)
     norm = sparse_model("resnet5_bn")
     x = torch.rand(3, 3, 8, 8)
     net = Unrolled(norm, x)
+    norm(x)  # counts no batch and moves no average in eval mode
+    bounds(norm, *input_box(x, 0.01), engine=net)
     with pytest.raises(ValueError, match="model.eval"):
         bounds(norm.train(), *input_box(x, 0.01), engine=net)
     for nothing in (None, 3, "unrolled", torch.zeros(2)):
@@ -283,3 +294,35 @@ def test_a_model_that_cannot_be_unrolled_is_evaluated_densely_and_a_sentence_say
     for bad in ({"kernels": "fast"}, {"kernels": "Sparse"}):
         with pytest.raises(ValueError, match="kernels"):
             evaluate(learner.model, learner.data.test, 0.05, **bad)
+
+
+def test_threads_that_share_an_unrolled_network_get_what_one_gets():
+    model = sparse_model("cnn4")
+    net, boxes = Unrolled(model, torch.rand(2, 1, 8, 8)), [input_box(torch.rand(40, 1, 8, 8), eps) for eps in (0.01, 0.05, 0.1, 0.2)]
+    alone = [net.bounds(*box, "crown") for box in boxes]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for (lb, ub), found in zip(alone, pool.map(lambda box: net.bounds(*box, "crown"), boxes), strict=True):
+                assert torch.equal(found[0], lb) and torch.equal(found[1], ub)
+
+
+def test_what_is_no_box_or_no_layer_is_refused_by_a_sentence():
+    net = Unrolled(sparse_model("mlp"), torch.rand(2, 1, 8, 8))
+    lower, upper = input_box(torch.rand(5, 1, 8, 8), 0.1)
+    for ends, said in (((upper, lower), "lower > upper"), ((lower, upper[:3]), "both need one shape"), ((lower * math.nan, upper), "NaN")):
+        with pytest.raises(ValueError, match=said):
+            net.bounds(*ends, "crown")
+    with pytest.raises(Unsupported, match="no weights"):
+        Unrolled(nn.Sequential(nn.Linear(4, 0), nn.ReLU(), nn.Linear(0, 2)), torch.rand(2, 4))
+
+
+@numba_or_not
+def test_neurons_as_wide_as_float32_are_bounded_soundly(numba):
+    with machine(numba):
+        model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1, bias=False))
+        with torch.no_grad():
+            model[0].weight.fill_(2.15e38), model[0].bias.fill_(-1.15e38), model[2].weight.fill_(1e-38)
+        lower, upper = torch.tensor([[-1.0]]), torch.tensor([[1.0]])  # -3.3e38 to 1e38 before the ReLU
+        for method in METHODS:
+            lb, ub = Unrolled(model, torch.rand(2, 1)).bounds(lower, upper, method)
+            assert lb.item() <= 0 and ub.item() >= model(upper).item() * (1 - 1e-6)

@@ -33,7 +33,7 @@ class Engine(Protocol):
     """An engine of one model, which computes bounds in a way of its own, such as `learn.Unrolled` of a sparse network."""
 
     def bounds(self, lower: Tensor, upper: Tensor, method: str, C: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the function `bounds` gives for the model of the engine."""
+        """What the function `bounds` gives for the model of the engine; it may have `check_model(model)`, which refuses a model that has changed."""
 
 
 def check_engine(engine: "str | Engine") -> None:
@@ -89,6 +89,7 @@ def bounds(
     if not isinstance(engine, str):
         if training_norms(known):
             raise ValueError("A BatchNorm is in train mode, and an engine that was made for a model bounds it in eval mode: call model.eval() first.")
+        getattr(engine, "check_model", lambda _: None)(model)
         lb, ub = engine.bounds(lower, upper, method, C)
     elif engine == "auto_lirpa":
         lb, ub = lirpa_bounds(model, lower, upper, method, C, statistics, known)

@@ -57,7 +57,7 @@ def _relax(rows, start, z, slope, boxes, chord, height, fixed, finite):
         if on or (off and slope == 0):
             continue
         for b in range(B):
-            at = half * (low[b] + up[b]) / max(half * (up[b] - low[b]), tiny)
+            at = (half * low[b] + half * up[b]) / max(half * up[b] - half * low[b], tiny)  # the width may be no float32
             at = one if at > one else -one if at < -one else at
             d[b] = at * rise + (one - rise)
             c[b] = (up[b] if up[b] > 0 else zero) * (one - d[b])
@@ -300,7 +300,7 @@ class BagCoefficients(Coefficients):
     def relax(self, lines, place, z):
         rows, slope, B = self.rows[place], float(self.net.slope[place]), len(lines.finite)
         at, (low, up) = self.net.first[place] + rows, torch.from_numpy(z[rows]).split(B, 1)
-        mid, rad, rise = 0.5 * (low + up), (0.5 * (up - low)).clamp(min=1e-30), 0.5 - 0.5 * slope
+        mid, rad, rise = 0.5 * low + 0.5 * up, (0.5 * up - 0.5 * low).clamp(min=1e-30), 0.5 - 0.5 * slope
         d = (mid / rad).clamp(-1, 1) * rise + (1 - rise)
         lines.boxes[at] = np.maximum(z[rows], np.float32(slope) * z[rows])
         lines.chord[at], lines.height[at] = d.numpy(), (up.clamp(min=0) * (1 - d)).numpy()

@@ -57,11 +57,11 @@ def spoil(path: Path) -> None:
     ("metrics.jsonl", spoil, "metrics.jsonl is damaged in line 8", {"Metrics"}),
     ("stability.jsonl", cut, "stability.jsonl ends early: it has 14 of 30 epochs", set()),
     ("stability.jsonl", spoil, "stability.jsonl is damaged in line 8", {"Metrics", "Stability"}),
-    ("masks/start.json", cut, "does not hold a readable mask history", {"Mask", "Updates", "Layers"}),
-    ("masks/start.json", spoil, "does not hold a readable mask history", {"Mask", "Updates", "Layers"}),
-    ("masks/start.bin", cut, "does not hold a readable mask history", {"Mask", "Updates", "Layers"}),
-    ("masks/start.bin", spoil, "does not hold a readable mask history", {"Mask", "Updates", "Layers"}),
-    ("masks/start.bin", Path.unlink, "does not hold a readable mask history", {"Mask", "Updates", "Layers"}),
+    ("masks/start.json", cut, "does not hold a readable mask history", {"Mask", "Updates", "Layers", "Filters"}),
+    ("masks/start.json", spoil, "does not hold a readable mask history", {"Mask", "Updates", "Layers", "Filters"}),
+    ("masks/start.bin", cut, "does not hold a readable mask history", {"Mask", "Updates", "Layers", "Filters"}),
+    ("masks/start.bin", spoil, "does not hold a readable mask history", {"Mask", "Updates", "Layers", "Filters"}),
+    ("masks/start.bin", Path.unlink, "does not hold a readable mask history", {"Mask", "Updates", "Layers", "Filters"}),
     ("masks/updates.bin", cut, "updates.bin ends early: how the masks changed after step 150 is not known", set()),
     ("masks/updates.bin", Path.unlink, "updates.bin ends early: how the masks changed after step 0 is not known", set()),
     ("masks/updates.jsonl", cut, "updates.jsonl ends early: how the masks changed after step 210 is not known", set()),
@@ -86,8 +86,7 @@ def test_a_file_that_is_damaged_is_named_and_the_rest_is_shown(copied, name, har
 
 
 @pytest.mark.parametrize(("part", "without"), [
-    ("masks", {"Mask": "does not hold a readable mask history", "Updates": "does not hold a readable mask history",
-               "Layers": "does not hold a readable mask history"}),
+    ("masks", dict.fromkeys(("Filters", "Mask", "Updates", "Layers"), "does not hold a readable mask history")),
     ("metrics.jsonl", {"Metrics": "has no metrics yet"}),
     ("stability", {"Neurons": "has no recorded neurons"}),
     ("margins.safetensors", {"Margins": "has no margins.safetensors: margins are computed when training has ended"}),

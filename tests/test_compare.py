@@ -395,5 +395,5 @@ def test_the_notebook_says_that_a_folder_is_empty(tmp_path):
 
 def test_every_parameter_of_the_notebook_is_described():
     parameters = papermill.inspect_notebook(str(COMPARE))
-    assert set(parameters) == {"runs_dir", "where", "sort", "csv", "side_by_side", "panels"}
+    assert set(parameters) == {"runs_dir", "where", "sort", "csv", "side_by_side", "panels", "reference"}
     assert all(len(parameter["help"]) > 20 for parameter in parameters.values())

@@ -84,7 +84,7 @@ def _climb(
         worst.update(rows, points, margins)
         points = (points + length * slope.sign()).clamp(low, up)
     with torch.no_grad():
-        worst.update(rows, points, worst_margin(model(points), y))
+        worst.update(rows, points, worst_margin(model(points.clone()), y))  # a model may write into its input
 
 # %% ../../nbs/robust/14_attacks.ipynb #dff7d60b
 def _schedule(length: float, steps: int, loss: str, constant: bool) -> list[tuple[float, str]]:
@@ -131,7 +131,7 @@ def pgd(
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     with eval_mode(model):
         with torch.no_grad():
-            worst = _Worst(x, worst_margin(model(x), y))
+            worst = _Worst(x, worst_margin(model(x.clone()), y))
         for restart in range(restarts):
             schedule = _schedule(step_size or 2 * eps / (restart + 1), steps, loss, constant=step_size is not None)
             noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)

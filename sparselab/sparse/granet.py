@@ -6,6 +6,7 @@
 __all__ = ['Shrinking', 'GraNet']
 
 # %% ../../nbs/sparse/19b_granet.ipynb #49463474
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from .drop_grow import RigL
@@ -15,7 +16,7 @@ from .sparsifier import highest_overall
 
 # %% ../../nbs/sparse/19b_granet.ipynb #63c9c73b
 @dataclass(kw_only=True, eq=False, repr=False)
-class Shrinking(RigL):
+class Shrinking(RigL, ABC):
     """RigL on a budget that shrinks along a cubic (arXiv 1710.01878) from `first_sparsity` until the share `shrink_until` of training."""
 
     shrink_until: float = 0.7
@@ -29,9 +30,9 @@ class Shrinking(RigL):
         super().start()
 
     @property
+    @abstractmethod
     def first_sparsity(self) -> float:
         """The sparsity of the random start."""
-        raise NotImplementedError
 
     @property
     def sparsity_now(self) -> float:

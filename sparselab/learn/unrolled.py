@@ -280,7 +280,8 @@ ONE = threading.RLock()  # kernels release the interpreter's lock and share room
 def contents(model: nn.Module) -> str:
     """A digest of all weights, and of all buffers that are no counters."""
     values = dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-    return digest(*(part for name, value in values.items() for part in (name.encode(), value.detach().cpu().contiguous().numpy().tobytes())))
+    raw = ((name.encode(), value.detach().cpu().reshape(-1).view(torch.uint8)) for name, value in values.items())  # NumPy has no bfloat16
+    return digest(*(part for name, octets in raw for part in (name, octets.numpy().tobytes())))
 
 
 class Unrolled(nn.Module):

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from ..cards import Card, Density, Share, Shown, Table  # a table in the output of a notebook cell, see 00c_cards
 
 # %% ../../nbs/sparse/00_masks.ipynb #31ba2cb0
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # their weights have the inputs first; 21_channels has to know
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # their weights have the inputs first; 26_channels has to know
 PRUNABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 

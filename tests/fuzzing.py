@@ -757,7 +757,8 @@ def build(seed: int, dtype: torch.dtype | None = None) -> tuple[Network, Tensor]
 def _extend(parts: list, names: list, name: str, r: random.Random, value: Tensor) -> Tensor:
     """Append a part, if it fits the activations, and what brings its outputs to the size of 1."""
     s = tuple(value.shape[1:])
-    if len(s) not in PARTS[name][0]:
+    repeated = any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True))
+    if len(s) not in PARTS[name][0] or (repeated and "in_place" in name):  # PyTorch refuses to write into what expand() repeats
         return value
     try:
         module = PARTS[name][1](r, s).eval()

@@ -217,11 +217,14 @@ def filters_panel(source: Source, step: float | None = None, layer: str | None =
     note = f"step {cursor.step:,}: {counted(units, 'unit')}, {int((held == 0).sum())} of them without a weight"
     note += f"; the {len(chosen)} with most weights" * (len(chosen) < units)
     fig = _numbered(Raster(beside(np.stack(pictures), 2, 2.5), "weight", note), chosen, pictures[0].shape)
+    drawn = [(unit, at - unit * length, value) for unit, a, b in zip(chosen, *ends, strict=True)
+             for at, value in zip(cursor.active[a:b], values[a:b], strict=True)]
+    numbers = "unit,input,value\n" + "".join(f"{unit},{at},{value:.6g}\n" for unit, at, value in drawn)
     what = "kernels of its channels" if len(history.shapes[layer]) > 2 else "pixels of the image"
     return Panel("Filters", f"Each picture is a unit, by its number, over the {what}: vermillion weights are negative, blue positive, "
                  "stronger is larger.",
                  call_of("filters_panel", source, step=step, layer=layer, most=None if most == 48 else most),
-                 titled(fig, f"What units of {short(layer)} see", note, height=460))
+                 titled(fig, f"What units of {short(layer)} see", note, height=460), numbers)
 
 
 def _numbered(raster: Raster, units: np.ndarray, size: tuple[int, int]) -> go.Figure:

@@ -122,15 +122,18 @@ def mimebundle(fig: go.Figure) -> dict:
 # %% ../../../nbs/view/figures/02_panels.ipynb #8d8ec06f
 @dataclass(frozen=True)
 class Panel:
-    """`figure` under `title`; `how_to_read` is one sentence, `call` the Python that makes the panel."""
+    """`figure` under `title`; `how_to_read` is one sentence, `call` the Python that makes the panel, `numbers` the CSV of a picture without points."""
 
     title: str
     how_to_read: str
     call: str
     figure: go.Figure
+    numbers: str = ""
 
     def csv(self) -> str:
-        """The numbers that the figure draws, one row per point: trace, x, y, text."""
+        """The numbers that the figure draws: `numbers`, or one row per point: trace, x, y, text."""
+        if self.numbers:
+            return self.numbers
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(("trace", "x", "y", "text"))

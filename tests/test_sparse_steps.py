@@ -1,11 +1,11 @@
 """Training on the nonzeros against training dense: losses, masks, moments, bits after a kill, with and without numba."""
 import copy
-from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from engine import Parts, machine, numba_or_not
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -16,32 +16,10 @@ from sparselab.learn.rows import READERS, Rows, Unsupported, certified, dense_gr
 from sparselab.learn.sparse_steps import OnRows, SparseSteps
 from sparselab.robust import bounds, input_box, margin_matrix, pgd
 from sparselab.sparse import sparsify
-from sparselab.sparse.products import with_numba, without_numba
 
 SMALL = {"dataset": "digits", "model": "cnn4", "epochs": 2, "batch_size": 64, "eps": 0.05, "train_samples": 320, "lr": 0.005}
 MODELS = {"mlp": (1, 8, 8), "cnn4": (1, 8, 8), "ctbench_cnn4_bn": (1, 8, 8), "resnet5": (3, 8, 8), "resnet5_bn": (3, 8, 8), "pools": (2, 9, 9),
           "parts": (2, 6, 6)}
-numba_or_not = pytest.mark.parametrize("numba", [True, False])
-
-
-def machine(numba: bool):
-    if numba and not with_numba():
-        pytest.skip("numba is not installed")
-    return nullcontext() if numba else without_numba()
-
-
-class Parts(nn.Module):
-    """Moves, joins and constants: what no model of the zoo has."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.last = nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.Conv2d(4, 4, 3, dilation=2, padding=2), nn.Linear(72, 10)
-        self.register_buffer("scale", torch.tensor([-0.5, 2.0]).view(2, 1, 1))
-
-    def forward(self, x):
-        x = self.first((x - 0.5) * self.scale).relu()
-        y = F.leaky_relu(self.second(x), 0.2) + x
-        return self.last(torch.cat([y[:, :1].flip(3), x[:, 2:3].transpose(2, 3)], 1).flatten(1))
 
 
 def pools() -> nn.Module:
@@ -49,7 +27,16 @@ def pools() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(54, 10))
 
 
-OWN = {"pools": pools, "parts": Parts}
+class Summed(Parts):
+    """Sums alone, as differences have no training step on the nonzeros."""
+
+    def forward(self, x):
+        x = self.first((x - 0.5) * self.scale).relu()
+        y = F.leaky_relu(self.second(x), 0.2) + x
+        return self.last(torch.cat([y[:, :1].flip(3), x[:, 2:3].transpose(2, 3)], 1).flatten(1))
+
+
+OWN = {"pools": pools, "parts": Summed}
 
 
 def sparse_model(name: str, sparsity: float = 0.9, seed: int = 0):

@@ -122,7 +122,7 @@ def mimebundle(fig: go.Figure) -> dict:
 # %% ../../../nbs/view/figures/02_panels.ipynb #8d8ec06f
 @dataclass(frozen=True)
 class Panel:
-    """`figure` under `title`; `how_to_read` is one sentence, `call` the Python that makes the panel, `numbers` the CSV of a picture without points."""
+    """`figure` under `title`; `how_to_read` is one sentence, `call` the Python that makes the panel, `numbers` the CSV of a picture."""
 
     title: str
     how_to_read: str

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['aten', 'BATCH_NORMS', 'GLOBAL_HOOKS', 'Unreadable', 'Program', 'operation', 'arguments', 'reads_values', 'untouched',
-           'lend', 'spared', 'restored', 'plain', 'read', 'describe', 'fetch', 'run', 'structure', 'LastReading']
+           'lend', 'spared', 'restored', 'plain', 'read', 'describe', 'fetch', 'run', 'class_functions', 'structure',
+           'LastReading']
 
 # %% ../nbs/00e_program.ipynb #a4cbe63d
 import operator
@@ -13,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, reduce
@@ -403,10 +404,16 @@ _BY_IDENTITY = {"_parameters", "_buffers", "_modules"}  # tables of a module who
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
 
+def class_functions(modules: Iterable[nn.Module]) -> list:
+    """The methods and properties of the classes of `modules`: a class that is patched computes something else."""
+    classes = dict.fromkeys(base for kind in dict.fromkeys(map(type, modules)) for base in kind.__mro__[:-1])
+    return [part for each in classes for part in vars(each).values() if callable(part) or isinstance(part, property | staticmethod | classmethod)]
+
+
 def structure(model: nn.Module) -> list:
-    """Everything that `model` holds but the values of its parameters and buffers, and the hooks of all modules, as a list to compare."""
+    """Everything that `model` and its classes hold but the values of parameters and buffers, and the hooks of all modules, as a list to compare."""
     everywhere = (getattr(torch.nn.modules.module, kind) for kind in GLOBAL_HOOKS)
-    found: list = [id(hook) for hooks in everywhere for hook in hooks.values()]
+    found: list = [handle for hooks in everywhere for handle in hooks] + class_functions(model.modules())
     for module in model.modules():
         found.append(type(module))
         for name, value in vars(module).items():

@@ -509,6 +509,17 @@ def test_a_program_runs_with_the_weights_of_now_and_keeps_no_gradient():
     torch.testing.assert_close(run(program, net, x), net(x))
 
 
+def test_a_class_that_is_patched_is_another_structure(monkeypatch):
+    """The method of a class is no attribute of the module; a reading that is kept must not outlive it."""
+    net, x, reading = Net(_attribute).eval(), torch.rand(2, 4), LastReading()
+    reading(net, x)
+    assert not reading(net, x)[1]
+    for patched in (lambda self, x: -self.first(x), lambda self, x: self.first(x)):  # the second may lie where the first lay
+        monkeypatch.setattr(Net, "forward", patched)
+        program, new = reading(net, x)
+        assert new and torch.equal(program.value, net(x))
+
+
 def test_structure_does_not_look_at_values():
     net = Net(_attribute)
     before = structure(net)

@@ -212,8 +212,8 @@ class Scaled(nn.Module):
         return self.body(x * self.scale)
 
 
-@pytest.mark.parametrize("change", ["a hook", "a buffer", "a layer"])
-def test_a_model_that_is_changed_is_read_again(change):
+@pytest.mark.parametrize("change", ["a hook", "a buffer", "a layer", "a class"])
+def test_a_model_that_is_changed_is_read_again(change, monkeypatch):
     torch.manual_seed(0)
     model = Scaled().train()
     optimizer = torch.optim.Adam(model.parameters())
@@ -227,6 +227,8 @@ def test_a_model_that_is_changed_is_read_again(change):
         model.body.relu1.register_forward_hook(lambda module, args, output: 3 * output)
     elif change == "a buffer":
         model.scale.mul_(0.5)
+    elif change == "a class":
+        monkeypatch.setattr(Scaled, "forward", lambda self, x: self.body(0.5 * x))
     else:
         model.body.relu1 = nn.LeakyReLU(0.3)
     with torch.no_grad():

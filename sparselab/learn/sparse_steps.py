@@ -23,7 +23,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from ..errors import unknown
 from .losses import Ball, Batch, Objective
 from .rows import Margins, Norm, Outputs, Rows, Sparse, Unsupported, dense_gradients, logits
-from ..program import GLOBAL_HOOKS, Unreadable, spared, structure
+from ..program import GLOBAL_HOOKS, Unreadable, class_functions, spared, structure
 from ..robust import input_box, margin_matrix
 from ..sparse import Sparsifier
 from ..sparse.keepers import after_step, before_step
@@ -120,7 +120,7 @@ class Watch:
 
     def __init__(self, model: nn.Module):
         self.modules = list(model.modules())
-        self.types = list(map(type, self.modules))
+        self.types, self.functions = list(map(type, self.modules)), class_functions(self.modules)
         self.now: list[dict | list | set] = []  # every table that the model holds, and what it was
         self.then: list[dict | list | set] = []
         self.tensors: list[Tensor] = []
@@ -155,7 +155,7 @@ class Watch:
             tables = self.now == self.then
         except (RuntimeError, TypeError, ValueError):  # a tensor or an array has taken the place of another
             return False
-        return (tables and self.types == list(map(type, self.modules)) and self.ids == self._ids()
+        return (tables and self.types == list(map(type, self.modules)) and self.functions == class_functions(self.modules) and self.ids == self._ids()
                 and self.versions == [t._version for t in self.tensors] and all(a.tobytes() == b for a, b in self.arrays))
 
 # %% ../../nbs/learn/22_sparse_steps.ipynb #01de102b

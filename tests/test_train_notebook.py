@@ -16,7 +16,12 @@ import pytest
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import ALL_METHODS, dense_partner
 from sparselab.learn.files import locked
+from sparselab.learn.known import DATASETS
+from sparselab.learn.objectives import OBJECTIVES
+from sparselab.learn.optimizers import OPTIMIZERS, SCHEDULES
 from sparselab.learn.runs import Run, runs_in
+from sparselab.learn.sparse_steps import KERNELS
+from sparselab.sparse.distributions import DISTRIBUTIONS
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "nbs" / "train.ipynb"
@@ -143,6 +148,16 @@ def test_every_parameter_is_a_field_with_its_default_and_a_description():
 def test_the_readme_names_every_method():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [method for method in ALL_METHODS if f"`{method}`" not in text] == []
+
+
+CHOICES = {"objective": OBJECTIVES, "dataset": DATASETS, "distribution": DISTRIBUTIONS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "kernels": KERNELS}
+
+
+@pytest.mark.parametrize("parameter", CHOICES)
+def test_the_comment_of_a_parameter_names_every_choice(parameter):
+    """Who adds an objective or a data set is told that the notebook does not name it yet."""
+    comment = re.search(rf"^{parameter}: .*?#(.*)$", "\n".join(cell.source for cell in nbformat.read(TRAIN, 4).cells), re.M)[1]
+    assert [name for name in CHOICES[parameter] if not re.search(rf"\b{name}\b", comment)] == []
 
 
 def test_the_tour_runs_in_two_minutes_and_shows_each_stop(tmp_path):

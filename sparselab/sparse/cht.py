@@ -51,7 +51,7 @@ class SigmoidSparsity:
         reached = math.tanh(self.steepness * (step / self.end - 0.5) / 2) / math.tanh(self.steepness / 4)
         return self.initial + (self.final - self.initial) * (1 + reached) / 2
 
-
+# %% ../../nbs/sparse/23_cht.ipynb #91e630a2
 @dataclass(kw_only=True, eq=False, repr=False)
 class CHT(SET):
     """Drop by drawing in proportion to |w|**T, grow by drawing in proportion to CH2-L3n: no gradient is needed (CHTs, arXiv 2501.19107).

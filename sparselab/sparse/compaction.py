@@ -77,7 +77,7 @@ def _shrink(model: nn.Module, channels: Channels, need: Tensor) -> None:
 
 
 def _resize(module: nn.Module) -> None:
-    """Let the sizes that a layer says be those of its weight."""
+    """Set the sizes that a layer states to those of its weight."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, _ConvTransposeNd):

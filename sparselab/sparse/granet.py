@@ -38,7 +38,7 @@ class Shrinking(RigL, ABC):
     def sparsity_now(self) -> float:
         return self.schedule(self.updated)
 
-
+# %% ../../nbs/sparse/24_granet.ipynb #e12609de
 @dataclass(kw_only=True, eq=False, repr=False)
 class GraNet(Shrinking):
     """Prune the smallest |w| of the network along a cubic, and regenerate a part of every layer by the gradient (arXiv 2106.10404).

@@ -34,7 +34,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def inlined(function: Callable) -> Callable:
-    """A part of compiled functions."""
+    """The function, compiled into those that call it."""
     return function if numba is None else numba.njit(function, inline="always")
 
 
@@ -163,6 +163,7 @@ def pull_back(g, ptr, col, weight, values, x, gx, rows, n, slope, add, dvalues):
             to = gx[rows[i]]
             for b in range(n + 2 * m):
                 to[b] += acc[b]
+
 
 @compiled
 def pull_to_input(g, ptr, col, weight, values, x, gx, rows, n, slope, add):
@@ -318,9 +319,10 @@ class Product:
 
 # %% ../../nbs/sparse/34_products.ipynb #3f045397
 class Bags:
-    """The entries of an order, or of all weights, for `embedding_bag`: the rows `read`, then the same with their ends changed, are the table.
+    """Entries for `embedding_bag`, in bags: those of one output row, of one input row, or of one weight.
 
-    `col`: places in `read`; `weight`: of every entry; `index`: places in the table, by the signs of the weights.
+    The table holds the rows `read`, then the same rows with their ends changed. `col`: the place of every entry's row in `read`;
+    `weight`: its weight; `index`: the place of its row in the table, in the second half where the weight is negative.
     """
 
     def __init__(self, read: np.ndarray, rows: int, col: np.ndarray, weight: np.ndarray, ptr: np.ndarray):
@@ -357,16 +359,16 @@ class Bags:
 
 
 class BagProduct(Product):
-    """The same by core PyTorch."""
+    """`Product` by core PyTorch."""
 
     def __init__(self, entries: Entries, live: np.ndarray):
         super().__init__(entries, live)
-        self.outward = Bags(self.into.rows, len(self.reads), *self.out.columns, self.out.ptr)
-        self.inward = Bags(self.out.rows, len(live), *self.into.columns, self.into.ptr)
+        self.outward = Bags(self.into.rows, len(self.reads), *self.out.columns, self.out.ptr)  # W x: a bag for each output row
+        self.inward = Bags(self.out.rows, len(live), *self.into.columns, self.into.ptr)  # W^T g: a bag for each input row
         row, col = self.places
         place, weight = np.zeros(len(live), np.int32), np.repeat(np.arange(entries.weights), np.diff(self.ptr))
         place[self.out.rows] = np.arange(len(self.out.rows), dtype=np.int32)
-        self.single = Bags(self.into.rows, len(self.reads), col, weight, self.ptr)
+        self.single = Bags(self.into.rows, len(self.reads), col, weight, self.ptr)  # gradients: a bag for each weight
         self.target = torch.from_numpy(place[row])  # of the entries of every weight, their output rows
         self.used = np.flatnonzero(np.diff(self.ptr))  # weights that have entries
         self.channels = tuple(torch.from_numpy(part) for part in (self.channel_rows, self.channel_ptr[:-1]))

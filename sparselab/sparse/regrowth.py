@@ -57,7 +57,7 @@ class Regrowth:
 
     @torch.no_grad()
     def after_step(self, masks: Masks, optimizer: Optimizer) -> None:
-        """Let the grown weights have taken their share of the step."""
+        """Undo the step of the grown weights but for their share."""
         betas = {id(p): group["betas"] for group in optimizer.param_groups for p in group["params"] if "betas" in group}
         for name, before in self.before.items():
             weight, places = masks.weights[name], self.grown[name]

@@ -22,8 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..program import Program, operation, read
 from .boxes import Interval, Refused, check_box, flat, in_full_width, written_precision
 from .layers import Layer, Scale  # Scale: scale * x + shift, entry by entry
-# Graph: a reading, with the layer of every operation; Naming: errors name the operation at hand; Statistics: (mean, var) of every BatchNorm
-from .rules import ROW_BY_ROW, Graph, Merged, Naming, Statistics, UnsupportedLayer
+from .rules import ROW_BY_ROW, Graph, Merged, Naming, Statistics, UnsupportedLayer  # see "The pass"
 
 # %% ../../nbs/robust/08_ibp.ipynb #7963da00
 class Step(NamedTuple):

@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..program import Program, operation, read
 from .boxes import Interval, Refused, check_box, flat, in_full_width, written_precision
-from .layers import Layer, Scale
-from .rules import ROW_BY_ROW, Graph, Merged, Naming, Statistics, UnsupportedLayer  # Naming: errors name the node at hand
+from .layers import Layer, Scale  # Scale: scale * x + shift, entry by entry
+from .rules import ROW_BY_ROW, Graph, Merged, Naming, Statistics, UnsupportedLayer  # see "The pass"
 
 # %% ../../nbs/robust/08_ibp.ipynb #7963da00
 class Step(NamedTuple):
@@ -154,7 +154,7 @@ def carry(pass_: IntervalPass, model: nn.Module, statistics: Statistics | None, 
     names, output = graph.program.names, graph.program.output
     values = graph.constants(model) | {graph.program.input: pass_.intervals[0]}
     with Naming(graph.program) as here:
-        for here.node in graph.layers:
+        for here.node in graph.layers:  # an error raised inside names here.node
             values[here.node] = _through(pass_, graph, here.node, values, statistics or [])
     if isinstance(values[output], Merged):
         raise UnsupportedLayer(names[output], operation(output), "its output has batch and tokens in one dimension: the batch must stay in front")

@@ -95,8 +95,8 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes 
 class Masks(Mapping, Shown):
     """Weight name -> boolean tensor of the same shape; True where the weight exists.
 
-    `weights` are the parameters, masked in place. `counts` are the masks', over prunable weights only; `nnz` adds
-    the weights outside them that are not 0. The masks follow their weights to another device.
+    `weights` are the parameters, masked in place. `counts`: weight name -> how many weights its mask keeps; `nnz` adds
+    the weights outside the masks that are not 0. The masks follow their weights to another device.
     """
 
     def __init__(self, weights: dict[str, nn.Parameter]):
@@ -226,7 +226,7 @@ def clear_moments(masks: Masks, *optimizers: torch.optim.Optimizer) -> None:
 def new_state(key: str, group: Mapping) -> float:
     """What a new weight has in the optimizer state `key`, in a group of these settings: 0, but for what PyTorch begins otherwise."""
     begins = {"step_size": group.get("lr"), "eta": group.get("lr"), "sum": group.get("initial_accumulator_value"),
-              "mu": 1.0, "mu_product": 1.0}  # eta, mu and mu_product are scalars: for AC/DC
+              "mu": 1.0, "mu_product": 1.0}  # eta, mu, mu_product: scalars of ASGD and NAdam, which 12_acdc begins anew
     return float(begins.get(key) or 0.0)
 
 # %% ../../nbs/sparse/00_masks.ipynb #3dd70368

@@ -12,7 +12,7 @@ from .granet import Shrinking
 from .pruning import check_share
 
 # %% ../../nbs/sparse/25_sparsevlr.ipynb #5f7a7050
-UPDATES = 200  # would fit into the training if masks changed until its end
+UPDATES = 200  # so many would fit into the training; masks change until the share `end` = 0.75 of it
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import unknown
 from .assembly import make_learner
 from .callbacks import Progress
+from .certified_tickets import CertifiedTickets
 from .config import Config
 from .files import locked
 from .jackpots import LotteryJackpots
@@ -26,7 +27,7 @@ from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/43_experiments.ipynb #d6355bc5
 PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": LotteryJackpots, "scratch_e": ScratchE,
-                                          "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble}
+                                          "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble, "nrs": CertifiedTickets}
 ALL_METHODS = tuple(dict.fromkeys([*METHODS, *PROCEDURES]))
 
 

@@ -77,7 +77,7 @@ class CertifiedTickets(IMP):
         if mine := [name for name in ("rs", "nrs", "stability_bounds") if name in self.config.objective_options]:
             raise ValueError(f"{self.config.method} sets {', '.join(mine)} of the objective itself: choose regularizer, weight and bounds among "
                              "its method_options, and leave objective_options without them.")
-        if not self.config.eps:
+        if not self.config.eps and (self.regularizer, self.score) != ("none", "magnitude"):
             raise ValueError(f"{self.config.method} is about bounds over boxes, so eps is above 0; got {self.config.eps!r}.")
         super().check()
 

@@ -75,7 +75,8 @@ def test_killed_at_random_moments_a_run_resumes_to_the_same_bits(tmp_path):
 # what makes each method do all that it does within a few steps, on a network that it can prune
 TINY = {"slimming": {"model": "cnn5_bn", "model_options": {"width": 2}}, "imp": {"method_options": {"rate": 0.5, "rewind_epochs": 1}},
         "colt": {"sparsity": 0.7, "method_options": {"rate": 0.45}}, "scratch_b": {"method_options": {"most": 2}},
-        "dst_ensemble": {"method_options": {"members": 2, "update_every": 3}}}
+        "dst_ensemble": {"method_options": {"members": 2, "update_every": 3}}, "nrs": {"method_options": {"rate": 0.5}},
+        "hydra": {"method_options": {"search_epochs": 1}}}
 
 
 def tiny(method: str) -> dict:

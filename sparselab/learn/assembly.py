@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .augment import Augment
 from .config import Config
 from .data import Data, load, of_classes, subset, to_float, torch_seed, with_label_noise
+from .distillation import distilled
 from .find import called
 from .init import ibp_init_, kaiming_init_
 from .known import DATASETS
@@ -74,11 +75,16 @@ def new_model(config: Config, data: Data, seed: int) -> nn.Module:
 # %% ../../nbs/learn/37_assembly.ipynb #22dd7e0b
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What a training begins with instead of chance: a state_dict, masks (for the method "static"), classes to train on."""
+    """What a training begins with instead of chance: a state_dict, masks (for the method "static"), classes to train on.
+
+    `teacher`: the state_dict of a network of the same kind whose outputs weigh `teaching` of the loss, see `Distilled`.
+    """
 
     weights: Mapping[str, Tensor] | None = None
     masks: Mapping[str, Tensor] | None = None
     classes: Sequence[int] | None = None
+    teacher: Mapping[str, Tensor] | None = None
+    teaching: float = 0.5
 
 
 def sparsifier_options(config: Config, start: Start, data: Data) -> dict[str, object]:
@@ -121,6 +127,10 @@ def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Star
     model = new_model(config, data, config.seed)
     if start.weights is not None:
         model.load_state_dict({name: value.to(device) for name, value in start.weights.items()})
+    if start.teacher is not None:
+        teacher = new_model(config, data, config.seed)
+        teacher.load_state_dict({name: value.to(device) for name, value in start.teacher.items()})
+        goal = distilled(goal, teacher, start.teaching)
     data = of_classes(data, start.classes) if start.classes is not None else data
     check_batches(model, config.batch_size, len(data.train))
     optimizer = make_optimizer(config.optimizer, model, peak_lr(config), config.weight_decay)

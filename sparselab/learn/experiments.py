@@ -13,8 +13,11 @@ from pathlib import Path
 from ..errors import unknown
 from .assembly import make_learner
 from .callbacks import Progress
+from .certified_tickets import CertifiedTickets
 from .config import Config
+from .deadwooding import RobustDeadwooding
 from .files import locked
+from .hydra import PrunedByHYDRA
 from .jackpots import LotteryJackpots
 from .learner import Callback
 from .rounds import Procedure
@@ -26,7 +29,8 @@ from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/43_experiments.ipynb #d6355bc5
 PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": LotteryJackpots, "scratch_e": ScratchE,
-                                          "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble}
+                                          "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble, "nrs": CertifiedTickets,
+                                          "hydra": PrunedByHYDRA, "deadwooding": RobustDeadwooding}
 ALL_METHODS = tuple(dict.fromkeys([*METHODS, *PROCEDURES]))
 
 

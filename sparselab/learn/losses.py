@@ -6,6 +6,7 @@
 __all__ = ['robust_cross_entropy', 'Ball', 'Box', 'Batch', 'Shares', 'Objective', 'Natural', 'PGD']
 
 # %% ../../nbs/learn/15_losses.ipynb #69946dc4
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..errors import unknown
 from .ramps import Moment, Ramp
 from .regularizers import balance, tightness
+from .relu_stability import batchnorm_scales, stability_loss
 from ..program import LastReading, Program, spared
 from ..robust.attacks import pgd
 from ..robust.bounds import bounds
 from ..robust.boxes import input_box, margin_matrix
 from ..robust.ibp import interval_pass, recorded_statistics
+from ..robust.neurons import PASSES
 from ..robust.replay import check_point
 from ..sparse.scores import generator_for
 
@@ -87,8 +91,9 @@ class Objective:
     dense network here, and on the nonzeros in `SparseSteps`. One that overrides `robust_loss` instead trains densely.
 
     `eps` is the radius to be robust at, `train_eps_factor` what it is multiplied by where training ends; `warmup`, `until`, `shape`,
-    `kappa_start`, `kappa_end`: see `Ramp`; `regularizer`: weight of the warm-up regularisers (native engine only);
-    `seed`: of the noise that attacks start from.
+    `kappa_start`, `kappa_end`: see `Ramp`; `regularizer`: weight of the warm-up regularisers; `rs` or `nrs`: weight of a loss that asks
+    for stable ReLUs, bounded by `stability_bounds` ("ibp", "crown_ibp" or "crown") over the training box; these three need the native
+    engine. `seed`: of the noise that attacks start from.
     """
 
     eps: float
@@ -101,6 +106,9 @@ class Objective:
     kappa_start: float = 1.0
     kappa_end: float = 0.3
     regularizer: float = 0.0
+    rs: float = 0.0
+    nrs: float = 0.0
+    stability_bounds: str = "ibp"
 
     def __post_init__(self):
         self.last = LastReading()
@@ -108,6 +116,20 @@ class Objective:
         if self.regularizer and self.engine != "native":
             raise ValueError(f"The warm-up regularisers need engine='native'; with engine={self.engine!r} "
                              "set objective_options to {'regularizer': 0}.")
+        self._check_stability()
+
+    def _check_stability(self) -> None:
+        for name in ("rs", "nrs"):
+            weight = getattr(self, name)
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                raise ValueError(f"{name} weighs the loss for stable ReLUs, a number of at least 0; got {weight!r}.")
+        if self.stability_bounds not in PASSES:
+            raise unknown("bound method for stable ReLUs", self.stability_bounds, PASSES)
+        if self.rs and self.nrs:
+            raise ValueError(f"rs and nrs are two readings of one loss; choose one of them, not {self.rs!r} and {self.nrs!r}.")
+        if (self.rs or self.nrs) and not (self.eps * self.train_eps_factor and self.engine == "native"):
+            raise ValueError(f"rs and nrs are about bounds over boxes: they need eps above 0 and engine='native'; got eps {self.eps!r}, "
+                             f"train_eps_factor {self.train_eps_factor!r} and engine {self.engine!r}.")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
         """The scalar loss of images `x` in [0, 1] and labels `y` at `progress`, the share of training done."""
@@ -115,7 +137,7 @@ class Objective:
         with recorded_statistics(model) as statistics:
             logits = model(x)
         natural = cross_entropy(logits, y)
-        if moment.kappa == 1 and not self.regularizer:
+        if moment.kappa == 1 and not (self.regularizer or self.steadies(moment)):
             return natural
         batch = Batch(model, x, y, moment, logits, statistics)
         robust = self.robust_loss(batch) if moment.kappa < 1 else 0.0
@@ -172,6 +194,8 @@ class Objective:
             return f"engine {self.engine!r} needs the dense network"
         if self.regularizer and moment.ramped < 1:
             return "the warm-up regularisers need the dense network"
+        if self.steadies(moment):
+            return "the losses rs and nrs for stable ReLUs need the dense network"
         names = ("__call__", "robust_loss", "box_loss", "margins", "penalty")
         own = [name for name in names if getattr(type(self), name) is not getattr(self.written_for_rows, name)]
         return f"the objective {type(self).__name__} has {own[0]} of its own, which needs the dense network" if own else ""
@@ -182,6 +206,21 @@ class Objective:
         return Objective
 
     def penalty(self, batch: Batch) -> Tensor | float:
+        """All regularisers, weighted."""
+        return self.warm_up(batch) + self.stability(batch)
+
+    def steadies(self, moment: Moment) -> bool:
+        """Whether stable ReLUs are asked for at a moment: they are where there are boxes."""
+        return bool(self.rs or self.nrs) and moment.eps > 0
+
+    def stability(self, batch: Batch) -> Tensor | float:
+        """RS or NRS, weighted (arXiv 1809.03008, 2206.07311)."""
+        if not self.steadies(batch.moment):
+            return 0.0
+        found = PASSES[self.stability_bounds](batch.model, *batch.ball.ends, batch.statistics, self.reading(batch))
+        return self.rs * stability_loss(found) if self.rs else self.nrs * stability_loss(found, batchnorm_scales(batch.model, found))
+
+    def warm_up(self, batch: Batch) -> Tensor | float:
         """The warm-up regularisers, weighted; 0 once eps has arrived."""
         if not self.regularizer or batch.moment.ramped == 1:
             return 0.0

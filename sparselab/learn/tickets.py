@@ -22,6 +22,7 @@ from .config import Config
 from .files import read_tensors
 from .learner import Callback, Learner
 from .rounds import Procedure, all_ones, first_weights, nnz_of, sparsity_of
+from .runs import Run
 from .training import write_model
 from ..sparse.distributions import budget, layer_budgets
 from ..sparse.pruning import check_share
@@ -92,13 +93,17 @@ class IMP(Tickets):
             raise ValueError(f"rewind_epochs is from 0 to below epochs = {self.config.epochs}; got {self.rewind_epochs!r}.")
         super().check()
 
+    def scores(self, run: Run, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a trained round is pruned by; the lowest scores go, and weights that are gone have -1."""
+        return magnitudes(run.weights, masks)
+
     def last(self) -> tuple[Config, Start]:
         masks, weights, rewound = all_ones(self), first_weights(self), self.folder / "rewind.safetensors"
         for number, count in enumerate(falling(nnz_of(masks), self.target, self.rate)):
             keep = [Keep(rewound, self.rewind_epochs)] if number == 0 and self.rewind_epochs else []
             run = self.round(f"{number:02d}", self.ticket(masks), Start(weights, masks), keep)
             weights = read_tensors(rewound, load)[0] if keep else weights
-            masks = highest_overall(magnitudes(run.weights, masks), count)
+            masks = highest_overall(self.scores(run, masks), count)
         return self.ticket(masks), Start(weights, masks)
 
 # %% ../../nbs/learn/40_tickets.ipynb #1a39aa89

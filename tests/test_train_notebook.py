@@ -150,7 +150,8 @@ def test_the_readme_names_every_method():
     assert [method for method in ALL_METHODS if f"`{method}`" not in text] == []
 
 
-CHOICES = {"objective": OBJECTIVES, "dataset": DATASETS, "distribution": DISTRIBUTIONS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "kernels": KERNELS}
+CHOICES = {"objective": OBJECTIVES, "dataset": DATASETS, "distribution": DISTRIBUTIONS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
+           "kernels": KERNELS}
 
 
 @pytest.mark.parametrize("parameter", CHOICES)

@@ -53,7 +53,7 @@ class Keeping:
         self._begin_keeping()  # a copy of model, optimizer and sparsifier is on its own
 
     def see_gradients(self) -> None:
-        """Validate at the dense gradients in `weight.grad`, once per step, before they are masked."""
+        """Take note of the dense gradients in `weight.grad`, once per step, before they are masked."""
 
     def dense_gradients(self) -> dict[str, Tensor] | None:
         """Weight name -> gradient, zero where the loss does not reach a weight; None when one is not finite.

@@ -24,6 +24,7 @@ from .learner import Callback, Learner
 from .models import build
 from .objectives import objective
 from .optimizers import make_optimizer
+from ..robust.grafting import grafted_like
 from ..sparse.fan_in import scale_to_fan_in_
 from ..sparse.sparsify import METHODS, method_options, sparsify
 
@@ -120,7 +121,7 @@ def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Star
     data = data or load_data(config)
     model = new_model(config, data, config.seed)
     if start.weights is not None:
-        model.load_state_dict({name: value.to(device) for name, value in start.weights.items()})
+        grafted_like(model, start.weights).load_state_dict({name: value.to(device) for name, value in start.weights.items()})
     data = of_classes(data, start.classes) if start.classes is not None else data
     check_batches(model, config.batch_size, len(data.train))
     optimizer = make_optimizer(config.optimizer, model, peak_lr(config), config.weight_decay)

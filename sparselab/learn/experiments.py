@@ -15,6 +15,7 @@ from .assembly import make_learner
 from .callbacks import Progress
 from .config import Config
 from .files import locked
+from .grafting import Grafting
 from .jackpots import LotteryJackpots
 from .learner import Callback
 from .rounds import Procedure
@@ -26,7 +27,7 @@ from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/43_experiments.ipynb #d6355bc5
 PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": LotteryJackpots, "scratch_e": ScratchE,
-                                          "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble}
+                                          "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble, "grafting": Grafting}
 ALL_METHODS = tuple(dict.fromkeys([*METHODS, *PROCEDURES]))
 
 

@@ -243,12 +243,15 @@ def test_a_run_says_what_it_grafted_and_its_weights_can_be_loaded(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(masks[:3], masks[3:], strict=True))
 
 
-@pytest.mark.parametrize(("options", "zeroed"), [({"zeroed": True}, True), ({"choose": "random"}, False), ({"bounds": "ibp"}, False)])
+@pytest.mark.parametrize(("options", "zeroed"), [
+    ({"zeroed": True}, True), ({"choose": "random"}, False), ({"bounds": "ibp", "ranking": "layer"}, False)])
 def test_the_controls_graft_as_many_neurons(tmp_path, options, zeroed):
     run = train(Config(**SMALL | {"sparsity": 0.0, "epochs": 1}, method_options=options, runs_dir=str(tmp_path)), [])
     assert sum(layer["grafted"] for layer in run.summary["grafted"].values()) == 24
     assert run.summary["nnz"] == run.summary["total"] and run.rounds[0].config.method == "dense"
     assert any("slope" in name for name in run.weights) != zeroed
+    if "ranking" in options:
+        assert [layer["grafted"] for layer in run.summary["grafted"].values()] == [12, 12]
 
 
 def test_the_second_training_is_at_the_full_radius_and_a_tenth_of_the_rate(tmp_path):
@@ -261,9 +264,10 @@ def test_the_second_training_is_at_the_full_radius_and_a_tenth_of_the_rate(tmp_p
 @pytest.mark.parametrize(("options", "changes", "sentence"), [
     ({"share": 1.5}, {}, "share is a share, from 0 to 1; got 1.5"), ({"choose": "scores"}, {}, "Did you mean 'score'"),
     ({"bounds": "crown_ipb"}, {}, "bound of instability called 'crown_ipb'"), ({"zeroed": 1}, {}, "zeroed is true or false; got 1"),
-    ({"samples": 0}, {}, "samples is a whole number of at least 1; got 0"), ({"lr_factor": 0}, {}, "lr_factor is a number above 0; got 0"),
-    ({"pretrain_epochs": -1}, {}, "pretrain_epochs is a whole number of at least 0; got -1"), ({"slope": "steep"}, {}, "slope is a number; got 'steep'"),
-    ({"slop": 1}, {}, "Did you mean 'slope'"), ({}, {"eps": 0.0, "objective": "natural"}, "eps is 0: give eps, or choose 'random'"),
+    ({"ranking": "local"}, {}, "ranking of neurons called 'local'"), ({"samples": 0}, {}, "samples is a whole number of at least 1; got 0"),
+    ({"lr_factor": 0}, {}, "lr_factor is a number above 0; got 0"), ({"slope": "steep"}, {}, "slope is a number; got 'steep'"),
+    ({"pretrain_epochs": -1}, {}, "pretrain_epochs is a whole number of at least 0; got -1"), ({"slop": 1}, {}, "Did you mean 'slope'"),
+    ({}, {"eps": 0.0, "objective": "natural"}, "eps is 0: give eps, or choose 'random'"),
     ({"source": "magnitude"}, {}, "method to prune with called 'magnitude'"), ({"source_options": {"ends": 1}}, {}, "Did you mean 'end'")])
 def test_what_cannot_be_is_a_sentence_and_writes_nothing(tmp_path, options, changes, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -25,6 +25,7 @@ from .learner import Callback, Learner
 from .models import build
 from .objectives import objective
 from .optimizers import make_optimizer
+from ..robust.grafting import grafted_like
 from ..sparse.fan_in import scale_to_fan_in_
 from ..sparse.sparsify import METHODS, method_options, sparsify
 
@@ -126,10 +127,10 @@ def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Star
     data = data or load_data(config)
     model = new_model(config, data, config.seed)
     if start.weights is not None:
-        model.load_state_dict({name: value.to(device) for name, value in start.weights.items()})
+        grafted_like(model, start.weights).load_state_dict({name: value.to(device) for name, value in start.weights.items()})
     if start.teacher is not None:
         teacher = new_model(config, data, config.seed)
-        teacher.load_state_dict({name: value.to(device) for name, value in start.teacher.items()})
+        grafted_like(teacher, start.teacher).load_state_dict({name: value.to(device) for name, value in start.teacher.items()})
         goal = distilled(goal, teacher, start.teaching)
     data = of_classes(data, start.classes) if start.classes is not None else data
     check_batches(model, config.batch_size, len(data.train))

@@ -17,6 +17,7 @@ from .certified_tickets import CertifiedTickets
 from .config import Config
 from .deadwooding import RobustDeadwooding
 from .files import locked
+from .grafting import Grafting
 from .hydra import PrunedByHYDRA
 from .jackpots import LotteryJackpots
 from .learner import Callback
@@ -30,7 +31,7 @@ from ..sparse.sparsify import METHODS
 # %% ../../nbs/learn/43_experiments.ipynb #d6355bc5
 PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": LotteryJackpots, "scratch_e": ScratchE,
                                           "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble, "nrs": CertifiedTickets,
-                                          "hydra": PrunedByHYDRA, "deadwooding": RobustDeadwooding}
+                                          "hydra": PrunedByHYDRA, "deadwooding": RobustDeadwooding, "grafting": Grafting}
 ALL_METHODS = tuple(dict.fromkeys([*METHODS, *PROCEDURES]))
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['READERS', 'Unsupported', 'Pass', 'through', 'Values', 'Layer', 'Sparse', 'Norm', 'norm_forward', 'norm_backward',
-           'norm_forward_in_torch', 'norm_backward_in_torch', 'Scale', 'Activation', 'Gather', 'Sum', 'MaxPool', 'Rows',
-           'constants', 'merged_margins', 'merged_margins_backward', 'margins_in_torch', 'margins_backward_in_torch',
-           'Margins', 'Outputs', 'certified', 'logits', 'dense_gradients']
+           'norm_forward_in_torch', 'norm_backward_in_torch', 'Scale', 'Line', 'Activation', 'Gather', 'Sum', 'MaxPool',
+           'Rows', 'constants', 'merged_margins', 'merged_margins_backward', 'margins_in_torch',
+           'margins_backward_in_torch', 'Margins', 'Outputs', 'certified', 'logits', 'dense_gradients']
 
 # %% ../../nbs/learn/21_rows.ipynb #ab3e8658
 import math
@@ -346,11 +346,39 @@ class Scale(Layer):
         p.give(self.src[0], _scaled(p, torch.from_numpy(p.gradient(self.dst)), self.scale))
 
 
-def _scaled(p: Pass, x: Tensor, scale: Tensor | None) -> Tensor:
-    if scale is None:
-        return x
+@dataclass(eq=False)
+class Line(Layer):
+    """weight * x + bias, row by row, with trained values, such as the slopes and shifts of grafted neurons; None leaves one out."""
+
+    weight: str | None = None
+    bias: str | None = None
+
+    def _slope(self, p: Pass) -> Tensor | None:
+        return None if self.weight is None else torch.from_numpy(p.net.values.of(self.weight)).unsqueeze(1)
+
+    def forward(self, p: Pass) -> None:
+        y = p.tensor(self.dst)
+        y.copy_(_scaled(p, p.tensor(self.src[0]), self._slope(p)))
+        if self.bias is not None:
+            y += torch.from_numpy(p.net.values.of(self.bias)).unsqueeze(1)
+
+    def backward(self, p: Pass, grad: np.ndarray | None) -> None:
+        g, slope = torch.from_numpy(p.gradient(self.dst)), self._slope(p)
+        if grad is not None and slope is not None:
+            p.net.values.of(self.weight, grad)[:] += (g * _turned(p, p.tensor(self.src[0]), slope)).sum(1).numpy()
+        if grad is not None and self.bias is not None:
+            p.net.values.of(self.bias, grad)[:] += g.sum(1).numpy()
+        p.give(self.src[0], _scaled(p, g, slope))
+
+
+def _turned(p: Pass, x: Tensor, scale: Tensor) -> Tensor:
+    """x, with its ends exchanged in the rows of a negative scale."""
     lower, upper = p.ends(x)
-    return torch.cat([x[:, : p.n], torch.where(scale < 0, upper, lower), torch.where(scale < 0, lower, upper)], 1) * scale
+    return torch.cat([x[:, : p.n], torch.where(scale < 0, upper, lower), torch.where(scale < 0, lower, upper)], 1)
+
+
+def _scaled(p: Pass, x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else _turned(p, x, scale) * scale
 
 
 @dataclass(eq=False)
@@ -524,7 +552,7 @@ class Rows:
         """Carry the gradient at the output of the last of `layers` back, and add those of the values to `grad`, unless it is None."""
         p.wanted = {0} if of_input else set()
         for layer in self.layers:
-            trains = grad is not None and (isinstance(layer, Norm) or isinstance(layer, Sparse) and layer.weight is not None)
+            trains = grad is not None and (isinstance(layer, Norm | Line) or isinstance(layer, Sparse) and layer.weight is not None)
             if trains or any(place in p.wanted for place in layer.src):
                 p.wanted.add(layer.dst)
         for place in p.wanted - {self.out}:
@@ -664,13 +692,21 @@ def _arithmetic(net: Rows, node: fx.Node, before: fx.Node, shape: Any) -> None:
             raise Unsupported("an activation comes second")
         x, y = y, x
     if isinstance(y, fx.Node) and _trained(net, y):
-        raise Unsupported("it has a parameter that is neither a weight nor a bias")
+        return _line(net, node, x, y, shape)
     value = torch.as_tensor(net._constants[y] if isinstance(y, fx.Node) else y, dtype=torch.float32)
     rows = torch.broadcast_to(value, (1, *shape)).reshape(-1, 1)
     if math.prod(shape) != math.prod(net._seen[x]):
         raise Unsupported("it repeats an activation")
     options = {"add": {"shift": rows}, "sub": {"shift": -rows}, "mul": {"scale": rows}, "div": {"scale": 1 / rows}}
     net._new(node, Scale([net.places[x]], **options[what]), shape)
+
+
+def _line(net: Rows, node: fx.Node, x: fx.Node, y: fx.Node, shape: Any) -> None:
+    """x times a parameter with a number for every row, or x plus it."""
+    what = {"mul": "weight", "add": "bias"}.get(operation(node))
+    if what is None or net.program.state.get(y) not in net.parameters or tuple(net.parameters[net.program.state[y]].shape) != net._seen[x]:
+        raise Unsupported("it has a parameter that is neither a weight nor a bias")
+    net._new(node, Line([net.places[x]], **{what: net._parameter(y)[0]}), shape)
 
 
 def _trained(net: Rows, node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ _HOME = {  # public name -> the module that defines it
     "Contradiction": "replay",
     "ENGINES": "bounds",
     "Engine": "bounds",
+    "Grafted": "grafting",
     "LayerStability": "neurons",
     "METHODS": "bounds",
     "UnsupportedLayer": "rules",
@@ -19,6 +20,8 @@ _HOME = {  # public name -> the module that defines it
     "fgsm": "attacks",
     "full_precision": "modes",
     "fused_upper": "crown",
+    "graft": "grafting",
+    "grafted_like": "grafting",
     "input_box": "boxes",
     "interval_pass": "ibp",
     "margin_matrix": "boxes",
@@ -28,11 +31,13 @@ _HOME = {  # public name -> the module that defines it
     "survivors": "attacks",
     "verify": "verification",
     "worst_margin": "modes",
+    "written_out": "grafting",
 }
 __all__ = [
     "Contradiction",
     "ENGINES",
     "Engine",
+    "Grafted",
     "LayerStability",
     "METHODS",
     "UnsupportedLayer",
@@ -45,6 +50,8 @@ __all__ = [
     "fgsm",
     "full_precision",
     "fused_upper",
+    "graft",
+    "grafted_like",
     "input_box",
     "interval_pass",
     "margin_matrix",
@@ -54,6 +61,7 @@ __all__ = [
     "survivors",
     "verify",
     "worst_margin",
+    "written_out",
 ]
 __getattr__, __dir__ = lazy(__name__, _HOME)
 
@@ -62,6 +70,7 @@ if TYPE_CHECKING:
     from .boxes import input_box, margin_matrix
     from .crown import crown_ibp, fused_upper
     from .bounds import ENGINES, METHODS, Engine, bounds, engine_table
+    from .grafting import Grafted, graft, grafted_like, written_out
     from .ibp import interval_pass, recorded_statistics
     from .modes import eval_mode, full_precision, worst_margin
     from .neurons import LayerStability, stability

@@ -36,7 +36,10 @@ from ..sparse.products import columns_to_rows, compiled, product_kind, with_numb
 # %% ../../nbs/learn/26_unrolled.ipynb #3f45e3fe
 @dataclass(frozen=True)
 class Part:
-    """The entries of a linear layer that read one of its inputs: number row[i] of the output adds values[weight[i]] times number col[i] of the input."""
+    """The entries of a linear layer that read one of its inputs.
+
+    Number row[i] of the output adds values[weight[i]] times number col[i] of the input.
+    """
 
     row: np.ndarray
     col: np.ndarray

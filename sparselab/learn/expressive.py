@@ -14,7 +14,7 @@ from torch import Tensor
 from .losses import PGD, Batch
 from ..program import spared
 
-# %% ../../nbs/learn/16_expressive.ipynb #d7689970
+# %% ../../nbs/learn/16_expressive.ipynb #4bf71837
 def log_losses(margins: Tensor) -> Tensor:
     """log(1 + sum_j exp(-m_j)) of every sample; `margins` (B, K-1) are of the true class over each other one."""
     return torch.logsumexp(torch.nn.functional.pad(-margins, (1, 0)), 1)
@@ -38,7 +38,7 @@ class Expressive(PGD):
             logits = batch.model(attacked)
         return (batch.C @ logits.unsqueeze(-1)).squeeze(-1), self.margins(batch)
 
-
+# %% ../../nbs/learn/16_expressive.ipynb #80becad4
 @dataclass(kw_only=True)
 class CCIBP(Expressive):
     """The loss of (1 - alpha) m_PGD + alpha m_IBP (CC-IBP, arXiv 2305.13991)."""
@@ -50,7 +50,7 @@ class CCIBP(Expressive):
 
 @dataclass(kw_only=True)
 class ExpIBP(Expressive):
-    """L_PGD^(1 - alpha) L_IBP^alpha of every sample (Exp-IBP, arXiv 2305.13991); losses below 1e-6 count as that, where a power is steep."""
+    """L_PGD^(1 - alpha) L_IBP^alpha of every sample (Exp-IBP, arXiv 2305.13991); a loss below 1e-6 counts as 1e-6."""
 
     def robust_loss(self, batch: Batch) -> Tensor:
         attacked, bound = (log_losses(margins).clamp(min=1e-6) for margins in self.both_margins(batch))

@@ -32,7 +32,7 @@ def robust_cross_entropy(margins: Tensor) -> Tensor:
     """Mean of log(1 + sum_j exp(-m_j)) over the batch; `margins` (B, K-1) are lower bounds of z_y - z_j."""
     return torch.logsumexp(nn.functional.pad(-margins, (1, 0)), 1).mean()
 
-# %% ../../nbs/learn/15_losses.ipynb #33757ca8
+# %% ../../nbs/learn/15_losses.ipynb #4c9a80c4
 @dataclass(frozen=True)
 class Ball:
     """The boxes of radius `eps` around the images `x`, inside [0, 1]."""
@@ -74,7 +74,7 @@ class Batch:
         """The rows of the margins, (B, K-1, K)."""
         return margin_matrix(self.y, self.logits.shape[1], self.logits.dtype)
 
-
+# %% ../../nbs/learn/15_losses.ipynb #f5ff0738
 class Shares(NamedTuple):
     """What three cross-entropies weigh in a loss: of the clean logits, of the worst logits over the boxes, of the logits at the points."""
 
@@ -82,7 +82,7 @@ class Shares(NamedTuple):
     boxes: float = 0.0
     points: float = 0.0
 
-
+# %% ../../nbs/learn/15_losses.ipynb #33757ca8
 @dataclass(kw_only=True)
 class Objective:
     """kappa L_nat + (1 - kappa) L_rob along a ramp; L_rob is that of clean images unless a subclass names boxes or points.

@@ -36,7 +36,10 @@ from ..sparse.products import columns_to_rows, compiled, product_kind, with_numb
 # %% ../../nbs/learn/26_unrolled.ipynb #3f45e3fe
 @dataclass(frozen=True)
 class Part:
-    """The entries of a linear layer that read one of its inputs: output row `row` adds values[weight] times input row `col`."""
+    """The entries of a linear layer that read one of its inputs.
+
+    Number row[i] of the output adds values[weight[i]] times number col[i] of the input.
+    """
 
     row: np.ndarray
     col: np.ndarray
@@ -50,19 +53,16 @@ class Part:
 
     @classmethod
     def moved(cls, row: np.ndarray, col: np.ndarray, values: np.ndarray | float = 1.0) -> "Part":
-        """Entries with a weight of their own each."""
+        """Entries each of which has a weight of its own."""
         values = np.broadcast_to(np.asarray(values, np.float32), row.shape)
         return cls(row.astype(np.int32), col.astype(np.int32), np.arange(len(row), dtype=np.int32), np.ascontiguousarray(values))
 
     @classmethod
     def same(cls, n: int, factor: np.ndarray | float = 1.0) -> "Part":
-        """Row i of the input to row i of the output."""
+        """Number i of the input, times a factor, to number i of the output."""
         return cls.moved(np.arange(n), np.arange(n), factor)
 
-
-MATRIX = 2**24  # entries of a layer's matrix that is found by asking the layer for all of its rows
-
-# %% ../../nbs/learn/26_unrolled.ipynb #ff50b019
+# %% ../../nbs/learn/26_unrolled.ipynb #92be892b
 def _rows(value: Tensor | float | None, shape: tuple[int, ...], default: float) -> np.ndarray:
     """A constant that broadcasts to one sample of the given shape, flat."""
     value = torch.as_tensor(default if value is None else value, dtype=torch.float32).detach()
@@ -82,6 +82,9 @@ def _joined(layer: Concat, boxes: list[Interval], y: Interval) -> list[Part]:
     places = torch.arange(math.prod(y.shape[1:])).view(1, *y.shape[1:]).split([x.shape[layer.dim] for x in boxes], layer.dim)
     return [Part.moved(at.reshape(-1).numpy(), np.arange(at.numel())) for at in places]
 
+# %% ../../nbs/learn/26_unrolled.ipynb #b489013c
+MATRIX = 2**24  # entries of a layer's matrix that is found by asking the layer for all of its rows
+
 
 def _asked(layer: Layer, boxes: list[Interval], y: Interval) -> list[Part]:
     """The whole matrix, by carrying every output back."""
@@ -95,7 +98,7 @@ def _asked(layer: Layer, boxes: list[Interval], y: Interval) -> list[Part]:
         found.append(Part.moved(row.numpy(), col.numpy(), matrix[row, col].numpy()))
     return found
 
-
+# %% ../../nbs/learn/26_unrolled.ipynb #23188959
 def parts_of(layer: Layer, boxes: list[Interval], y: Interval) -> tuple[list[Part], np.ndarray]:
     """A linear layer as one Part for each input and its bias (output rows,); `boxes` are one sample of each input, and `y` of the output."""
     x, shape, bias = boxes[0], y.shape[1:], np.zeros(math.prod(y.shape[1:]), np.float32)
@@ -202,7 +205,7 @@ class _Places:
                               ((row, np.int32), (source, np.int32), (value, np.float32)))
         return Neurons.of(first, np.array(self.slopes, np.float32), np.concatenate(self.biases), row, source, value)
 
-
+# %% ../../nbs/learn/26_unrolled.ipynb #74f3d03d
 @dataclass(frozen=True)
 class _Rows(Entries):
     """Entries of one place, whose columns are neurons of the whole network; every row has a bias of its own."""
@@ -211,7 +214,7 @@ class _Rows(Entries):
     def channels(self) -> np.ndarray:
         return np.arange(math.prod(self.out_shape))
 
-# %% ../../nbs/learn/26_unrolled.ipynb #23188959
+
 class _Boxes:
     """What carries boxes through an unrolled network: the rows that the output depends on, or `every` row."""
 
@@ -241,10 +244,10 @@ class _Boxes:
             self._before = {B: [np.zeros((size, 2 * B), np.float32) for size in sizes]}
         return self._before[B]
 
-# %% ../../nbs/learn/26_unrolled.ipynb #16a29bba
+# %% ../../nbs/learn/26_unrolled.ipynb #312451b3
 @compiled
 def _counted(z):
-    """Counts (neurons, 3), see `LayerStability`, and sums of the lower and of the upper ends (2, neurons)."""
+    """Of each neuron: on how many boxes it is active, inactive and unstable, (neurons, 3), and the sums of lower and upper ends, (2, neurons)."""
     n, B = len(z), z.shape[1] // 2
     counts, sums = np.zeros((n, 3), np.int64), np.zeros((2, n), z.dtype)
     for r in range(n):
@@ -269,7 +272,7 @@ def counted(z: np.ndarray, shape: tuple[int, ...]) -> tuple[LayerStability, Tens
     states = LayerStability.of(low, up)
     return LayerStability(states.counts, shape), torch.stack([low.sum(0), up.sum(0)])
 
-# %% ../../nbs/learn/26_unrolled.ipynb #c8ab6a6e
+# %% ../../nbs/learn/26_unrolled.ipynb #b1d488d4
 ROOM = 2**26  # numbers that one batch may hold, about
 IMAGES = 128  # of one batch, at most
 
@@ -283,14 +286,30 @@ def contents(model: nn.Module) -> str:
     raw = ((name.encode(), value.detach().cpu().reshape(-1).view(torch.uint8)) for name, value in values.items())  # NumPy has no bfloat16
     return digest(*(part for name, octets in raw for part in (name, octets.numpy().tobytes())))
 
+# %% ../../nbs/learn/26_unrolled.ipynb #7a100a99
+class _Outputs(Function):
+    """Images -> outputs."""
 
-class Unrolled(nn.Module):
-    """The network that `model` is now in eval mode, on its nonzeros: outputs, gradients of the input, and bounds.
+    @staticmethod
+    def forward(ctx, x, net):
+        found = [net._run(x[rows]) for rows in net.batches(len(x), 2)]
+        ctx.net, ctx.values = net, [values for _, values in found]
+        return torch.cat([y for y, _ in found])
 
-    `x` (B, ...): example images, on which both are compared. Called on images, it gives what the model gives, and autograd reaches the images. It is
-    an engine for `robust.bounds` and `robust.verify`. It keeps the weights that it was made of. Raises Unsupported where that cannot be, or where
-    more than the share `most` of the products of a weight and an activation exist, and Unreadable or UnsupportedLayer for a model without bounds.
-    """
+    @staticmethod
+    def backward(ctx, g):
+        if ctx.values is None:
+            raise RuntimeError("The outputs of an unrolled network are differentiated once: call it again.")
+        parts = zip(g.split([values.shape[1] for values in ctx.values]), ctx.values, strict=True)
+        found = [ctx.net._pull(part, values) for part, values in parts]
+        for values in ctx.values:
+            ctx.net._take_back(values)
+        ctx.values = None
+        return torch.cat(found), None
+
+
+class _Evaluated(nn.Module):
+    """The first half of `Unrolled`: outputs, and gradients of the images."""
 
     def __init__(self, model: nn.Module, x: Tensor, most: float = 1.0):
         super().__init__()
@@ -304,7 +323,6 @@ class Unrolled(nn.Module):
             self.places, self.net = places, places.neurons()
             self._signals = signals_kind()(self.net, live := self.net.read(), places.shapes)
             self._live = {False: live, True: np.ones_like(live)}
-            self._boxes: dict[bool, _Boxes] = {}
             self._free: list[np.ndarray] = []
             y, z = model(x.clone()), self(x)
             if z.shape != y.shape or bool(((y - z).abs().flatten(1) > rounding(y)).any()):
@@ -321,11 +339,6 @@ class Unrolled(nn.Module):
     def multiplications(self) -> int:
         """Products of a weight and an activation that one image costs."""
         return len(self.net.value)
-
-    def _carrying(self, every: bool) -> _Boxes:
-        if every not in self._boxes:
-            self._boxes[every] = _Boxes(self.places, self.net, self._live[every])
-        return self._boxes[every]
 
     def batches(self, images: int, arrays: int) -> list[slice]:
         """Which images to carry at a time, as even as can be, when there are so many arrays of neurons and images."""
@@ -381,6 +394,24 @@ class Unrolled(nn.Module):
             found = torch.from_numpy(out[: self.net.first[1]].T.copy()).view(len(g), *self.places.shapes[0])
             self._take_back(out)
         return found
+
+# %% ../../nbs/learn/26_unrolled.ipynb #cbdc02f5
+class Unrolled(_Evaluated):
+    """The network that `model` is now in eval mode, on its nonzeros: outputs, gradients of the input, and bounds.
+
+    `x` (B, ...): example images, on which both are compared. Called on images, it gives what the model gives, and autograd reaches the images. It is
+    an engine for `robust.bounds` and `robust.verify`. It keeps the weights that it was made of. Raises Unsupported for a network that has no entries,
+    or more than the share `most` of the dense products of a weight and an activation, and Unreadable or UnsupportedLayer for a model without bounds.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, most: float = 1.0):
+        super().__init__(model, x, most)
+        self._boxes: dict[bool, _Boxes] = {}
+
+    def _carrying(self, every: bool) -> _Boxes:
+        if every not in self._boxes:
+            self._boxes[every] = _Boxes(self.places, self.net, self._live[every])
+        return self._boxes[every]
 
     def boxes(self, lower: Tensor, upper: Tensor, crown: bool = False, every: bool = False,
               watch: Callable[[int, np.ndarray], None] | None = None) -> Lines:
@@ -450,24 +481,3 @@ def _split(parts: list[slice], lower: Tensor, upper: Tensor, C: Tensor | None) -
     shared = C is None or C.shape[0] == 1 < len(lower)
     for rows in parts:
         yield lower[rows], upper[rows], C if shared else C[rows]
-
-
-class _Outputs(Function):
-    """Images -> outputs."""
-
-    @staticmethod
-    def forward(ctx, x, net):
-        found = [net._run(x[rows]) for rows in net.batches(len(x), 2)]
-        ctx.net, ctx.values = net, [values for _, values in found]
-        return torch.cat([y for y, _ in found])
-
-    @staticmethod
-    def backward(ctx, g):
-        if ctx.values is None:
-            raise RuntimeError("The outputs of an unrolled network are differentiated once: call it again.")
-        parts = zip(g.split([values.shape[1] for values in ctx.values]), ctx.values, strict=True)
-        found = [ctx.net._pull(part, values) for part, values in parts]
-        for values in ctx.values:
-            ctx.net._take_back(values)
-        ctx.values = None
-        return torch.cat(found), None

@@ -37,7 +37,7 @@ class Engine(Protocol):
 
 
 def check_engine(engine: "str | Engine") -> None:
-    """Refuse, with a sentence, what is neither the name of an engine nor one."""
+    """Refuse, with a sentence, what is neither the name of an engine nor an engine."""
     named = isinstance(engine, str)
     if engine not in ENGINES if named else not callable(getattr(engine, "bounds", None)):
         raise unknown("bound engine", engine if named else shortened(engine), ENGINES)
@@ -71,7 +71,7 @@ def bounds(
     statistics: Statistics | None = None,  # from recorded_statistics, for BatchNorm in train mode
     program: Program | None = None,  # read(model, x): then the model is neither read nor asked again
 ) -> tuple[Tensor, Tensor]:  # lb, ub: (B, K), or (B, S) with C
-    """Lower and upper bounds of the model's output, or of C times it, on the boxes; differentiable, also twice, by the engines with a name.
+    """Lower and upper bounds of the model's output, or of C times it, on the boxes; differentiable, also twice, by "native" and "auto_lirpa".
 
     The model is read anew by every call, and the real model is asked at three points of every box; with a BatchNorm in
     train mode it is not asked, for there every batch is another network. A loop that bounds one model many times may read

@@ -73,7 +73,7 @@ class _AbsoluteLinear(Function):
     @written_precision
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         r, weight, size = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # create_graph=True: a second derivative is wanted, see below
             return tuple(plain_gradient(lambda r, weight: F.linear(r, weight.abs()), (r, weight), ctx.needs_input_grad, (g,)))
         needs_r, needs_weight = ctx.needs_input_grad
         # (B, T, out) -> (B T, out): each token counts as a sample
@@ -125,7 +125,7 @@ def check_pair(x1: Interval, x2: Interval) -> None:
 def summed(A: Tensor, x: Interval) -> Tensor:
     """The transpose of broadcasting: A (B, S, *y) summed where x was repeated to the shape of y."""
     repeated = [d + 1 for d in range(1, x.ndim) if x.shape[d] != A.shape[d + 1]]
-    # y may be wider than x: a float64 constant makes a float64 output of float32 activations
+    # y may have a wider type than x: a float64 constant makes a float64 output of float32 activations
     return (A.sum(repeated, keepdim=True) if repeated else A).to(x.dtype)
 
 # %% ../../nbs/robust/02_layers.ipynb #b01d33d1
@@ -284,7 +284,7 @@ class Move(Layer):
     def backward(self, A: Tensor, *boxes: Interval) -> tuple[list[Tensor], float]:
         *xs, y = boxes
         rows = A.expand(y.shape[0], *A.shape[1:]).transpose(0, 1)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # the Jacobian is needed also where the caller wants no gradients
             inputs = [_zeros(x).requires_grad_() for x in xs]
             output = self.function(*inputs)
         keep = A.requires_grad and torch.is_grad_enabled()  # bounds stay differentiable

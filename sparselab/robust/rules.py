@@ -149,7 +149,7 @@ def prelu(x, slope):
 
 
 def without_options(kind: type[Curve]) -> Callable:
-    """The rule of a curve that has none."""
+    """The rule of a curve without options."""
     def rule_of_curve(x):
         return kind()
 

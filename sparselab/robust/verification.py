@@ -28,7 +28,7 @@ class Verification(Shown):
     """What is proved of each of B samples; every tensor is (B,).
 
     `clean`: classified right. `margins`: over the methods, the greatest lower bound of the worst margin on the box; at most 0
-    for a sample that an attack or a witness broke, -inf where no method ran.
+    for a sample that an attack, or a witness (a point that the model was asked at), broke, -inf where no method ran.
     `tried` and `by_method`: for each method, cheapest first, the samples it ran on and those it proved. A method runs
     only on what is not proved yet, so the sets of `by_method` do not overlap, and together they are `verified`.
     """
@@ -112,7 +112,10 @@ def _batch(program: Program, classes: int, method: str, engine: str | Engine, mo
     """How many samples fit into FLOATS, at most `most`; `program` was read for any number of samples. An engine of a model has batches of its own."""
     sizes = [math.prod(node.meta["shape"][1:]) for node in (program.input, *program.names) if isinstance(node.meta["shape"], torch.Size)]
     total, widest = sum(sizes), max(sizes)
-    rows = 0 if method == "ibp" or not isinstance(engine, str) else widest if (method, engine) == ("crown", "auto_lirpa") else classes - 1
+    if method == "ibp" or not isinstance(engine, str):
+        rows = 0
+    else:
+        rows = widest if (method, engine) == ("crown", "auto_lirpa") else classes - 1
     return max(1, min(most, FLOATS // (4 * (total + rows * widest) + 1)))
 
 # %% ../../nbs/robust/16_verification.ipynb #cb8a0650
@@ -177,7 +180,7 @@ def _lower_margins(
         check_bounds(found, lb[proved], ub[proved], C[proved])
     return lb.amin(1)
 
-# %% ../../nbs/robust/16_verification.ipynb #94c79c9d
+# %% ../../nbs/robust/16_verification.ipynb #fc24a70a
 BROKEN = 32  # broken samples that methods other than IBP run on, as a test of the method
 
 
@@ -198,7 +201,7 @@ def _first(samples: Tensor, most: int) -> Tensor:
     """The first `most` of the samples, (B,) bool."""
     return samples & (samples.cumsum(0) <= most)
 
-
+# %% ../../nbs/robust/16_verification.ipynb #94c79c9d
 def _check(model: nn.Module, x: Tensor, y: Tensor, eps: float, batch_size: int, robust: Tensor | None) -> None:
     """Refuse, with a sentence, what `verify` cannot work with."""
     if not isinstance(model, nn.Module) or not isinstance(x, Tensor) or not isinstance(y, Tensor):

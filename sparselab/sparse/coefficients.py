@@ -16,12 +16,12 @@ from torch import Tensor
 from .neurons import Neurons
 from .products import compiled, with_numba
 
-# %% ../../nbs/sparse/36_coefficients.ipynb #100e1fd4
+# %% ../../nbs/sparse/36_coefficients.ipynb #e11d8425
 class Lines(NamedTuple):
-    """What is known of B boxes, by neuron: the box after the activation, the slope and the height of its upper line, and what the activation does.
+    """What is known of every neuron on B boxes: its box after the activation, and the slope and the height of the upper line (of a ReLU: the chord).
 
-    `fixed`: 1 where it is the identity on all boxes, 2 where it is zero on all of them, else 0: only then lines are there.
-    `finite`: of every box, whether all bounds are.
+    `fixed`: 1 where the activation is the identity on all boxes, 2 where it is zero on all of them, else 0; lines are written only for 0.
+    `finite`: for every box, whether all bounds on it are finite.
     """
 
     boxes: np.ndarray  # (neurons, 2 B): lower ends, upper ends
@@ -36,7 +36,7 @@ class Lines(NamedTuple):
         new = (np.zeros((neurons, columns), np.float32) for columns in (2 * B, B, B))
         return cls(*new, np.zeros(neurons, np.int8), np.ones(B, bool))
 
-# %% ../../nbs/sparse/36_coefficients.ipynb #2021bb48
+# %% ../../nbs/sparse/36_coefficients.ipynb #e808e891
 @compiled
 def _relax(rows, start, z, slope, boxes, chord, height, fixed, finite):
     """Boxes and lines of neurons start + rows from their boxes `z` (neurons of the place, 2 B) before the activation."""
@@ -62,13 +62,13 @@ def _relax(rows, start, z, slope, boxes, chord, height, fixed, finite):
             d[b] = at * rise + (one - rise)
             c[b] = (up[b] if up[b] > 0 else zero) * (one - d[b])
 
-
+# %% ../../nbs/sparse/36_coefficients.ipynb #2021bb48
 @compiled
 def _carry(top, stop, through, chosen, k, stamp, reached, count, mark, A, out, net, lines, near, far):
     """Carry one function back, from the neurons of `top` that are reached to those of places up to `stop`; adds its least values to `out`.
 
-    A[g]: coefficients of neuron g for the k `chosen` boxes, and again k for minus the function. `through`: whether they are of what comes
-    after the activation of `top`. `near` and `far` are room for k numbers.
+    A[g]: the coefficients of neuron g for the k `chosen` boxes, and k more for minus the function. `through`: they belong to the neurons
+    of `top` after their activation, not before. `near` and `far` are room for k numbers.
     """
     boxes, chord, height, B = lines.boxes, lines.chord, lines.height, lines.chord.shape[1]
     zero, one, half = A.dtype.type(0), A.dtype.type(1), A.dtype.type(0.5)
@@ -128,7 +128,7 @@ def _carry(top, stop, through, chosen, k, stamp, reached, count, mark, A, out, n
                     to[b] += (part[b] - negative) * low[b] + negative * up[b]
         count[p] = 0
 
-# %% ../../nbs/sparse/36_coefficients.ipynb #f7dfc060
+# %% ../../nbs/sparse/36_coefficients.ipynb #9bbdd75a
 @compiled
 def _refine(top, rows, z, net, lines, A, reached, mark):
     """Bound the neurons `rows` of the place `top` before their activation, in the boxes that leave their sign open."""
@@ -162,10 +162,10 @@ def _refine(top, rows, z, net, lines, A, reached, mark):
         for b in range(wide):
             z[r, chosen[b]], z[r, B + chosen[b]] = near[b], far[b]
 
-
+# %% ../../nbs/sparse/36_coefficients.ipynb #b47c565e
 @compiled
 def _combine(C, top, stop, net, lines, A, reached, mark):
-    """Bounds (2, S, B) of the functions C (S, K, B) of the K neurons of the place `top`, by the boxes of places up to `stop`."""
+    """Bounds (2, S, B) of the functions C (S, K, B) of the K neurons of the place `top`; they end at the boxes of places up to `stop`."""
     S, K, B = C.shape
     count, chosen = np.zeros(len(net.slope), np.int32), np.arange(B).astype(np.int32)
     out, near, far, found = np.empty(2 * B, C.dtype), np.empty(B, C.dtype), np.empty(B, C.dtype), np.empty((2, S, B), C.dtype)
@@ -291,7 +291,7 @@ class _Plan:
 
 # %% ../../nbs/sparse/36_coefficients.ipynb #c6a57686
 class BagCoefficients(Coefficients):
-    """The same by core PyTorch."""
+    """Coefficients by core PyTorch."""
 
     def __init__(self, net: Neurons, live: np.ndarray):
         super().__init__(net, live)
@@ -336,5 +336,5 @@ class BagCoefficients(Coefficients):
 
 
 def coefficients_kind() -> type[Coefficients]:
-    """The coefficients of this machine."""
+    """`Coefficients` where numba is there, else `BagCoefficients`."""
     return Coefficients if with_numba() else BagCoefficients

@@ -20,8 +20,8 @@ from .products import columns_to_rows, compiled, sort, with_numba
 class Neurons(NamedTuple):
     """All neurons of a network, numbered through; those of place p are first[p] : first[p + 1], and place 0 is the input.
 
-    Neuron g is bias[g] plus value[i] times neuron source[i], of an earlier place, for i in ptr[g] : ptr[g + 1]; then it goes through max(z, slope z)
-    with the slope of its place, 1 for none.
+    Neuron g is bias[g] plus the sum of value[i] times neuron source[i] over i in ptr[g] : ptr[g + 1]; the sources lie in earlier places.
+    The activation is max(z, slope z), with the slope of the place: 0 is a ReLU, 1 is no activation.
     """
 
     first: np.ndarray  # (places + 1,)
@@ -39,14 +39,14 @@ class Neurons(NamedTuple):
         place = np.repeat(np.arange(len(first) - 1, dtype=np.int32), np.diff(first))
         return cls(first, place, slope, ptr, source[order], value[order], bias)
 
-    def reading(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The other way round, `ptr`, `reader` and `value`: who reads each neuron, with which weight."""
+    def readers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The other way round: neuron g is read by the neurons reader[ptr[g] : ptr[g + 1]]; `ptr`, `reader` and `value`."""
         row = np.repeat(np.arange(len(self.bias), dtype=np.int32), np.diff(self.ptr))
         ptr, order = sort(self.source, len(self.bias))
         return ptr, row[order], self.value[order]
 
     def read(self) -> np.ndarray:
-        """(neurons,) bool: those that the last place depends on."""
+        """(neurons,) bool: the live neurons, those that the last place depends on."""
         if with_numba():
             return _read(self)
         live = np.zeros(len(self.bias), bool)
@@ -56,7 +56,7 @@ class Neurons(NamedTuple):
             live[self.source[self.ptr[start] : self.ptr[end]][rows]] = True
         return live
 
-# %% ../../nbs/sparse/35_neurons.ipynb #b9269f92
+# %% ../../nbs/sparse/35_neurons.ipynb #46d3e8a9
 @compiled
 def _read(net):
     live = np.zeros(len(net.bias), np.bool_)
@@ -67,7 +67,7 @@ def _read(net):
                 live[net.source[i]] = True
     return live
 
-
+# %% ../../nbs/sparse/35_neurons.ipynb #9d60388d
 @compiled
 def _gathered(to, start, x, ptr, end, source, value):
     """to = start + the sum of value[i] x[source[i]] for i in ptr : end."""
@@ -105,10 +105,10 @@ def _signals(first, place, slope, ptr, source, value, bias, rows, x):
             for b in range(len(y)):
                 y[b] = max(y[b], s * y[b])
 
-
+# %% ../../nbs/sparse/35_neurons.ipynb #8f54df5f
 @compiled
 def _slopes(place, slope, rows, ptr, reader, value, x, g):
-    """Compute the gradients of the neurons `rows`, in this order, into g (neurons, B), where those of their readers are before the activation."""
+    """The gradients of the neurons `rows`, in this order, before their activations, into g (neurons, B); those of their readers are there."""
     zero, one = x.dtype.type(0), x.dtype.type(1)
     for n in rows:
         to, y, s = g[n], x[n], slope[place[n]]
@@ -145,7 +145,7 @@ class Signals:
     def back(self) -> tuple[np.ndarray, ...]:
         """The live neurons from the last to the first, and which live ones read each."""
         if self._way_back is None:
-            (ptr, reader, value), live = self.net.reading(), np.zeros(len(self.net.bias), bool)
+            (ptr, reader, value), live = self.net.readers(), np.zeros(len(self.net.bias), bool)
             for rows in self.rows:
                 live[rows] = True
             kept = live[reader]
@@ -163,7 +163,7 @@ class Signals:
 
 # %% ../../nbs/sparse/35_neurons.ipynb #79a06e4e
 class BagSignals(Signals):
-    """The same by core PyTorch."""
+    """Signals by core PyTorch."""
 
     def __init__(self, net: Neurons, live: np.ndarray, shapes: Sequence[tuple[int, ...]]):
         super().__init__(net, live, shapes)
@@ -201,5 +201,5 @@ def _summed(x: np.ndarray, bag: tuple[torch.Tensor, ...]) -> np.ndarray:
 
 
 def signals_kind() -> type[Signals]:
-    """The signals of this machine."""
+    """`Signals` where numba is there, else `BagSignals`."""
     return Signals if with_numba() else BagSignals

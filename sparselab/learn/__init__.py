@@ -5,6 +5,7 @@ from .._surface import lazy
 
 _HOME = {  # public name -> the module that defines it
     "ALL_METHODS": "experiments",
+    "CORRUPTIONS": "corruptions",
     "Callback": "learner",
     "Claim": "claims",
     "Comparison": "claims",
@@ -21,6 +22,8 @@ _HOME = {  # public name -> the module that defines it
     "TrainingStopped": "learner",
     "Unrolled": "unrolled",
     "build": "models",
+    "corrupt": "corruptions",
+    "corruption_accuracy": "corruptions",
     "evaluate": "evaluation",
     "examples": "runs",
     "family": "experiments",
@@ -36,6 +39,7 @@ _HOME = {  # public name -> the module that defines it
 }
 __all__ = [
     "ALL_METHODS",
+    "CORRUPTIONS",
     "Callback",
     "Claim",
     "Comparison",
@@ -52,6 +56,8 @@ __all__ = [
     "TrainingStopped",
     "Unrolled",
     "build",
+    "corrupt",
+    "corruption_accuracy",
     "evaluate",
     "examples",
     "family",
@@ -70,6 +76,7 @@ __getattr__, __dir__ = lazy(__name__, _HOME)
 if TYPE_CHECKING:
     from .claims import Claim, Comparison
     from .config import Config
+    from .corruptions import CORRUPTIONS, corrupt, corruption_accuracy
     from .data import Data, load, to_float
     from .evaluation import evaluate
     from .experiments import ALL_METHODS, family, train

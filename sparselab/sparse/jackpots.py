@@ -47,10 +47,18 @@ class Jackpots(Sparsifier):
                              f"{self.mask_lr!r}, {self.mask_decay!r} and {self.record_every!r}.")
         self.frozen = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         first = highest(self, {name: w.detach().abs() for name, w in self.masks.weights.items()}, self.sparsity)
-        self.scores = {name: torch.where(mask, 1.0, NEAR).to(self.masks.weights[name].dtype) for name, mask in first.items()}
+        self.scores = self.first_scores(first)
         self.momenta = {name: torch.zeros_like(score) for name, score in self.scores.items()}
         self.kept = {name: int(mask.sum()) for name, mask in first.items()}
         self.show()
+
+    def first_scores(self, first: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores that the search begins with, at the masks `first` of the largest weights."""
+        return {name: torch.where(mask, 1.0, NEAR).to(self.masks.weights[name].dtype) for name, mask in first.items()}
+
+    def value(self, name: str) -> Tensor:
+        """What every weight of a layer is where the mask keeps it."""
+        return self.frozen[name]
 
     def show(self) -> None:
         """Keep the highest scores of every layer, and make the model what the masks say."""
@@ -64,7 +72,7 @@ class Jackpots(Sparsifier):
     def restore(self) -> None:
         """Every parameter as it was trained; pruned weights zero."""
         for name, parameter in self.model.named_parameters():
-            trained = self.frozen[name]
+            trained = self.value(name) if name in self.masks else self.frozen[name]
             parameter.copy_(trained.masked_fill(~self.masks[name].to(trained.device), 0) if name in self.masks else trained)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -75,8 +83,9 @@ class Jackpots(Sparsifier):
     def see_gradients(self) -> None:
         share = (1 + math.cos(math.pi * self.steps / self.total_steps)) / 2
         for name, gradient in (self.dense_gradients() or {}).items():
-            frozen, score, momentum = (part[name].to(gradient) for part in (self.frozen, self.scores, self.momenta))
-            momentum = self.momenta[name] = momentum.mul_(self.mask_momentum).add_(gradient * frozen + self.mask_decay * score)
+            score, momentum = (part[name].to(gradient) for part in (self.scores, self.momenta))
+            slope = gradient * self.value(name).to(gradient)
+            momentum = self.momenta[name] = momentum.mul_(self.mask_momentum).add_(slope + self.mask_decay * score)
             self.scores[name] = score.sub_(self.mask_lr * share * momentum)
         for parameter in self.model.parameters():
             if parameter.grad is not None:

@@ -12,6 +12,7 @@ _HOME = {  # public name -> the module that defines it
     "Config": "config",
     "DATASETS": "known",
     "Data": "data",
+    "Deck": "decks",
     "Given": "reading",
     "Learner": "learner",
     "Live": "live",
@@ -33,6 +34,7 @@ _HOME = {  # public name -> the module that defines it
     "margins_of": "margins",
     "objective": "objectives",
     "read_parameters": "parameters",
+    "resources": "footprint",
     "runs_in": "runs",
     "to_float": "data",
     "train": "experiments",
@@ -46,6 +48,7 @@ __all__ = [
     "Config",
     "DATASETS",
     "Data",
+    "Deck",
     "Given",
     "Learner",
     "Live",
@@ -67,6 +70,7 @@ __all__ = [
     "margins_of",
     "objective",
     "read_parameters",
+    "resources",
     "runs_in",
     "to_float",
     "train",
@@ -78,8 +82,10 @@ if TYPE_CHECKING:
     from .config import Config
     from .corruptions import CORRUPTIONS, corrupt, corruption_accuracy
     from .data import Data, load, to_float
+    from .decks import Deck
     from .evaluation import evaluate
     from .experiments import ALL_METHODS, family, train
+    from .footprint import resources
     from .growth import growth_scores
     from .known import DATASETS
     from .learner import Callback, Learner, TrainingStopped

@@ -14,6 +14,7 @@ from ..errors import unknown
 from .assembly import make_learner
 from .callbacks import Progress
 from .config import Config
+from .decks import CARD
 from .files import locked
 from .jackpots import LotteryJackpots
 from .learner import Callback
@@ -26,7 +27,7 @@ from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/43_experiments.ipynb #d6355bc5
 PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": LotteryJackpots, "scratch_e": ScratchE,
-                                          "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble}
+                                          "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble, "card": CARD}
 ALL_METHODS = tuple(dict.fromkeys([*METHODS, *PROCEDURES]))
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_matrix
-from sparselab.learn.footprint import energy, latency, peak_activations, resources, stored_bytes
 from torch import nn
 
 from sparselab.learn import build
+from sparselab.learn.footprint import energy, latency, peak_activations, resources, stored_bytes
 from sparselab.program import read
 from sparselab.sparse import sparsify
 

@@ -76,7 +76,8 @@ def test_killed_at_random_moments_a_run_resumes_to_the_same_bits(tmp_path):
 TINY = {"slimming": {"model": "cnn5_bn", "model_options": {"width": 2}}, "imp": {"method_options": {"rate": 0.5, "rewind_epochs": 1}},
         "colt": {"sparsity": 0.7, "method_options": {"rate": 0.45}}, "scratch_b": {"method_options": {"most": 2}},
         "dst_ensemble": {"method_options": {"members": 2, "update_every": 3}}, "nrs": {"method_options": {"rate": 0.5}},
-        "hydra": {"method_options": {"search_epochs": 1}}}
+        "hydra": {"method_options": {"search_epochs": 1}},
+        "card": {"method_options": {"rate": 0.8, "augmentations": ["gaussian", "blur"]}}}
 
 
 def tiny(method: str) -> dict:
@@ -268,7 +269,7 @@ def test_every_method_trains_a_convolutional_network_under_any_loss(config, meth
     assert flops["loss_multiples"][-1] > 2 or objective == "natural"
     assert set(flops["layers"]) == set(run.summary["layers"])
     assert (run.path / "dense.safetensors").exists() == ("dense_accuracy" in run.summary) == (method == "acdc")
-    assert ("ensemble" in run.summary) == (method in ("edst", "dst_ensemble"))
+    assert ("ensemble" in run.summary) == (method in ("edst", "dst_ensemble", "card"))
 
 
 def compact_weights(run: Run) -> int:

@@ -5,12 +5,14 @@ from .._surface import lazy
 
 _HOME = {  # public name -> the module that defines it
     "ALL_METHODS": "experiments",
+    "CORRUPTIONS": "corruptions",
     "Callback": "learner",
     "Claim": "claims",
     "Comparison": "claims",
     "Config": "config",
     "DATASETS": "known",
     "Data": "data",
+    "Deck": "decks",
     "Given": "reading",
     "Learner": "learner",
     "Live": "live",
@@ -21,6 +23,8 @@ _HOME = {  # public name -> the module that defines it
     "TrainingStopped": "learner",
     "Unrolled": "unrolled",
     "build": "models",
+    "corrupt": "corruptions",
+    "corruption_accuracy": "corruptions",
     "evaluate": "evaluation",
     "examples": "runs",
     "family": "experiments",
@@ -30,18 +34,21 @@ _HOME = {  # public name -> the module that defines it
     "margins_of": "margins",
     "objective": "objectives",
     "read_parameters": "parameters",
+    "resources": "footprint",
     "runs_in": "runs",
     "to_float": "data",
     "train": "experiments",
 }
 __all__ = [
     "ALL_METHODS",
+    "CORRUPTIONS",
     "Callback",
     "Claim",
     "Comparison",
     "Config",
     "DATASETS",
     "Data",
+    "Deck",
     "Given",
     "Learner",
     "Live",
@@ -52,6 +59,8 @@ __all__ = [
     "TrainingStopped",
     "Unrolled",
     "build",
+    "corrupt",
+    "corruption_accuracy",
     "evaluate",
     "examples",
     "family",
@@ -61,6 +70,7 @@ __all__ = [
     "margins_of",
     "objective",
     "read_parameters",
+    "resources",
     "runs_in",
     "to_float",
     "train",
@@ -70,9 +80,12 @@ __getattr__, __dir__ = lazy(__name__, _HOME)
 if TYPE_CHECKING:
     from .claims import Claim, Comparison
     from .config import Config
+    from .corruptions import CORRUPTIONS, corrupt, corruption_accuracy
     from .data import Data, load, to_float
+    from .decks import Deck
     from .evaluation import evaluate
     from .experiments import ALL_METHODS, family, train
+    from .footprint import resources
     from .growth import growth_scores
     from .known import DATASETS
     from .learner import Callback, Learner, TrainingStopped

@@ -16,6 +16,7 @@ from .callbacks import Progress
 from .certified_tickets import CertifiedTickets
 from .config import Config
 from .deadwooding import RobustDeadwooding
+from .decks import CARD
 from .files import locked
 from .grafting import Grafting
 from .hydra import PrunedByHYDRA
@@ -31,7 +32,7 @@ from ..sparse.sparsify import METHODS
 # %% ../../nbs/learn/43_experiments.ipynb #d6355bc5
 PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": LotteryJackpots, "scratch_e": ScratchE,
                                           "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble, "nrs": CertifiedTickets,
-                                          "hydra": PrunedByHYDRA, "deadwooding": RobustDeadwooding, "grafting": Grafting}
+                                          "hydra": PrunedByHYDRA, "deadwooding": RobustDeadwooding, "grafting": Grafting, "card": CARD}
 ALL_METHODS = tuple(dict.fromkeys([*METHODS, *PROCEDURES]))
 
 

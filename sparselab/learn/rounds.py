@@ -101,9 +101,9 @@ class Procedure(ABC):
         return complete(self.folder, self.config, make_learner(config, (), start, self.data), self.callbacks, self.account)
 
 # %% ../../nbs/learn/39_rounds.ipynb #cac14944
-def first_weights(procedure: Procedure) -> dict[str, Tensor]:
-    """The state_dict that every training of the procedure's configuration begins with by itself."""
-    return new_model(procedure.config, procedure.data, procedure.config.seed).state_dict()
+def first_weights(procedure: Procedure, seed: int | None = None) -> dict[str, Tensor]:
+    """The state_dict that every training of the procedure's configuration, or of the same with another `seed`, begins with by itself."""
+    return new_model(procedure.config, procedure.data, procedure.config.seed if seed is None else seed).state_dict()
 
 
 def all_ones(procedure: Procedure) -> dict[str, Tensor]:

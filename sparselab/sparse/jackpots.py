@@ -46,12 +46,16 @@ class MaskSearch(Sparsifier, abstract=True):
                              f"{self.mask_lr!r}, {self.mask_decay!r} and {self.record_every!r}.")
         self.frozen = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         first = highest(self, {name: w.detach().abs() for name, w in self.masks.weights.items()}, self.sparsity)
-        self.scores = {name: self.first_score(self.masks.weights[name].detach(), mask) for name, mask in first.items()}
+        self.scores = self.first_scores(first)
         self.momenta = {name: torch.zeros_like(score) for name, score in self.scores.items()}
         self.kept = {name: int(mask.sum()) for name, mask in first.items()}
         for name, mask in first.items():
             assign(self.masks, name, mask)
         self.restore()
+
+    def first_scores(self, first: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores that the search begins with, at the masks `first` of the largest weights."""
+        return {name: self.first_score(self.masks.weights[name].detach(), mask) for name, mask in first.items()}
 
     def first_score(self, weight: Tensor, mask: Tensor) -> Tensor:
         """The scores that a layer begins with; they rank its weights as magnitude does."""
@@ -65,6 +69,14 @@ class MaskSearch(Sparsifier, abstract=True):
         """The slope of `rank`."""
         return 1.0
 
+    def first_scores(self, first: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores that the search begins with, at the masks `first` of the largest weights."""
+        return {name: torch.where(mask, 1.0, NEAR).to(self.masks.weights[name].dtype) for name, mask in first.items()}
+
+    def value(self, name: str) -> Tensor:
+        """What every weight of a layer is where the mask keeps it."""
+        return self.frozen[name]
+
     def show(self) -> None:
         """Keep the highest scores of every layer, and make the model what the masks say."""
         for name, score in self.scores.items():
@@ -77,7 +89,7 @@ class MaskSearch(Sparsifier, abstract=True):
     def restore(self) -> None:
         """Every parameter as it was trained; pruned weights zero."""
         for name, parameter in self.model.named_parameters():
-            trained = self.frozen[name]
+            trained = self.value(name) if name in self.masks else self.frozen[name]
             parameter.copy_(trained.masked_fill(~self.masks[name].to(trained.device), 0) if name in self.masks else trained)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:

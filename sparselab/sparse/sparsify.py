@@ -27,6 +27,7 @@ from .hydra import HYDRA
 from .jackpots import Jackpots
 from .mest import MEST
 from .momentum import SNFS
+from .popup import Biprop, EdgePopup
 from .pruning import GMP, Dense, Static, VLRProjection
 from .slimming import Slimming
 from .sparsevlr import SparseVLR
@@ -37,7 +38,8 @@ from .srigl import SRigL
 METHODS: dict[str, type[Sparsifier]] = {
     "dense": Dense, "static": Static, "snip": SNIP, "grasp": GraSP, "synflow": SynFlow, "set": SET, "rigl": RigL, "snfs": SNFS,
     "mest": MEST, "gse": GSE, "srigl": SRigL, "cht": CHT, "ctre_seq": CTRESeq, "ctre_sim": CTRESim, "edst": EDST, "gmp": GMP, "granet": GraNet,
-    "acdc": ACDC, "gibbs": Gibbs, "slimming": Slimming, "jackpots": Jackpots, "hydra": HYDRA, "admm": ADMM, "deadwooding": Deadwooding,
+    "acdc": ACDC, "gibbs": Gibbs, "slimming": Slimming, "jackpots": Jackpots, "hydra": HYDRA, "edge_popup": EdgePopup,
+    "biprop": Biprop, "admm": ADMM, "deadwooding": Deadwooding,
     "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
 }
 HANDED = {"model", "optimizer", "sparsity", "total_steps", "seed"}  # what sparsify takes itself

@@ -1,0 +1,91 @@
+"""CARDs and their decks: exact counts, rewinding, augmentations, binary weights, the mean and the gate."""
+import pytest
+import torch
+
+from sparselab.learn import Config, load, to_float, train
+from sparselab.learn.data import epoch_generator
+from sparselab.learn.decks import AUGMENTATIONS, Deck, SpectralGate, card_names, spectra
+
+SMALL = {"model": "mlp", "model_options": {"widths": [30]}, "method": "card", "sparsity": 0.8, "epochs": 1, "eps": 0.0, "objective": "natural",
+         "init": "kaiming", "train_samples": 300, "test_samples": 50}
+
+
+def deck_of(tmp_path, **options):
+    return train(Config(**SMALL, runs_dir=str(tmp_path), method_options={"rate": 0.8} | options), [])
+
+
+@pytest.mark.parametrize("recipe", ["lrr", "lth", "edge_popup", "biprop"])
+def test_every_card_has_the_exact_count_and_its_own_seed_and_images(tmp_path, recipe):
+    options = {} if recipe in ("lrr", "lth") else {"rate": 0.2}
+    run = deck_of(tmp_path, recipe=recipe, augmentations=["clean", "clean", "blur"], **options)
+    rounds = {each.path.name: each for each in run.rounds}
+    cards = [rounds[name] for name in card_names(["clean", "clean", "blur"])[:2]] + [run]
+    assert all(card.summary["nnz"] == round(0.2 * card.summary["total"]) for card in cards)
+    assert len({card.weights["fc1.weight"].sum().item() for card in cards}) == 3
+    assert len(run.summary["ensemble"]["members"]["accuracy"]) == 3 and run.summary["augmentations"] == ["clean", "clean", "blur"]
+    assert run.summary["flops"]["training"] > sum(each.summary["flops"]["training"] for each in run.rounds)
+    if recipe in ("lrr", "lth"):
+        assert sorted(rounds) == ["00-clean", "00-clean-00", "01-clean", "01-clean-00", "02-blur-00"]
+    else:
+        assert sorted(rounds) == ["00-clean", "01-clean"]
+    kept = run.weights["fc1.weight"][run.history.mask(-1, "fc1.weight")].abs()
+    assert (len(kept.unique()) == 1) == (recipe == "biprop")
+
+
+def test_at_sparsity_0_the_deck_is_dense(tmp_path):
+    run = train(Config(**SMALL | {"sparsity": 0.0}, runs_dir=str(tmp_path), method_options={"augmentations": ["clean", "contrast"]}), [])
+    assert run.summary["nnz"] == run.summary["total"] and [each.path.name for each in run.rounds] == ["00-clean"]
+
+
+def test_a_deck_is_the_mean_of_its_cards_and_the_gate_picks_among_them(tmp_path):
+    run = deck_of(tmp_path, augmentations=["clean", "blur", "blur"])
+    deck, data = Deck.of(run), load("digits")
+    x = to_float(data.test.images[:50])
+    each = torch.stack([card(x).softmax(1) for card in deck.cards])
+    assert torch.allclose(deck(x), each.mean(0)) and torch.allclose(deck(x).sum(1), torch.ones(50))
+    accuracy = float((deck(x).argmax(1) == data.test.labels[:50]).double().mean())
+    assert accuracy == run.summary["ensemble"]["accuracy"]
+    blurred = to_float(AUGMENTATIONS["blur"](data.test.images, epoch_generator(1, 0)))
+    expected = torch.stack([card(blurred).softmax(1) for card in deck.cards[1:]]).mean(0)
+    assert deck.gate(blurred) == "blur" and torch.allclose(deck.gated(blurred), expected)
+    with pytest.raises(ValueError, match="made by the method 'card'"):
+        Deck.of(run.rounds[0])
+
+
+@pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if AUGMENTATIONS[name]])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
+def test_augmentations_keep_shape_and_type_and_follow_the_generator(name, shape):
+    images = torch.randint(0, 256, (20, *shape), dtype=torch.uint8)
+    one, same, other = (AUGMENTATIONS[name](images, epoch_generator(seed, 0)) for seed in (0, 0, 1))
+    assert one.shape == images.shape and one.dtype == torch.uint8
+    assert torch.equal(one, same) and not torch.equal(one, other) and not torch.equal(one, images)
+    if name != "gaussian":
+        spread = [x.double().flatten(1).std(1) for x in (one, images)]
+        assert bool((spread[0] <= spread[1] + 1).all()), "blur and less contrast bring values together"
+
+
+def test_the_spectrum_of_waves():
+    along = torch.arange(16)
+    for periods in (1, 3, 6):
+        wave = torch.cos(2 * torch.pi * periods * along / 16).expand(1, 3, 16, 16)
+        found = spectra(wave)[0]
+        assert found.argmax() == periods and found.shape == (8,)
+    assert spectra(torch.full((1, 1, 16, 16), 0.5)).abs().max() < 1e-6
+
+
+def test_the_gate_is_seeded():
+    images = load("digits").train.images
+    one, same = (SpectralGate(images, ["clean", "gaussian"], seed=3) for _ in range(2))
+    x = to_float(images[:100])
+    assert one.scores(x) == same.scores(x)
+
+
+@pytest.mark.parametrize(("options", "sentence"), [
+    ({"recipe": "lottery"}, "recipe of cards called 'lottery'"), ({"augmentations": ["blurr"]}, "Did you mean 'blur'"),
+    ({"augmentations": "blur"}, "list of names"), ({"augmentations": []}, "list of names"), ({"mask_lr": 1.0}, "the recipe is 'lrr'"),
+    ({"rewind_epochs": 1}, "rewind_epochs is 0"), ({"rewind": "weights"}, "option of method card"), ({"rate": 0}, "rate above 0"),
+    ({"recipe": "biprop", "mask_lr": -1.0}, "mask_lr is above 0")])
+def test_what_no_deck_can_be_is_a_sentence_and_writes_nothing(tmp_path, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train(Config(**SMALL, runs_dir=str(tmp_path / "runs"), method_options=options), [])
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,97 @@
+"""What a network needs, against counts by hand, by brute force and by storing it."""
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+from torch import nn
+
+from sparselab.learn import build
+from sparselab.learn.footprint import energy, latency, peak_activations, resources, stored_bytes
+from sparselab.program import read
+from sparselab.sparse import sparsify
+
+
+def sparse(name="mlp", sparsity=0.9):
+    net = build(name, (1, 8, 8), 10)
+    sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "static", sparsity)
+    return net.eval()
+
+
+def test_bytes_are_those_that_are_stored():
+    net = sparse()
+    weights = [p.detach().numpy() for p in net.parameters() if p.dim() > 1]
+    rest = sum(p.numel() for p in net.parameters() if p.dim() == 1) * 4
+    found = stored_bytes(net)
+    assert found["dense"] == rest + sum(w.nbytes for w in weights)
+    rows = [csr_matrix(w) for w in weights]
+    assert found["CSR"] == rest + sum(r.data.nbytes + r.indices.astype(np.int32).nbytes + r.indptr.astype(np.int32).nbytes for r in rows)
+    masked = 0
+    for w in weights:
+        file = io.BytesIO()
+        file.write(np.packbits(w != 0).tobytes())
+        file.write(w[w != 0].tobytes())
+        masked += len(file.getvalue())
+    assert found["bit mask and values"] == rest + masked
+    assert found["int8"] == rest + sum(w.astype(np.int8).nbytes + 4 * len(w) for w in weights)
+
+
+def test_effective_macs_are_the_products_with_weights_that_exist():
+    net, x = sparse("cnn4", 0.8), torch.rand(2, 1, 8, 8)
+    found = resources(net, x, repeats=0)
+    assert found.nnz == sum(int(p.count_nonzero()) for p in net.parameters()) + sum(int((p == 0).sum()) for p in net.parameters() if p.dim() == 1)
+    positions, hooks = {}, []
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            hooks.append(module.register_forward_hook(lambda m, a, y, name=name: positions.update({f"{name}.weight": math.prod(y.shape[2:])})))
+    net(x)
+    for name, weight in net.named_parameters():
+        if name in positions:
+            assert found.macs[name] == weight.numel() * positions[name]
+            assert found.effective_macs[name] == pytest.approx(int(weight.count_nonzero()) * positions[name])
+    assert {how for _, _, how in found.rows} == {"counted", "modelled"}, "nothing was measured"
+
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide, self.back = nn.Linear(4, 40), nn.Linear(40, 4)
+
+    def forward(self, x):
+        return torch.relu(x + self.back(self.wide(x).view(-1, 40)))
+
+
+def test_peak_activations_by_hand():
+    assert peak_activations(read(nn.Sequential(nn.Linear(10, 30), nn.ReLU(), nn.Linear(30, 5)), torch.rand(1, 10))) == 4 * 60
+    assert peak_activations(read(Branch(), torch.rand(1, 4))) == 4 * (4 + 40 + 4), "the input lives until it is added; the view is free"
+    assert peak_activations(read(Branch(), torch.rand(7, 4))) == 7 * 4 * (4 + 40 + 4)
+    assert peak_activations(read(nn.Sequential(nn.Flatten(), nn.Linear(9, 2)), torch.rand(1, 1, 3, 3))) == 4 * (9 + 2)
+
+
+def test_latency_is_ordered_and_says_how_it_was_measured():
+    calls = []
+    found = latency(lambda x: calls.append(len(x)), torch.rand(3, 1), repeats=20, warm_up=4)
+    assert calls == [3] * 24 and 0 <= found.p50 <= found.p95
+    assert (found.batch, found.repeats, found.threads) == (3, 20, torch.get_num_threads())
+
+
+def test_a_sleeping_network_takes_as_long_as_it_sleeps():
+    import time
+
+    found = latency(lambda x: time.sleep(0.01), torch.rand(1, 1), repeats=5, warm_up=0)
+    assert found.p50 >= 10
+
+
+def test_energy_is_its_formula():
+    assert energy(1e6, 0) == pytest.approx(4.6) and energy(1e6, 0, "int8") == pytest.approx(0.23) and energy(0, 1e6) == pytest.approx(160)
+
+
+def test_all_of_it_is_shown_with_its_labels():
+    net, x = sparse(), torch.rand(2, 1, 8, 8)
+    found = resources(net, x, batches=(1, 5), repeats=2, other=net)
+    assert [(kind, t.batch) for kind, times in found.latencies.items() for t in times] == [("dense", 1), ("dense", 5), ("other", 1), ("other", 5)]
+    assert {how for _, _, how in found.rows} == {"counted", "measured", "modelled"}
+    page = found._repr_html_()
+    assert "measured" in page and "160 pJ a stored byte" in page and f"{found.peak_bytes:,}" in page

@@ -17,6 +17,7 @@ from .config import Config
 from .files import locked
 from .jackpots import LotteryJackpots
 from .learner import Callback
+from .robust_tickets import RobustTickets
 from .rounds import Procedure
 from .runs import Run
 from .scratch import DSTEnsemble, ScratchB, ScratchE
@@ -25,8 +26,8 @@ from .training import complete
 from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/43_experiments.ipynb #d6355bc5
-PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": LotteryJackpots, "scratch_e": ScratchE,
-                                          "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble}
+PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": LotteryJackpots, "hard_concrete": RobustTickets,
+                                          "scratch_e": ScratchE, "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble}
 ALL_METHODS = tuple(dict.fromkeys([*METHODS, *PROCEDURES]))
 
 

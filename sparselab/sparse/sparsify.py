@@ -21,6 +21,7 @@ from .edst import EDST
 from .gibbs import Gibbs
 from .granet import GraNet
 from .gse import GSE
+from .hard_concrete import HardConcrete
 from .jackpots import Jackpots
 from .mest import MEST
 from .momentum import SNFS
@@ -34,7 +35,8 @@ from .srigl import SRigL
 METHODS: dict[str, type[Sparsifier]] = {
     "dense": Dense, "static": Static, "snip": SNIP, "grasp": GraSP, "synflow": SynFlow, "set": SET, "rigl": RigL, "snfs": SNFS,
     "mest": MEST, "gse": GSE, "srigl": SRigL, "cht": CHT, "ctre_seq": CTRESeq, "ctre_sim": CTRESim, "edst": EDST, "gmp": GMP, "granet": GraNet,
-    "acdc": ACDC, "gibbs": Gibbs, "slimming": Slimming, "jackpots": Jackpots, "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
+    "acdc": ACDC, "gibbs": Gibbs, "slimming": Slimming, "jackpots": Jackpots, "hard_concrete": HardConcrete,
+    "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
 }
 HANDED = {"model", "optimizer", "sparsity", "total_steps", "seed"}  # what sparsify takes itself
 CHOSEN = {"grow"}  # what makes a method that method

@@ -15,6 +15,7 @@ from .assembly import make_learner
 from .callbacks import Progress
 from .config import Config
 from .files import locked
+from .gap import GAP
 from .jackpots import LotteryJackpots
 from .learner import Callback
 from .robust_tickets import RobustTickets
@@ -26,7 +27,7 @@ from .training import complete
 from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/43_experiments.ipynb #d6355bc5
-PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": LotteryJackpots, "hard_concrete": RobustTickets,
+PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": LotteryJackpots, "hard_concrete": RobustTickets, "gap": GAP,
                                           "scratch_e": ScratchE, "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble}
 ALL_METHODS = tuple(dict.fromkeys([*METHODS, *PROCEDURES]))
 

@@ -16,7 +16,7 @@ from .rounds import Procedure, sparsity_of
 # %% ../../nbs/learn/56_robust_tickets.ipynb #f0d0827a
 @dataclass(kw_only=True)
 class RobustTickets(Procedure):
-    """Train dense, learn hard concrete gates on its frozen weights, train the ticket from these weights (ACL 2022; arXiv 1712.01312).
+    """Train dense, learn hard concrete gates on its frozen weights, train the ticket from these weights (arXiv 2211.03013).
 
     The gates learn for `epochs` under the configuration's objective. `pretrain`, `retrain`: the objectives of the other two trainings,
     with default options; `pretrain_epochs`, `retrain_epochs`: their epochs, 0 for as many. Other options are those of the gates.

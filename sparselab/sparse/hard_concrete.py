@@ -53,7 +53,7 @@ RISE, PENALTY_FROM, PENALTY_WHOLE = 0.1, 0.1, 0.3  # shares of training: the gat
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class HardConcrete(Frozen):
-    """Learn a gate for every weight of a trained `model` whose parameters stay as they are (ACL 2022; arXiv 1712.01312).
+    """Learn a gate for every weight of a trained `model` whose parameters stay as they are (arXiv 2211.03013, gates of 1712.01312).
 
     `penalty`: lambda, which weighs the mean probability that a gate is open; `mask_lr`, `mask_decay`: of the gates' AdamW;
     `first_gate`: the typical gate at the start. The nnz is the total until the last step draws the likeliest.

@@ -194,12 +194,12 @@ def bits(run: Run) -> list:
     return [files, summary, run.metrics, [bits(each) for each in run.rounds]]
 
 
-@pytest.mark.parametrize("method", sorted(OPTIONS))
-def test_stopped_in_every_round_a_procedure_resumes_to_the_same_bits(tmp_path, method):
+@pytest.mark.parametrize(("method", "times"), [("gap", 2), ("hard_concrete", 3)])
+def test_stopped_in_every_round_a_procedure_resumes_to_the_same_bits(tmp_path, method, times):
     config = Config(**SMALL, method=method, method_options=OPTIONS[method], objective="pgd", runs_dir=str(tmp_path / "whole"))
     expected = bits(train(config, []))
     stopped = replace(config, runs_dir=str(tmp_path / "stopped"))
-    for _ in range(3):  # 2 steps an epoch: each time in another epoch or round
+    for _ in range(times):  # an epoch has 2 steps: each time in another epoch or round
         with pytest.raises(KeyboardInterrupt):
             train(stopped, [Stop(3)])
     assert bits(train(stopped, [])) == expected

@@ -74,7 +74,7 @@ def test_killed_at_random_moments_a_run_resumes_to_the_same_bits(tmp_path):
 
 # what makes each method do all that it does within a few steps, on a network that it can prune
 TINY = {"slimming": {"model": "cnn5_bn", "model_options": {"width": 2}}, "imp": {"method_options": {"rate": 0.5, "rewind_epochs": 1}},
-        "colt": {"sparsity": 0.7, "method_options": {"rate": 0.45}}, "scratch_b": {"method_options": {"most": 2}},
+        "colt": {"sparsity": 0.7, "method_options": {"rate": 0.45}}, "gap": {"sparsity": 0.7}, "scratch_b": {"method_options": {"most": 2}},
         "dst_ensemble": {"method_options": {"members": 2, "update_every": 3}}, "nrs": {"method_options": {"rate": 0.5}},
         "hydra": {"method_options": {"search_epochs": 1}},
         "card": {"method_options": {"rate": 0.8, "augmentations": ["gaussian", "blur"]}}}
@@ -257,7 +257,7 @@ def test_every_objective_trains_a_batchnorm_network_sparse(config, objective):
 @pytest.mark.parametrize("method", sorted(ALL_METHODS))
 def test_every_method_trains_a_convolutional_network_under_any_loss(config, method, objective):
     small = dict(model="cnn5_bn", model_options={"width": 2}, objective=objective, test_samples=5, batch_size=40, train_samples=200, epochs=1)
-    options = tiny(method) | {"sparsity": 0.6 if method == "colt" else 0.8}
+    options = tiny(method) | {"sparsity": 0.6 if method in ("colt", "gap") else 0.8}
     options |= {"method_options": {"rate": 0.5}} if method == "imp" else {}  # one epoch leaves nothing to rewind to
     run = train(replace(config, **options | small), callbacks=[])
     flops, total, kept = run.summary["flops"], run.summary["total"], round((1 - options["sparsity"]) * run.summary["total"])

@@ -18,10 +18,12 @@ from .config import Config
 from .deadwooding import RobustDeadwooding
 from .decks import CARD
 from .files import locked
+from .gap import GAP
 from .grafting import Grafting
 from .hydra import PrunedByHYDRA
 from .jackpots import LotteryJackpots
 from .learner import Callback
+from .robust_tickets import RobustTickets
 from .rounds import Procedure
 from .runs import Run
 from .scratch import DSTEnsemble, ScratchB, ScratchE
@@ -32,7 +34,8 @@ from ..sparse.sparsify import METHODS
 # %% ../../nbs/learn/43_experiments.ipynb #d6355bc5
 PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": LotteryJackpots, "scratch_e": ScratchE,
                                           "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble, "nrs": CertifiedTickets,
-                                          "hydra": PrunedByHYDRA, "deadwooding": RobustDeadwooding, "grafting": Grafting, "card": CARD}
+                                          "hydra": PrunedByHYDRA, "deadwooding": RobustDeadwooding, "grafting": Grafting, "card": CARD,
+                                          "hard_concrete": RobustTickets, "gap": GAP}
 ALL_METHODS = tuple(dict.fromkeys([*METHODS, *PROCEDURES]))
 
 

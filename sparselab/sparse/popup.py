@@ -11,21 +11,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .jackpots import Jackpots
+from .jackpots import MaskSearch
 from .scores import generator_for
 
 # %% ../../nbs/sparse/46_popup.ipynb #a94669ef
 @dataclass(kw_only=True, eq=False, repr=False)
-class EdgePopup(Jackpots):
+class EdgePopup(MaskSearch):
     """Learn the mask of the random `model`, whose parameters stay as they are but for one factor a layer (arXiv 1911.13299).
 
-    Options are those of `Jackpots`; every layer keeps the same share unless `distribution` says otherwise.
+    Options are those of `MaskSearch`; every layer keeps the same share unless `distribution` says otherwise.
     """
 
     family = "dynamic"
 
     distribution: str = "uniform"
     mask_decay: float = 1e-4
+
+    def start(self) -> None:
+        super().start()
+        self.show()  # the random scores say what is kept, not the magnitudes
 
     def first_scores(self, first: dict[str, Tensor]) -> dict[str, Tensor]:
         """Random ones; and the frozen weights are scaled up to the share that is kept."""

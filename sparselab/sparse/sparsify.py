@@ -23,6 +23,7 @@ from .edst import EDST
 from .gibbs import Gibbs
 from .granet import GraNet
 from .gse import GSE
+from .hard_concrete import HardConcrete
 from .hydra import HYDRA
 from .jackpots import Jackpots
 from .mest import MEST
@@ -39,7 +40,7 @@ METHODS: dict[str, type[Sparsifier]] = {
     "dense": Dense, "static": Static, "snip": SNIP, "grasp": GraSP, "synflow": SynFlow, "set": SET, "rigl": RigL, "snfs": SNFS,
     "mest": MEST, "gse": GSE, "srigl": SRigL, "cht": CHT, "ctre_seq": CTRESeq, "ctre_sim": CTRESim, "edst": EDST, "gmp": GMP, "granet": GraNet,
     "acdc": ACDC, "gibbs": Gibbs, "slimming": Slimming, "jackpots": Jackpots, "hydra": HYDRA, "edge_popup": EdgePopup,
-    "biprop": Biprop, "admm": ADMM, "deadwooding": Deadwooding,
+    "biprop": Biprop, "hard_concrete": HardConcrete, "admm": ADMM, "deadwooding": Deadwooding,
     "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
 }
 HANDED = {"model", "optimizer", "sparsity", "total_steps", "seed"}  # what sparsify takes itself

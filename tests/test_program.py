@@ -531,6 +531,9 @@ def test_structure_does_not_look_at_values():
 NONSENSE = {
     "a list as C": (lambda net, x: bounds(net, x, x, C=[[1, 0, -1]]), "C is a list, but a tensor is needed"),
     "an array as C": (lambda net, x: bounds(net, x, x, C=np.eye(3)), "C is a ndarray"),
+    "C without rows": (lambda net, x: bounds(net, x, x, C=torch.ones(1, 0, 3)), r"C has shape \(1, 0, 3\)"),
+    "C without rows for the other engine": (lambda net, x: bounds(net, x, x, C=torch.ones(1, 0, 3), engine="auto_lirpa"), r"C has shape \(1, 0, 3\)"),
+    "C of two dimensions for the other engine": (lambda net, x: bounds(net, x, x, C=torch.eye(3), engine="auto_lirpa"), r"C has shape \(3, 3\)"),
     "C without values": (lambda net, x: bounds(net, x, x, C=torch.ones(1, 1, 3, device="meta")), "C is on the device 'meta'"),
     "C with NaN": (lambda net, x: bounds(net, x, x, C=torch.full((1, 1, 3), torch.nan)), "C holds complex, NaN or infinite values"),
     "a box without values": (lambda net, x: bounds(net, x.to("meta"), x.to("meta")), "lower is on the device 'meta'"),

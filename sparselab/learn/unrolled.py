@@ -439,7 +439,7 @@ class Unrolled(_Evaluated):
         """(lb, ub), each (B, S), of C z with C (B, S, K), or of all outputs, from `boxes`; -inf and inf where one is not finite."""
         K, B, last = math.prod(self.places.shapes[-1]), len(lines.finite), self.places.out
         C = torch.eye(K).expand(B, K, K) if C is None else C
-        if C.dim() != 3 or C.shape[0] not in (1, B) or C.shape[2] != K:
+        if C.dim() != 3 or C.shape[0] not in (1, B) or not C.shape[1] or C.shape[2] != K:
             raise ValueError(f"C has shape {tuple(C.shape)}, and there are {B} boxes and {K} outputs: margin_matrix(labels, K) makes one, (B, S, K).")
         C = np.ascontiguousarray(C.detach().float().expand(B, *C.shape[1:]).permute(1, 2, 0).numpy())
         stop = 0 if method != "ibp" else last if self.net.slope[last] < 1 else last - 1

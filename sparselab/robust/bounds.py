@@ -16,7 +16,7 @@ from ..errors import unknown
 from ..program import Program, read
 from .boxes import check_box, check_dense, input_box, margin_matrix, shortened
 from .crown import crown_ibp, crown_pass
-from .ibp import interval_pass, middle
+from .ibp import check_rows, interval_pass, middle
 from .lirpa import SOUND, always, lirpa_bounds
 from .replay import check_alone, check_bounds, check_point, check_reading, probes
 from .rules import FAMILY, ONLY_LIRPA, RULES, SILENT, Statistics, training_norms
@@ -86,6 +86,8 @@ def bounds(
     check_engine(engine)
     check_arguments(model, lower, upper, C, program)
     known = program or read(model, middle(lower, upper))
+    if C is not None:
+        check_rows(C, (len(lower), *known.value.shape[1:]))
     if not isinstance(engine, str):
         if training_norms(known):
             raise ValueError("A BatchNorm is in train mode, and an engine that was made for a model bounds it in eval mode: call model.eval() first.")

@@ -55,7 +55,8 @@ def crown_ibp(pass_: IntervalPass, C: Tensor | None = None) -> tuple[Tensor, Ten
     """
     z = pass_.at(len(pass_.steps))
     if C is not None:
-        return backward(pass_, check_rows(C, z), z.place)
+        check_rows(C, z.shape)
+        return backward(pass_, C.to(z.mid), z.place)
     every = torch.arange(math.prod(z.shape[1:]), device=z.mid.device).unsqueeze(0)
     lb, ub = backward(pass_, one_hot(every, z), z.place)
     return lb.view(z.shape), ub.view(z.shape)

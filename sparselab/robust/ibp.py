@@ -93,7 +93,8 @@ class IntervalPass:
         step, z = self.steps[-1], self.at(len(self.steps))
         if C is None:
             return z.lb, z.ub
-        C = check_rows(C, z)
+        check_rows(C, z.shape)
+        C = C.to(z.mid)
         centre = apply_rows(C, z.mid)
         if not step.layer.linear:
             return concretize(C, centre, z)
@@ -116,14 +117,13 @@ def concretize(A: Tensor, centre: Tensor, x: Interval) -> tuple[Tensor, Tensor]:
     return centre - radius, centre + radius
 
 
-def check_rows(C: Tensor, z: Interval) -> Tensor:
-    """C in the type of the output z, unless it is not (B, S, K)."""
-    if z.ndim != 2 or C.dim() != 3 or C.shape[0] not in (1, z.shape[0]) or C.shape[2] != z.shape[1]:
+def check_rows(C: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse what is no (B, S, K), or has no rows, for an output of `shape` (B, K)."""
+    if len(shape) != 2 or C.dim() != 3 or C.shape[0] not in (1, shape[0]) or not C.shape[1] or C.shape[2] != shape[1]:
         raise ValueError(
-            f"C has shape {tuple(C.shape)} and the output {tuple(z.shape)}: an output (B, K) takes a C of shape "
-            "(B, S, K); margin_matrix(labels, K) makes one."
+            f"C has shape {tuple(C.shape)} and the output {tuple(shape)}: an output (B, K) takes a C of shape "
+            "(B, S, K), S at least 1; margin_matrix(labels, K) makes one."
         )
-    return C.to(z.mid)
 
 # %% ../../nbs/robust/08_ibp.ipynb #a627a470
 def interval_pass(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..errors import unknown
-from .assembly import Start, make_learner, new_model
+from .assembly import Start, make_learner, new_model, trained_model
 from .config import Config
 from .data import Split
 from .int8 import int8, saved_bytes
@@ -130,9 +130,7 @@ class GAP(Procedure):
 
     def dense_model(self) -> nn.Module:
         """The dense network of the first round."""
-        model = new_model(self.config, self.data, self.config.seed)
-        model.load_state_dict(self.rounds[0].weights)
-        return model
+        return trained_model(self.config, self.data, self.rounds[0].weights)
 
     def last(self) -> tuple[Config, Start]:
         dense = self.round("dense", self.dense_training).weights

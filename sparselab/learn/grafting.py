@@ -13,7 +13,7 @@ from operator import or_
 import torch
 
 from ..errors import unknown
-from .assembly import Start, make_learner, new_model, peak_lr
+from .assembly import Start, make_learner, peak_lr, trained_model
 from .config import Config
 from .data import to_float
 from .learner import Learner
@@ -87,8 +87,7 @@ class Grafting(Procedure):
     def last(self) -> tuple[Config, Start]:
         run = self.round("trained", self.first)
         masks = {name: run.history.mask(-1, name) for name in run.history.names}
-        model = new_model(self.config, self.data, self.config.seed)
-        model.load_state_dict(run.weights)
+        model = trained_model(self.config, self.data, run.weights)
         with repeatable(self.data.train.images.device), few_threads(model):
             graft(model, self.chosen(model), None if self.zeroed else self.slope)
         ramped = self.config.objective_options | {"warmup": 0.0, "until": 0.0}  # the radius stays where the first training has left it

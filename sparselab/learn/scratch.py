@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from ..errors import unknown
-from .assembly import Start, make_learner, new_model
+from .assembly import Start, make_learner, new_model, trained_model
 from .config import Config
 from .ensembles import ensemble_summary
 from .learner import Learner
@@ -93,8 +93,6 @@ class DSTEnsemble(Procedure):
         return config, Start()
 
     def account(self, learner: Learner, summary: dict) -> dict:
-        models = [new_model(self.config, self.data, 0) for _ in self.rounds]
-        for model, run in zip(models, self.rounds, strict=True):
-            model.load_state_dict(run.weights)
+        models = [trained_model(self.config, self.data, run.weights) for run in self.rounds]
         test = learner.data.test.take(slice(self.config.test_samples or None))
         return super().account(learner, summary) | {"ensemble": ensemble_summary([*models, learner.model], test)}

@@ -17,7 +17,7 @@ from .assembly import Start, make_learner, peak_lr, trained_model
 from .config import Config
 from .data import to_float
 from .learner import Learner
-from .rounds import Procedure, sparsity_of
+from .rounds import Procedure, final_masks, sparsity_of
 from .training import few_threads, repeatable
 from ..robust.grafting import graft, grafted_counts, instability, neurons_to_graft, random_neurons, significance, sites
 from ..sparse.pruning import check_share
@@ -86,7 +86,7 @@ class Grafting(Procedure):
 
     def last(self) -> tuple[Config, Start]:
         run = self.round("trained", self.first)
-        masks = {name: run.history.mask(-1, name) for name in run.history.names}
+        masks = final_masks(run)
         model = trained_model(self.config, self.data, run.weights)
         with repeatable(self.data.train.images.device), few_threads(model):
             graft(model, self.chosen(model), None if self.zeroed else self.slope)

@@ -14,7 +14,7 @@ from .assembly import Start, make_learner, new_model, trained_model
 from .config import Config
 from .ensembles import ensemble_summary
 from .learner import Learner
-from .rounds import Procedure, sparsity_of
+from .rounds import Procedure, final_masks, sparsity_of
 from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/41_scratch.ipynb #da21f532
@@ -51,7 +51,7 @@ class ScratchE(Procedure):
 
     def last(self) -> tuple[Config, Start]:
         pruned = self.round("pruned", self.pruned)
-        masks = {name: pruned.history.mask(-1, name) for name in pruned.history.names}
+        masks = final_masks(pruned)
         fresh = new_model(self.config, self.data, (self.config.seed + 1000) % 2**64).state_dict()
         config = self.changed("static", sparsity=sparsity_of(masks), distribution="auto", epochs=self.epochs_of(pruned.summary["flops"]))
         return config, Start(fresh, masks)

@@ -85,7 +85,8 @@ class GAP(Procedure):
     """Train dense, remove the weights with the largest adversarial gradient, train on (arXiv 2206.07406).
 
     `rank`: a name in RANKS; `distribution` "uniform" instead of "global" ranks within layers. `attack_steps`: of PGD on the training images
-    at the configuration's eps. `finetune_epochs`: 0 for as many as the dense training; `finetune_lr`: 0 for the same rate.
+    at the configuration's eps. `finetune_epochs`: 0 for as many as the dense training; `finetune_lr`: 0 for that of the
+    configuration (or, where it has none, the one that served sparse networks best).
     `quantise`: also measure the pruned network in int8. The summary has a row "transfer": accuracy where PGD has attacked the dense network.
     """
 

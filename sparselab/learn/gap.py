@@ -20,6 +20,7 @@ from .data import Split
 from .int8 import int8, saved_bytes
 from .learner import Learner
 from .rounds import Procedure, all_ones
+from .training import few_threads, repeatable
 from ..robust.attacks import pgd
 from ..robust.modes import eval_mode
 from ..sparse.distributions import layer_budgets
@@ -135,7 +136,9 @@ class GAP(Procedure):
 
     def last(self) -> tuple[Config, Start]:
         dense = self.round("dense", self.dense_training).weights
-        masks = self.masks(self.scores(self.dense_model()))
+        model = self.dense_model()
+        with repeatable(self.data.train.images.device), few_threads(model):
+            masks = self.masks(self.scores(model))
         tuning = {"epochs": self.finetune_epochs or self.config.epochs, "lr": self.finetune_lr or self.config.lr}
         return self.changed("static", distribution="auto", **tuning), Start(dense, masks)
 

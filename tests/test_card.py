@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from sparselab.learn import Config, load, to_float, train
+from sparselab.learn.assembly import in_turn
 from sparselab.learn.data import epoch_generator
 from sparselab.learn.decks import AUGMENTATIONS, Deck, SpectralGate, card_names, spectra
 
@@ -30,6 +31,21 @@ def test_every_card_has_the_exact_count_and_its_own_seed_and_images(tmp_path, re
         assert sorted(rounds) == ["00-clean", "01-clean"]
     kept = run.weights["fc1.weight"][run.history.mask(-1, "fc1.weight")].abs()
     assert (len(kept.unique()) == 1) == (recipe == "biprop")
+
+
+@pytest.mark.parametrize("recipe", ["lrr", "edge_popup"])
+def test_the_augmentation_of_a_card_reaches_all_of_its_trainings(tmp_path, recipe):
+    """Of two decks of one seed that differ in the augmentation alone."""
+    clean, blurred = (deck_of(tmp_path, recipe=recipe, augmentations=[name]) for name in ("clean", "blur"))
+    assert len(clean.rounds) == (1 if recipe == "lrr" else 0)
+    for one, other in zip([*clean.rounds, clean], [*blurred.rounds, blurred], strict=True):
+        assert not torch.equal(one.weights["fc1.weight"], other.weights["fc1.weight"])
+
+
+def test_two_augmentations_come_one_after_the_other():
+    plus, twice = (lambda images, generator: images + 1), (lambda images, generator: images * 2)
+    assert in_turn(plus, twice)(3, None) == 8 and in_turn(twice, plus)(3, None) == 7
+    assert in_turn(None, plus) is plus and in_turn(plus, None) is plus and in_turn(None, None) is None
 
 
 def test_at_sparsity_0_the_deck_is_dense(tmp_path):
@@ -75,9 +91,9 @@ def test_the_spectrum_of_waves():
 
 def test_the_gate_is_seeded():
     images = load("digits").train.images
-    one, same = (SpectralGate(images, ["clean", "gaussian"], seed=3) for _ in range(2))
+    one, same, other = (SpectralGate(images, ["clean", "gaussian"], seed=seed) for seed in (3, 3, 4))
     x = to_float(images[:100])
-    assert one.scores(x) == same.scores(x)
+    assert one.scores(x) == same.scores(x) != other.scores(x)
 
 
 @pytest.mark.parametrize(("options", "sentence"), [

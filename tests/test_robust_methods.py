@@ -62,10 +62,11 @@ def test_killed_anywhere_a_method_resumes_to_the_same_bits(tmp_path, method):
 @pytest.mark.parametrize(("method", "options", "sentence"), [
     ("nrs", {"regularizer": "nsr"}, "regularizer of method nrs called 'nsr'. Did you mean 'nrs'"), ("nrs", {"score": "size"}, "score of method nrs"),
     ("nrs", {"bounds": "crwn"}, "Did you mean 'crown'"), ("nrs", {"weight": -1}, "nrs weighs .* got -1"), ("nrs", {"rate": 0}, "rate above 0"),
-    ("hydra", {"search_epochs": -1}, "search_epochs is at least 0 .* got -1"), ("hydra", {"finetune_lr": 0}, "finetune_lr above 0"),
+    ("hydra", {"search_epochs": -1}, "search_epochs is at least 0 .* got -1"), ("hydra", {"lr_factor": 0}, "lr_factor above 0"),
     ("hydra", {"mask_lr": 0}, "mask_lr is above 0"), ("hydra", {"mask_lrs": 0.1}, "Did you mean 'mask_lr'"),
     ("admm", {"rho": 0}, "rho is above 0"), ("admm", {"updates": 0}, "updates 0"), ("admm", {"end": 1.5}, "end is a share"),
-    ("admm", {"growth": 0.5}, "growth at least 1"), ("deadwooding", {"dual_lr": -1}, "dual_lr is above 0"),
+    ("admm", {"growth": 0.5}, "growth at least 1"), ("admm", {"growth": 1e300}, r"growth 1e\+300"),
+    ("deadwooding", {"dual_lr": -1}, "dual_lr is above 0"),
     ("deadwooding", {"teaching": 2}, "teaching is a share"), ("deadwooding", {"tolerence": 0.1}, "Did you mean 'tolerance'")])
 def test_what_cannot_be_is_a_sentence_and_writes_nothing(tmp_path, method, options, sentence):
     with pytest.raises(ValueError, match=sentence):

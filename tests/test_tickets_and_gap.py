@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from sparselab.learn import certified_tickets, gap
 from sparselab.learn.assembly import Start, load_data, make_learner, new_model
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import train
@@ -203,6 +204,20 @@ def test_stopped_in_every_round_a_procedure_resumes_to_the_same_bits(tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             train(stopped, [Stop(3)])
     assert bits(train(stopped, [])) == expected
+
+
+@pytest.mark.parametrize(("module", "function", "changes"), [
+    (gap, "summed_gradients", {"method": "gap"}),
+    (certified_tickets, "steadiness", {"method": "nrs", "method_options": {"score": "nrs", "rate": 0.6}})])
+def test_what_is_computed_between_two_rounds_does_not_depend_on_the_threads(tmp_path, monkeypatch, module, function, changes):
+    before, seen, real = torch.get_num_threads(), [], getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *args: seen.append(torch.get_num_threads()) or real(*args))
+    torch.set_num_threads(2)
+    try:
+        train(Config(**SMALL | {"epochs": 1} | changes, objective="natural", runs_dir=str(tmp_path)), [])
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_procedures_are_their_steps_by_hand(tmp_path):

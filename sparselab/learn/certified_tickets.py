@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import unknown
-from .assembly import new_model
+from .assembly import trained_model
 from .config import Config
 from .learner import Learner
 from .relu_stability import batchnorm_scales, before, relu_instability
 from .runs import Run
 from .tickets import IMP
+from .training import few_threads, repeatable
 from ..robust.boxes import input_box
 from ..robust.ibp import IntervalPass
 from ..robust.modes import eval_mode
@@ -91,10 +92,10 @@ class CertifiedTickets(IMP):
         sizes = super().scores(run, masks)
         if self.score == "magnitude":
             return sizes
-        model = new_model(self.config, self.data, self.config.seed)
-        model.load_state_dict(run.weights)
+        model = trained_model(self.config, self.data, run.weights)
         x, _ = next(iter(self.data.train.batches(IMAGES, shuffle=False)))
-        factors = steadiness(model, x, self.config.eps, self.bounds)
+        with repeatable(x.device), few_threads(model):
+            factors = steadiness(model, x, self.config.eps, self.bounds)
         return {name: (size * factors[name].cpu()).where(masks[name], -1) if name in factors else size for name, size in sizes.items()}
 
     def account(self, learner: Learner, summary: dict) -> dict:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..cards import Card, Share, Shown, Table
 from ..errors import unknown
-from .assembly import load_data, new_model
+from .assembly import load_data, trained_model
 from .data import Split, to_float
 from .ensembles import accuracy_of
 from .runs import Run
@@ -375,8 +375,7 @@ def corruption_accuracy(model: nn.Module | Run, split: Split | None = None, name
     if isinstance(model, Run):
         run, data = model, load_data(model.config)
         split = split or data.test.take(slice(run.config.test_samples or None))
-        model = new_model(run.config, data, 0)
-        model.load_state_dict({name: value.to(split.images.device) for name, value in run.weights.items()})
+        model = trained_model(run.config, data, run.weights)
     if split is None:
         raise ValueError("corruption_accuracy of a model needs images, a Split, such as load('digits').test; only a run knows its own.")
     return corruption_accuracies({"": model}, split, names, severities, seed)[""]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import unknown
-from .assembly import Start, load_data, make_learner, new_model
+from .assembly import Start, load_data, make_learner, trained_model
 from .config import Config
 from .data import epoch_generator, to_float
 from .ensembles import ensemble_summary
@@ -131,7 +131,7 @@ class CARD(IMP):
     def account(self, learner: Learner, summary: dict) -> dict:
         names = card_names(self.augmentations)
         cards = [run for run in self.rounds if run.path.name in names]
-        models = [_network(self.config, self.data, run) for run in cards]
+        models = [trained_model(self.config, self.data, run.weights) for run in cards]
         test = learner.data.test.take(slice(self.config.test_samples or None))
         together = ensemble_summary([*models, learner.model], test)
         return super().account(learner, summary) | {"ensemble": together, "augmentations": list(self.augmentations)}
@@ -140,12 +140,6 @@ class CARD(IMP):
 def card_names(augmentations: Sequence[str]) -> list[str]:
     """What the folders of the cards are called in `rounds/`; the last card is the run itself."""
     return [f"{i:02d}-{name}" for i, name in enumerate(augmentations)]
-
-
-def _network(config: Config, data: object, run: Run) -> nn.Module:
-    model = new_model(config, data, 0)
-    model.load_state_dict(run.weights)
-    return model.eval()
 
 # %% ../../nbs/learn/61_decks.ipynb #7bc25a67
 def spectra(images: Tensor) -> Tensor:
@@ -205,8 +199,8 @@ class Deck(nn.Module):
             raise ValueError(f"{run.path} is a run of the method {run.config.method!r}; a deck is made by the method 'card'.")
         names, data = run.summary["augmentations"], load_data(run.config)
         rounds = {each.path.name: each for each in run.rounds}
-        cards = [rounds[name] for name in card_names(names)[:-1]] + [run]
-        return cls([_network(run.config, data, card) for card in cards], names, SpectralGate(data.train.images, names, seed=run.config.seed))
+        cards = [trained_model(run.config, data, card.weights).eval() for card in [*(rounds[name] for name in card_names(names)[:-1]), run]]
+        return cls(cards, names, SpectralGate(data.train.images, names, seed=run.config.seed))
 
     def mean_of(self, x: Tensor, cards: Sequence[nn.Module]) -> Tensor:
         """The mean softmax output of some of the cards."""

@@ -19,7 +19,10 @@ from ..program import spared
 # %% ../../nbs/learn/53_distillation.ipynb #88cde080
 @dataclass(kw_only=True)
 class Distilled(Objective):
-    """(1 - share) times the loss of `goal`, and `share` times the divergence from what `teacher` says of the clean images."""
+    """(1 - share) times the loss of `goal`, and `share` times the divergence from what `teacher` says of the clean images.
+
+    The model answers at the images of the attack where `goal` attacks, at the clean ones otherwise.
+    """
 
     goal: Objective
     teacher: nn.Module

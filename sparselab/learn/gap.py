@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..errors import unknown
-from .assembly import Start, make_learner, new_model
+from .assembly import Start, make_learner, new_model, trained_model
 from .config import Config
 from .data import Split
 from .int8 import int8, saved_bytes
 from .learner import Learner
 from .rounds import Procedure, all_ones
+from .training import few_threads, repeatable
 from ..robust.attacks import pgd
 from ..robust.modes import eval_mode
 from ..sparse.distributions import layer_budgets
@@ -85,7 +86,8 @@ class GAP(Procedure):
     """Train dense, remove the weights with the largest adversarial gradient, train on (arXiv 2206.07406).
 
     `rank`: a name in RANKS; `distribution` "uniform" instead of "global" ranks within layers. `attack_steps`: of PGD on the training images
-    at the configuration's eps. `finetune_epochs`: 0 for as many as the dense training; `finetune_lr`: 0 for the same rate.
+    at the configuration's eps. `finetune_epochs`: 0 for as many as the dense training; `finetune_lr`: 0 for that of the
+    configuration (or, where it has none, the one that served sparse networks best).
     `quantise`: also measure the pruned network in int8. The summary has a row "transfer": accuracy where PGD has attacked the dense network.
     """
 
@@ -130,13 +132,13 @@ class GAP(Procedure):
 
     def dense_model(self) -> nn.Module:
         """The dense network of the first round."""
-        model = new_model(self.config, self.data, self.config.seed)
-        model.load_state_dict(self.rounds[0].weights)
-        return model
+        return trained_model(self.config, self.data, self.rounds[0].weights)
 
     def last(self) -> tuple[Config, Start]:
         dense = self.round("dense", self.dense_training).weights
-        masks = self.masks(self.scores(self.dense_model()))
+        model = self.dense_model()
+        with repeatable(self.data.train.images.device), few_threads(model):
+            masks = self.masks(self.scores(model))
         tuning = {"epochs": self.finetune_epochs or self.config.epochs, "lr": self.finetune_lr or self.config.lr}
         return self.changed("static", distribution="auto", **tuning), Start(dense, masks)
 

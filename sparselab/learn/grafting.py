@@ -13,11 +13,11 @@ from operator import or_
 import torch
 
 from ..errors import unknown
-from .assembly import Start, make_learner, new_model, peak_lr
+from .assembly import Start, make_learner, peak_lr, trained_model
 from .config import Config
 from .data import to_float
 from .learner import Learner
-from .rounds import Procedure, sparsity_of
+from .rounds import Procedure, final_masks, sparsity_of
 from .training import few_threads, repeatable
 from ..robust.grafting import graft, grafted_counts, instability, neurons_to_graft, random_neurons, significance, sites
 from ..sparse.pruning import check_share
@@ -86,9 +86,8 @@ class Grafting(Procedure):
 
     def last(self) -> tuple[Config, Start]:
         run = self.round("trained", self.first)
-        masks = {name: run.history.mask(-1, name) for name in run.history.names}
-        model = new_model(self.config, self.data, self.config.seed)
-        model.load_state_dict(run.weights)
+        masks = final_masks(run)
+        model = trained_model(self.config, self.data, run.weights)
         with repeatable(self.data.train.images.device), few_threads(model):
             graft(model, self.chosen(model), None if self.zeroed else self.slope)
         ramped = self.config.objective_options | {"warmup": 0.0, "until": 0.0}  # the radius stays where the first training has left it

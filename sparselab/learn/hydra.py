@@ -12,7 +12,7 @@ from typing import ClassVar
 from .assembly import Start, make_learner, peak_lr
 from .config import Config
 from .jackpots import Pretrained
-from .rounds import sparsity_of
+from .rounds import final_masks, sparsity_of
 from ..sparse.pruning import check_share
 
 # %% ../../nbs/learn/54_hydra.ipynb #2d604ecc
@@ -20,27 +20,26 @@ from ..sparse.pruning import check_share
 class PrunedByHYDRA(Pretrained):
     """Train dense, learn the mask on the frozen weights, fine-tune under it (arXiv 2002.10509).
 
-    `pretrain_epochs`: see `Pretrained`; `search_epochs`: of the search, 0 for the magnitude of each layer; `finetune_lr`: the learning
-    rate of the fine-tuning as a share of the configuration's. The options of the search are accepted as well.
+    `pretrain_epochs`: see `Pretrained`; `search_epochs`: of the search, 0 for the magnitude of each layer; `lr_factor`: the learning
+    rate of the fine-tuning in that of the configuration. The options of the search are accepted as well.
     """
 
     inner: ClassVar[str] = "hydra"
     search_epochs: int = 20
-    finetune_lr: float = 0.1
+    lr_factor: float = 0.1
 
     def check(self) -> None:
-        check_share("finetune_lr", self.finetune_lr)
-        if self.search_epochs < 0 or not self.finetune_lr:
-            raise ValueError(f"search_epochs is at least 0 and finetune_lr above 0; got {self.search_epochs!r} and {self.finetune_lr!r}.")
+        check_share("lr_factor", self.lr_factor)
+        if self.search_epochs < 0 or not self.lr_factor:
+            raise ValueError(f"search_epochs is at least 0 and lr_factor above 0; got {self.search_epochs!r} and {self.lr_factor!r}.")
         super().check()
 
     def last(self) -> tuple[Config, Start]:
         begun = Start(self.dense().weights)
         search = self.changed("hydra", method_options=self.rest, epochs=self.search_epochs or 1)
         if self.search_epochs:
-            history = self.round("search", search, begun).history
-            masks = {name: history.mask(-1, name) for name in history.names}
+            masks = final_masks(self.round("search", search, begun))
         else:
             masks = {name: mask.cpu() for name, mask in make_learner(search, start=begun, data=self.data).sparsifier.masks.items()}
-        lr = peak_lr(self.config) * self.finetune_lr
+        lr = peak_lr(self.config) * self.lr_factor
         return self.changed("static", sparsity=sparsity_of(masks), distribution="auto", lr=lr), Start(begun.weights, masks)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from .assembly import Start, make_learner
 from .config import Config
-from .rounds import Procedure, sparsity_of
+from .rounds import Procedure, final_masks, sparsity_of
 
 # %% ../../nbs/learn/56_robust_tickets.ipynb #f0d0827a
 @dataclass(kw_only=True)
@@ -19,7 +19,8 @@ class RobustTickets(Procedure):
     """Train dense, learn hard concrete gates on its frozen weights, train the ticket from these weights (arXiv 2211.03013).
 
     The gates learn for `epochs` under the configuration's objective. `pretrain`, `retrain`: the objectives of the other two trainings,
-    with default options; `pretrain_epochs`, `retrain_epochs`: their epochs, 0 for as many. Other options are those of the gates.
+    with the options of the configuration if that has the same, else with default options; `pretrain_epochs`, `retrain_epochs`: their
+    epochs, 0 for as many. Other options are those of the gates.
     """
 
     family = "rounds"
@@ -45,5 +46,5 @@ class RobustTickets(Procedure):
     def last(self) -> tuple[Config, Start]:
         dense = self.round("dense", self.weights_training("dense", self.pretrain, self.pretrain_epochs, 0.0)).weights
         gates = self.round("gates", self.changed("hard_concrete", method_options=self.rest), Start(dense))
-        masks = {name: gates.history.mask(-1, name) for name in gates.history.names}
+        masks = final_masks(gates)
         return self.weights_training("static", self.retrain, self.retrain_epochs, sparsity_of(masks)), Start(dense, masks)

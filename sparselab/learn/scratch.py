@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from ..errors import unknown
-from .assembly import Start, make_learner, new_model
+from .assembly import Start, make_learner, new_model, trained_model
 from .config import Config
 from .ensembles import ensemble_summary
 from .learner import Learner
-from .rounds import Procedure, sparsity_of
+from .rounds import Procedure, final_masks, sparsity_of
 from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/41_scratch.ipynb #da21f532
@@ -51,7 +51,7 @@ class ScratchE(Procedure):
 
     def last(self) -> tuple[Config, Start]:
         pruned = self.round("pruned", self.pruned)
-        masks = {name: pruned.history.mask(-1, name) for name in pruned.history.names}
+        masks = final_masks(pruned)
         fresh = new_model(self.config, self.data, (self.config.seed + 1000) % 2**64).state_dict()
         config = self.changed("static", sparsity=sparsity_of(masks), distribution="auto", epochs=self.epochs_of(pruned.summary["flops"]))
         return config, Start(fresh, masks)
@@ -93,8 +93,6 @@ class DSTEnsemble(Procedure):
         return config, Start()
 
     def account(self, learner: Learner, summary: dict) -> dict:
-        models = [new_model(self.config, self.data, 0) for _ in self.rounds]
-        for model, run in zip(models, self.rounds, strict=True):
-            model.load_state_dict(run.weights)
+        models = [trained_model(self.config, self.data, run.weights) for run in self.rounds]
         test = learner.data.test.take(slice(self.config.test_samples or None))
         return super().account(learner, summary) | {"ensemble": ensemble_summary([*models, learner.model], test)}

@@ -7,6 +7,7 @@ __all__ = ['ADMM']
 
 # %% ../../nbs/sparse/38_admm.ipynb #8fa552a5
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,8 @@ class ADMM(Sparsifier):
 
     def start(self) -> None:
         check_share("end", self.end)
-        if not (self.rho > 0 and self.growth >= 1 and self.updates >= 1 and math.isfinite(self.rho * self.growth**self.updates)):
+        largest = math.log(sys.float_info.max)
+        if not (self.rho > 0 and self.growth >= 1 and self.updates >= 1 and math.log(self.rho) + self.updates * math.log(self.growth) < largest):
             raise ValueError("rho is above 0, growth at least 1, updates at least 1, and rho * growth ** updates finite; got rho "
                              f"{self.rho!r}, growth {self.growth!r} and updates {self.updates!r}.")
         self.last = max(1, round(self.end * self.total_steps))

@@ -22,8 +22,6 @@ class EdgePopup(MaskSearch):
     Options are those of `MaskSearch`; every layer keeps the same share unless `distribution` says otherwise.
     """
 
-    family = "dynamic"
-
     distribution: str = "uniform"
     mask_decay: float = 1e-4
 
@@ -45,8 +43,6 @@ class EdgePopup(MaskSearch):
 @dataclass(kw_only=True, eq=False, repr=False)
 class Biprop(EdgePopup):
     """The same search, with weights of one magnitude per layer: signs of the random ones (arXiv 2103.09377)."""
-
-    family = "dynamic"
 
     def value(self, name: str) -> Tensor:
         """The sign of every frozen weight, times the mean magnitude of those that the mask keeps."""

@@ -13,7 +13,7 @@ from .assembly import Start, make_learner, peak_lr
 from .config import Config
 from .jackpots import Pretrained
 from .rounds import sparsity_of
-from ..sparse.pruning import check_share
+from ..sparse.pruning import check_count, check_number, check_share
 
 # %% ../../nbs/learn/54_hydra.ipynb #2d604ecc
 @dataclass(kw_only=True)
@@ -30,8 +30,8 @@ class PrunedByHYDRA(Pretrained):
 
     def check(self) -> None:
         check_share("finetune_lr", self.finetune_lr)
-        if self.search_epochs < 0 or not self.finetune_lr:
-            raise ValueError(f"search_epochs is at least 0 and finetune_lr above 0; got {self.search_epochs!r} and {self.finetune_lr!r}.")
+        check_number("finetune_lr", self.finetune_lr, above=True)
+        check_count("search_epochs", self.search_epochs)
         super().check()
 
     def last(self) -> tuple[Config, Start]:

@@ -100,7 +100,8 @@ def test_the_gate_is_seeded():
     ({"recipe": "lottery"}, "recipe of cards called 'lottery'"), ({"augmentations": ["blurr"]}, "Did you mean 'blur'"),
     ({"augmentations": "blur"}, "list of names"), ({"augmentations": []}, "list of names"), ({"mask_lr": 1.0}, "the recipe is 'lrr'"),
     ({"rewind_epochs": 1}, "rewind_epochs is 0"), ({"rewind": "weights"}, "option of method card"), ({"rate": 0}, "rate above 0"),
-    ({"recipe": "biprop", "mask_lr": -1.0}, "mask_lr is above 0")])
+    ({"recipe": "biprop", "mask_lr": -1.0}, "mask_lr is a number above 0; got -1.0"),
+    ({"augmentations": 2}, "augmentations is a list of names, .* got 2")])
 def test_what_no_deck_can_be_is_a_sentence_and_writes_nothing(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         train(Config(**SMALL, runs_dir=str(tmp_path / "runs"), method_options=options), [])

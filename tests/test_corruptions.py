@@ -187,3 +187,16 @@ def test_accuracy_of_a_model_of_a_function_and_of_a_run(tmp_path):
         corruption_accuracy(model)
     with pytest.raises(ValueError, match="contrast"):
         corruption_accuracies({"a": model}, test, ["contrasts"])
+
+
+@pytest.mark.parametrize("severity", [1.0, True, "1", float("nan"), -1, 6])
+def test_a_severity_that_there_is_not_is_refused(severity):
+    with pytest.raises(ValueError, match=rf"severity is a whole number .* got {severity!r}"):
+        corrupt(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "fog", severity)
+
+
+@pytest.mark.parametrize("options", [{"names": "fog"}, {"severities": ()}])
+def test_names_that_are_no_list_and_severities_without_one_are_refused(options):
+    split = load("digits").test.take(slice(2))
+    with pytest.raises(ValueError, match="names is a list of corruptions"):
+        corruption_accuracy(torch.nn.Flatten(), split, **options)

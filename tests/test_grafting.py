@@ -279,3 +279,12 @@ def test_a_learner_of_a_grafted_start_continues_from_its_state():
     learner = make_learner(replace(config, method="dense", sparsity=0.0, kernels="dense"))
     graft(learner.model, random_neurons(sites(learner.model, torch.rand(1, 1, 8, 8)), 0.5, torch.Generator().manual_seed(0)))
     assert len(lines(grafted_like(build("mlp", (1, 8, 8), 10, widths=[24, 24]), learner.model.state_dict()))) == 2
+
+
+@pytest.mark.parametrize(("mask", "kind"), [(torch.ones(6, dtype=torch.uint8), "torch.uint8"), (torch.ones(6), "torch.float32"),
+                                            ([True] * 6, "list")])
+def test_a_mask_that_is_not_bool_is_refused_and_nothing_is_grafted(mask, kind):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 6), torch.nn.ReLU())
+    with pytest.raises(ValueError, match=f"mask of 3 is a bool tensor, .* got {kind}"):
+        graft(model, {"1": torch.ones(6, dtype=torch.bool), "3": mask})
+    assert not lines(model)

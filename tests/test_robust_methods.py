@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from sparselab.learn.runs import Run
 from sparselab.robust import input_box
 from sparselab.robust.crown import crown_pass
 from sparselab.robust.ibp import interval_pass
+from sparselab.sparse.admm import ADMM
+from sparselab.sparse.deadwooding import Deadwooding
 from sparselab.sparse.distributions import layer_budgets
 from sparselab.sparse.sparsify import sparsify
 
@@ -30,7 +33,7 @@ SHORT = {"nrs": {"rate": 0.5, "weight": 0.1}, "hydra": {"search_epochs": 1, "rec
 
 
 def config(method: str, tmp_path: Path, **changes) -> Config:
-    return Config(**QUICK | {"method": method, "method_options": SHORT[method], "runs_dir": str(tmp_path)} | changes)
+    return Config(**QUICK | {"method": method, "method_options": SHORT.get(method, {}), "runs_dir": str(tmp_path)} | changes)
 
 
 @pytest.mark.parametrize("goal", ["pgd", "crown_ibp"])
@@ -62,16 +65,42 @@ def test_killed_anywhere_a_method_resumes_to_the_same_bits(tmp_path, method):
 @pytest.mark.parametrize(("method", "options", "sentence"), [
     ("nrs", {"regularizer": "nsr"}, "regularizer of method nrs called 'nsr'. Did you mean 'nrs'"), ("nrs", {"score": "size"}, "score of method nrs"),
     ("nrs", {"bounds": "crwn"}, "Did you mean 'crown'"), ("nrs", {"weight": -1}, "nrs weighs .* got -1"), ("nrs", {"rate": 0}, "rate above 0"),
-    ("hydra", {"search_epochs": -1}, "search_epochs is at least 0 .* got -1"), ("hydra", {"lr_factor": 0}, "lr_factor above 0"),
-    ("hydra", {"mask_lr": 0}, "mask_lr is above 0"), ("hydra", {"mask_lrs": 0.1}, "Did you mean 'mask_lr'"),
-    ("admm", {"rho": 0}, "rho is above 0"), ("admm", {"updates": 0}, "updates 0"), ("admm", {"end": 1.5}, "end is a share"),
-    ("admm", {"growth": 0.5}, "growth at least 1"), ("admm", {"growth": 1e300}, r"growth 1e\+300"),
-    ("deadwooding", {"dual_lr": -1}, "dual_lr is above 0"),
-    ("deadwooding", {"teaching": 2}, "teaching is a share"), ("deadwooding", {"tolerence": 0.1}, "Did you mean 'tolerance'")])
+    ("hydra", {"search_epochs": -1}, "search_epochs is a whole number of at least 0; got -1"),
+    ("hydra", {"lr_factor": 0}, "lr_factor is a number above 0; got 0"),
+    ("hydra", {"mask_lr": 0}, "mask_lr is a number above 0; got 0"), ("hydra", {"mask_lrs": 0.1}, "Did you mean 'mask_lr'"),
+    ("admm", {"rho": 0}, "rho is a number above 0; got 0"),
+    ("admm", {"updates": 0}, "updates is a whole number of at least 1; got 0"), ("admm", {"end": 1.5}, "end is a share"),
+    ("admm", {"growth": 0.5}, "growth is a number of at least 1; got 0.5"),
+    ("deadwooding", {"dual_lr": -1}, "dual_lr is a number above 0; got -1"),
+    ("deadwooding", {"teaching": 2}, "teaching is a share"), ("deadwooding", {"tolerence": 0.1}, "Did you mean 'tolerance'"),
+    ("admm", {"growth": 1e300}, r"growth 1e\+300 \*\* .* is no float32 any more")])
 def test_what_cannot_be_is_a_sentence_and_writes_nothing(tmp_path, method, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         train(config(method, tmp_path / "runs", method_options=options, objective="pgd"), [])
     assert not (tmp_path / "runs").exists()
+
+
+NUMBERS = {"nrs": ["rewind_epochs", "weight"], "hydra": ["pretrain_epochs", "search_epochs", "lr_factor", "mask_lr", "mask_decay", "record_every"],
+           "admm": ["rho", "growth", "updates", "end"], "deadwooding": ["pretrain_epochs", "teaching", "dual_lr", "updates", "tolerance"],
+           "grafting": ["share", "slope", "samples", "pretrain_epochs", "lr_factor"], "edge_popup": ["mask_lr", "mask_momentum"],
+           "hard_concrete": ["pretrain_epochs", "retrain_epochs", "penalty", "mask_lr", "mask_decay", "first_gate"],
+           "gap": ["attack_steps", "finetune_epochs", "finetune_lr"], "card": ["rate", "rewind_epochs"]}
+
+
+@pytest.mark.parametrize("value", ["x", None, [1], True, math.nan, math.inf])
+@pytest.mark.parametrize("method", NUMBERS)
+def test_what_is_no_number_is_refused_by_the_name_of_its_option(tmp_path, method, value):
+    for name in NUMBERS[method]:
+        with pytest.raises(ValueError, match=rf"(?s)({name}|nrs weighs|rewind).*{re.escape(repr(value))}"):
+            train(config(method, tmp_path / "runs", method_options={name: value}, objective="pgd"), [])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_updates_than_steps_are_one_a_step():
+    for method in (ADMM, Deadwooding):
+        net = torch.nn.Linear(4, 3)
+        made = method(model=net, optimizer=torch.optim.SGD(net.parameters(), 0.1), sparsity=0.5, total_steps=12, updates=10**12)
+        assert made.due == {1, 2, 3, 4, 5, 6}
 
 
 def test_nrs_refuses_what_it_sets_itself_and_a_radius_of_zero(tmp_path):

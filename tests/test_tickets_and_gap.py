@@ -147,9 +147,12 @@ def test_bad_options_of_the_gates_are_refused_by_name(options):
 
 @pytest.mark.parametrize(("method", "options", "sentence"), [
     ("hard_concrete", {"penalti": 1}, "Did you mean 'penalty'"), ("hard_concrete", {"pretrain": "naturel"}, "Did you mean 'natural'"),
-    ("hard_concrete", {"retrain": "fgsm"}, "objective called 'fgsm'"), ("hard_concrete", {"pretrain_epochs": -1}, "at least 0; got -1 and 0"),
+    ("hard_concrete", {"retrain": "fgsm"}, "objective called 'fgsm'"),
+    ("hard_concrete", {"pretrain_epochs": -1}, "pretrain_epochs is a whole number of at least 0; got -1"),
     ("hard_concrete", {"first_gate": 2.0}, "first_gate is strictly between"), ("gap", {"rank": "sined"}, "Did you mean 'signed'"),
-    ("gap", {"attack_steps": 0}, "attack_steps is at least 1"), ("gap", {"finetune_lr": -1.0}, "at least 0; got 10, 0 and -1.0"),
+    ("gap", {"attack_steps": 0}, "attack_steps is a whole number of at least 1; got 0"),
+    ("gap", {"finetune_lr": -1.0}, "finetune_lr is a number of at least 0; got -1.0"),
+    ("gap", {"quantise": "no"}, "quantise is true or false; got 'no'"),
     ("gap", {"penalty": 1}, "no option of method gap called 'penalty'")])
 def test_bad_options_of_the_procedures_are_refused_and_nothing_is_written(tmp_path, method, options, sentence):
     with pytest.raises(ValueError, match=sentence):

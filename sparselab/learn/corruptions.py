@@ -295,7 +295,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     """
     if name not in CORRUPTIONS:
         raise unknown("corruption", name, CORRUPTIONS)
-    if severity not in (0, *SEVERITIES):
+    if type(severity) is not int or severity not in (0, *SEVERITIES):
         raise ValueError(f"severity is a whole number from 0, the image itself, to 5; got {severity!r}.")
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3) or min(images.shape[2:]) < 3:
         raise ValueError(f"corrupt takes uint8 images (N, 1 or 3, H, W) of at least 3 x 3 pixels; got {images.dtype} of shape {tuple(images.shape)}.")
@@ -350,6 +350,9 @@ def corrupted(split: Split, names: Sequence[str] = (), severities: Sequence[int]
 def corruption_accuracies(predictors: Mapping[str, Callable[[Tensor], Tensor]], split: Split, names: Sequence[str] = (),
                           severities: Sequence[int] = SEVERITIES, seed: int = 0, batch_size: int = 500) -> dict[str, CorruptionAccuracy]:
     """`corruption_accuracy` of several networks, or other functions of images in [0, 1], on the same corrupted images, made once."""
+    if isinstance(names, str) or not severities:
+        raise ValueError("names is a list of corruptions, such as ['fog'], and severities one of numbers, such as [1, 5]; "
+                         f"got {names!r} and {severities!r}.")
     for name in names:
         if name not in CORRUPTIONS:
             raise unknown("corruption", name, CORRUPTIONS)

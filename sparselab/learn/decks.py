@@ -94,7 +94,7 @@ class CARD(IMP):
     def check(self) -> None:
         if self.recipe not in RECIPES:
             raise unknown("recipe of cards", self.recipe, RECIPES)
-        if isinstance(self.augmentations, str) or not self.augmentations:
+        if not isinstance(self.augmentations, list | tuple) or not self.augmentations:
             raise ValueError(f"augmentations is a list of names, one for each card, such as ['clean', 'blur']; got {self.augmentations!r}.")
         for name in self.augmentations:
             if name not in AUGMENTATIONS:

@@ -25,6 +25,7 @@ from ..robust.attacks import pgd
 from ..robust.modes import eval_mode
 from ..sparse.distributions import layer_budgets
 from ..sparse.masks import prunable
+from ..sparse.pruning import check_count, check_number
 from ..sparse.scores import Score, generator_for, magnitude, random
 from ..sparse.sparsifier import highest_overall
 
@@ -107,9 +108,11 @@ class GAP(Procedure):
     def check(self) -> None:
         if self.rank not in RANKS:
             raise unknown("rank of method gap", self.rank, RANKS)
-        if self.attack_steps < 1 or self.finetune_epochs < 0 or self.finetune_lr < 0:
-            raise ValueError("attack_steps is at least 1, finetune_epochs and finetune_lr are at least 0; got "
-                             f"{self.attack_steps!r}, {self.finetune_epochs!r} and {self.finetune_lr!r}.")
+        check_count("attack_steps", self.attack_steps, least=1)
+        check_count("finetune_epochs", self.finetune_epochs)
+        check_number("finetune_lr", self.finetune_lr)
+        if type(self.quantise) is not bool:
+            raise ValueError(f"quantise is true or false; got {self.quantise!r}.")
         self.masks({name: torch.zeros(mask.shape) for name, mask in all_ones(self).items()})  # refuses what is infeasible
         make_learner(self.dense_training, data=self.data)
         if self.quantise:

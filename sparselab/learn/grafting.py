@@ -20,7 +20,7 @@ from .learner import Learner
 from .rounds import Procedure, final_masks, sparsity_of
 from .training import few_threads, repeatable
 from ..robust.grafting import graft, grafted_counts, instability, neurons_to_graft, random_neurons, significance, sites
-from ..sparse.pruning import check_share
+from ..sparse.pruning import check_count, check_number, check_share
 from ..sparse.scores import generator_for
 from ..sparse.sparsify import METHODS
 
@@ -70,12 +70,10 @@ class Grafting(Procedure):
                 raise unknown(kind, value, allowed)
         if type(self.zeroed) is not bool:
             raise ValueError(f"zeroed is true or false; got {self.zeroed!r}.")
-        for name, least in {"samples": 1, "pretrain_epochs": 0}.items():
-            if type(value := getattr(self, name)) is not int or value < least:
-                raise ValueError(f"{name} is a whole number of at least {least}; got {value!r}.")
-        for name, least in {"slope": -torch.inf, "lr_factor": 0}.items():
-            if isinstance(value := getattr(self, name), bool | str) or not least < value < torch.inf:
-                raise ValueError(f"{name} is a number{' above 0' if name == 'lr_factor' else ''}; got {value!r}.")
+        check_count("samples", self.samples, least=1)
+        check_count("pretrain_epochs", self.pretrain_epochs)
+        check_number("slope", self.slope, least=-torch.inf, above=True)
+        check_number("lr_factor", self.lr_factor, above=True)
         if self.choose == "score" and self.share and not self.config.eps:
             raise ValueError("The score asks which neurons are unstable on boxes of radius eps, and eps is 0: give eps, or choose 'random'.")
         if self.source not in METHODS:

@@ -13,7 +13,7 @@ from .assembly import Start, make_learner, peak_lr
 from .config import Config
 from .jackpots import Pretrained
 from .rounds import final_masks, sparsity_of
-from ..sparse.pruning import check_share
+from ..sparse.pruning import check_count, check_number, check_share
 
 # %% ../../nbs/learn/54_hydra.ipynb #2d604ecc
 @dataclass(kw_only=True)
@@ -30,8 +30,8 @@ class PrunedByHYDRA(Pretrained):
 
     def check(self) -> None:
         check_share("lr_factor", self.lr_factor)
-        if self.search_epochs < 0 or not self.lr_factor:
-            raise ValueError(f"search_epochs is at least 0 and lr_factor above 0; got {self.search_epochs!r} and {self.lr_factor!r}.")
+        check_number("lr_factor", self.lr_factor, above=True)
+        check_count("search_epochs", self.search_epochs)
         super().check()
 
     def last(self) -> tuple[Config, Start]:

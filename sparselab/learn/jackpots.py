@@ -13,6 +13,7 @@ from .assembly import Start
 from .config import Config
 from .rounds import Procedure
 from .runs import Run
+from ..sparse.pruning import check_count
 
 # %% ../../nbs/learn/42_jackpots.ipynb #a40af74a
 @dataclass(kw_only=True)
@@ -24,8 +25,7 @@ class Pretrained(Procedure):
     pretrain_epochs: int = 0
 
     def check(self) -> None:
-        if self.pretrain_epochs < 0:
-            raise ValueError(f"pretrain_epochs is at least 0; got {self.pretrain_epochs!r}.")
+        check_count("pretrain_epochs", self.pretrain_epochs)
         super().check()
 
     def dense(self) -> Run:

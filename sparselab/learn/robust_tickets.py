@@ -12,6 +12,7 @@ from typing import ClassVar
 from .assembly import Start, make_learner
 from .config import Config
 from .rounds import Procedure, final_masks, sparsity_of
+from ..sparse.pruning import check_count
 
 # %% ../../nbs/learn/56_robust_tickets.ipynb #f0d0827a
 @dataclass(kw_only=True)
@@ -32,8 +33,8 @@ class RobustTickets(Procedure):
     retrain_epochs: int = 0
 
     def check(self) -> None:
-        if self.pretrain_epochs < 0 or self.retrain_epochs < 0:
-            raise ValueError(f"pretrain_epochs and retrain_epochs are at least 0; got {self.pretrain_epochs!r} and {self.retrain_epochs!r}.")
+        check_count("pretrain_epochs", self.pretrain_epochs)
+        check_count("retrain_epochs", self.retrain_epochs)
         super().check()
         for name in (self.pretrain, self.retrain):
             make_learner(self.weights_training("dense", name, 0, sparsity=0.0), data=self.data)

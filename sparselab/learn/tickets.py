@@ -26,7 +26,7 @@ from .rounds import Procedure, all_ones, first_weights, nnz_of, sparsity_of
 from .runs import Run
 from .training import write_model
 from ..sparse.distributions import budget, layer_budgets
-from ..sparse.pruning import check_share
+from ..sparse.pruning import check_count, check_share
 from ..sparse.sparsifier import highest_overall
 
 # %% ../../nbs/learn/40_tickets.ipynb #ff4598c9
@@ -99,7 +99,8 @@ class IMP(Tickets):
             raise unknown("rewind", self.rewind, REWINDS)
         if self.rewind == "learning_rate" and self.rewind_epochs:
             raise ValueError(f"rewind 'learning_rate' leaves the weights as they were trained, so rewind_epochs is 0; got {self.rewind_epochs!r}.")
-        if not 0 <= self.rewind_epochs < self.config.epochs:
+        check_count("rewind_epochs", self.rewind_epochs)
+        if self.rewind_epochs >= self.config.epochs:
             raise ValueError(f"rewind_epochs is from 0 to below epochs = {self.config.epochs}; got {self.rewind_epochs!r}.")
         super().check()
 

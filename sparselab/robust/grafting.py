@@ -100,13 +100,17 @@ def written_out(model: nn.Module) -> nn.Module:
 def graft(model: nn.Module, masks: Mapping[str, Tensor], slope: float | None = 0.4, shift: float = 0.0) -> nn.Module:
     """`model`, whose ReLUs of the names in `masks` are now Grafted, in place; a mask (bool, the neurons of one sample) is on where a line begins.
 
-    `slope`, `shift`: where all lines begin; with `slope` None these neurons are 0. Raises ValueError where a name is no ReLU module.
+    `slope`, `shift`: where all lines begin; with `slope` None these neurons are 0. Raises ValueError where a name is no ReLU module or a
+    mask is not bool.
     """
     modules = dict(model.named_modules())
     relus = [name for name, module in modules.items() if type(module) is nn.ReLU]
-    for name in masks:
+    for name, mask in masks.items():
         if type(modules.get(name)) is not nn.ReLU:
             raise unknown("nn.ReLU module", name, relus)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"The mask of {name} is a bool tensor, True where a line begins; got {got}.")
     like = next(model.parameters(), None)
     for name, mask in masks.items():
         if bool(mask.any()):

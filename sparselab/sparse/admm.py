@@ -7,13 +7,12 @@ __all__ = ['ADMM']
 
 # %% ../../nbs/sparse/38_admm.ipynb #8fa552a5
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .pruning import check_share
+from .pruning import check_count, check_number, check_share
 from .sparsifier import Sparsifier, cloned, highest, keep_highest
 
 # %% ../../nbs/sparse/38_admm.ipynb #6ac958b0
@@ -38,12 +37,15 @@ class ADMM(Sparsifier):
 
     def start(self) -> None:
         check_share("end", self.end)
-        largest = math.log(sys.float_info.max)
-        if not (self.rho > 0 and self.growth >= 1 and self.updates >= 1 and math.log(self.rho) + self.updates * math.log(self.growth) < largest):
-            raise ValueError("rho is above 0, growth at least 1, updates at least 1, and rho * growth ** updates finite; got rho "
-                             f"{self.rho!r}, growth {self.growth!r} and updates {self.updates!r}.")
+        check_number("rho", self.rho, above=True)
+        check_number("growth", self.growth, least=1)
+        check_count("updates", self.updates, least=1)
         self.last = max(1, round(self.end * self.total_steps))
-        self.due = frozenset(math.ceil((i + 1) * self.last / self.updates) for i in range(self.updates))
+        times = min(self.updates, self.last)  # more than one a step there cannot be
+        if math.log(self.rho) + times * math.log(self.growth) >= math.log(torch.finfo(torch.float32).max):
+            raise ValueError(f"rho is multiplied by growth {times} times, and rho {self.rho!r} times growth {self.growth!r} ** {times} is no "
+                             "float32 any more; lower growth.")
+        self.due = frozenset(math.ceil((i + 1) * self.last / times) for i in range(times))
         self.U = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in self.masks.weights.items()}
         self.Z = self.projected()
 

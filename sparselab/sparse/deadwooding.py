@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .pruning import check_share
+from .pruning import check_count, check_number, check_share
 from .sparsifier import Sparsifier, cloned, highest, keep_highest
 
 # %% ../../nbs/sparse/39_deadwooding.ipynb #a777c68e
@@ -36,11 +36,12 @@ class Deadwooding(Sparsifier):
 
     def start(self) -> None:
         check_share("end", self.end)
-        if not (self.dual_lr > 0 and self.updates >= 1 and self.tolerance >= 0):
-            raise ValueError("dual_lr is above 0, updates at least 1 and tolerance at least 0; got "
-                             f"{self.dual_lr!r}, {self.updates!r} and {self.tolerance!r}.")
+        check_number("dual_lr", self.dual_lr, above=True)
+        check_count("updates", self.updates, least=1)
+        check_number("tolerance", self.tolerance)
         self.last = max(1, round(self.end * self.total_steps))
-        self.due = frozenset(math.ceil((i + 1) * self.last / self.updates) for i in range(self.updates))
+        times = min(self.updates, self.last)  # more than one a step there cannot be
+        self.due = frozenset(math.ceil((i + 1) * self.last / times) for i in range(times))
         self.price, self.cut = 0.0, False
         self.rank()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .distributions import budget
 from .jackpots import Frozen
+from .pruning import check_number
 from .scores import generator_for
 from .sparsifier import cloned, keep_highest
 
@@ -68,10 +69,10 @@ class HardConcrete(Frozen):
     first_gate: float = 0.9
 
     def start(self) -> None:
-        if not (self.penalty >= 0 and self.mask_lr > 0 and self.mask_decay >= 0):
-            raise ValueError("penalty and mask_decay are at least 0 and mask_lr is above 0; got "
-                             f"{self.penalty!r}, {self.mask_decay!r} and {self.mask_lr!r}.")
-        if not 0 < self.first_gate < 1:
+        check_number("penalty", self.penalty)
+        check_number("mask_decay", self.mask_decay)
+        check_number("mask_lr", self.mask_lr, above=True)
+        if not (isinstance(self.first_gate, float) and 0 < self.first_gate < 1):
             raise ValueError(f"first_gate is strictly between 0 and 1, where a gate can be learned; got {self.first_gate!r}.")
         self.freeze()
         self.log_alpha = {name: torch.full(w.shape, log_alpha_of(self.first_gate), device=w.device, requires_grad=True)

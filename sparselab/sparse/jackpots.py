@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .masks import assign
-from .pruning import check_share
+from .pruning import check_count, check_number, check_share
 from .scores import top
 from .sparsifier import Sparsifier, cloned, highest
 
@@ -81,9 +81,9 @@ class MaskSearch(Frozen, abstract=True):
 
     def start(self) -> None:
         check_share("mask_momentum", self.mask_momentum)
-        if not (self.mask_lr > 0 and self.mask_decay >= 0 and self.record_every >= 1):
-            raise ValueError("mask_lr is above 0, mask_decay at least 0 and record_every at least 1; got "
-                             f"{self.mask_lr!r}, {self.mask_decay!r} and {self.record_every!r}.")
+        check_number("mask_lr", self.mask_lr, above=True)
+        check_number("mask_decay", self.mask_decay)
+        check_count("record_every", self.record_every, least=1)
         self.freeze()
         first = highest(self, {name: w.detach().abs() for name, w in self.masks.weights.items()}, self.sparsity)
         self.scores = self.first_scores(first)

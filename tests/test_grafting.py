@@ -1,6 +1,7 @@
 """Grafted networks: exact lines in every engine, sound bounds, the masks that the score promises, sparse training that is the dense one's."""
 import copy
 import importlib.util
+import math
 from dataclasses import replace
 
 import pytest
@@ -288,3 +289,11 @@ def test_a_mask_that_is_not_bool_is_refused_and_nothing_is_grafted(mask, kind):
     with pytest.raises(ValueError, match=f"mask of 3 is a bool tensor, .* got {kind}"):
         graft(model, {"1": torch.ones(6, dtype=torch.bool), "3": mask})
     assert not lines(model)
+
+
+@pytest.mark.parametrize("given", [{"slope": math.nan}, {"slope": "x"}, {"slope": True}, {"shift": math.inf}])
+def test_a_line_begins_at_finite_numbers(given):
+    net, mask = nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.ones(4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"{next(iter(given))} is a finite number; got "):
+        graft(net, {"1": mask}, **given)
+    assert type(net[1]) is nn.ReLU

@@ -27,6 +27,7 @@ _HOME = {  # public name -> the module that defines it
     "margin_matrix": "boxes",
     "pgd": "attacks",
     "recorded_statistics": "ibp",
+    "sites": "grafting",
     "stability": "neurons",
     "survivors": "attacks",
     "verify": "verification",
@@ -57,6 +58,7 @@ __all__ = [
     "margin_matrix",
     "pgd",
     "recorded_statistics",
+    "sites",
     "stability",
     "survivors",
     "verify",
@@ -70,7 +72,7 @@ if TYPE_CHECKING:
     from .boxes import input_box, margin_matrix
     from .crown import crown_ibp, fused_upper
     from .bounds import ENGINES, METHODS, Engine, bounds, engine_table
-    from .grafting import Grafted, graft, grafted_like, written_out
+    from .grafting import Grafted, graft, grafted_like, sites, written_out
     from .ibp import interval_pass, recorded_statistics
     from .modes import eval_mode, full_precision, worst_margin
     from .neurons import LayerStability, stability

@@ -7,6 +7,7 @@ __all__ = ['DECAY', 'Grafted', 'sites', 'written_out', 'graft', 'grafted_like', 
            'ranks', 'neurons_to_graft', 'random_neurons']
 
 # %% ../../nbs/robust/17_grafting.ipynb #017e731f
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -100,9 +101,12 @@ def written_out(model: nn.Module) -> nn.Module:
 def graft(model: nn.Module, masks: Mapping[str, Tensor], slope: float | None = 0.4, shift: float = 0.0) -> nn.Module:
     """`model`, whose ReLUs of the names in `masks` are now Grafted, in place; a mask (bool, the neurons of one sample) is on where a line begins.
 
-    `slope`, `shift`: where all lines begin; with `slope` None these neurons are 0. Raises ValueError where a name is no ReLU module or a
-    mask is not bool.
+    `slope`, `shift`: where all lines begin; with `slope` None these neurons are 0. Raises ValueError where a name is no ReLU module, a
+    mask is not bool, or a line begins at no finite number.
     """
+    for name, value in {"slope": 0.0 if slope is None else slope, "shift": shift}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} is a finite number; got {value!r}.")
     modules = dict(model.named_modules())
     relus = [name for name, module in modules.items() if type(module) is nn.ReLU]
     for name, mask in masks.items():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_sparse_steps import machine, numba_or_not
+from engine import machine, numba_or_not
 from torch import nn
 
 from sparselab.learn import Config, Unrolled, build, corruption_accuracy, objective, train

@@ -87,7 +87,7 @@ def test_every_panel_draws_says_how_to_read_it_and_can_be_called_again(run):
         exec(panel.call.rsplit("\n", 1)[0], names)
         again = eval(panel.call.rsplit("\n", 1)[1], names)
         assert again.figure.to_json() == panel.figure.to_json(), panel.title
-        assert panel.csv().startswith("trace,x,y,text\n")
+        assert panel.csv().startswith("unit,input,value\n" if panel.title == "Filters" else "trace,x,y,text\n")
 
 
 def test_two_runs_are_compared_on_one_timeline(run):

@@ -266,7 +266,7 @@ def test_every_method_trains_a_convolutional_network_under_any_loss(config, meth
     else:
         assert run.summary["nnz"] == (total if method == "dense" else kept)
     assert flops["inference"] <= flops["inference_dense"] and 0 < flops["training"]
-    assert flops["loss_multiples"][-1] > 2 or objective == "natural"
+    assert flops["loss_multiples"][-1] > 2 or objective == "natural" or method == "hard_concrete"  # its last training is natural
     assert set(flops["layers"]) == set(run.summary["layers"])
     assert (run.path / "dense.safetensors").exists() == ("dense_accuracy" in run.summary) == (method == "acdc")
     assert ("ensemble" in run.summary) == (method in ("edst", "dst_ensemble", "card"))

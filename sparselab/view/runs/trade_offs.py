@@ -19,7 +19,8 @@ from ..figures.theme import OKABE_ITO, TEXT, panel_titles, titled
 from .table import Group, by_label, groups_of
 
 # %% ../../../nbs/view/runs/13_trade_offs.ipynb #b7ed549d
-_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "triangle-left", "triangle-right", "cross", "hourglass", "bowtie")
+_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "triangle-left", "triangle-right", "cross", "hourglass", "bowtie",
+            "octagon")
 _OTHERS = ("star", "pentagon", "hexagon")
 STYLES = {  # family -> colour, and the markers of its methods in turn
     "dense": ("grey", ("x",)), "verified": ("vermillion", _MARKERS), "dynamic": ("blue", _MARKERS), "static": ("sky", _MARKERS),

@@ -202,7 +202,7 @@ DASH = {"solid": "-", "dot": ":", "dash": "--", "dashdot": "-.", "longdash": (0,
 STEPS = {"hv": "post", "vh": "pre", "hvh": "mid"}
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "cross": "P", "x": "X", "triangle-up": "^", "triangle-down": "v", "star": "*",
            "pentagon": "p", "hexagon": "h", "line-ns": "|", "line-ew": "_", "triangle-left": "<", "triangle-right": ">", "hourglass": "H",
-           "bowtie": "d", "octagon": "8", "star-square": "P"}
+           "bowtie": "d", "octagon": "8"}
 
 
 def hue_of(page: Page, trace) -> str:

@@ -6,6 +6,7 @@
 __all__ = ['GROWTH', 'drop_and_grow', 'Updating', 'Replacing', 'SET', 'RigL']
 
 # %% ../../nbs/sparse/16_drop_grow.ipynb #6f064956
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,7 +40,7 @@ def drop_and_grow(mask: Tensor, drop_scores: Tensor, grow_scores: Tensor, keep: 
 
 # %% ../../nbs/sparse/16_drop_grow.ipynb #70a36e5a
 @dataclass(kw_only=True, eq=False, repr=False)
-class Updating(Sparsifier, abstract=True):
+class Updating(Sparsifier, ABC, abstract=True):
     """When masks change: every `update_every` steps, until the share `end` of training.
 
     An update replaces `drop_fraction` of the weights, falling to 0 along a cosine. `accumulate`: steps whose dense gradients are added
@@ -109,9 +110,9 @@ class Updating(Sparsifier, abstract=True):
         self.gradients, self.waiting = {}, None
         return True
 
+    @abstractmethod
     def replace_weights(self) -> None:
         """Give every layer its next mask."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which weights an update replaces.")
 
 # %% ../../nbs/sparse/16_drop_grow.ipynb #10fc8784
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -140,9 +141,9 @@ class Replacing(Updating, abstract=True):
         """What the active weights of a layer are kept by at this step, in flat order."""
         return magnitude(self.masks.weights[name][self.masks[name]], None, None)
 
+    @abstractmethod
     def grow_scores(self, name: str) -> Tensor:
         """What the weights of a layer are grown by at this step, of the shape of the layer."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what weights are grown by.")
 
     def update_group(self, names: list[str], keep: int, count: int) -> None:
         """Give the layers `names`, ranked together, their next masks: `keep` weights stay, `count` are active after it."""

@@ -25,7 +25,12 @@ class HYDRA(MaskSearch):
     distribution: str = "uniform"
     mask_decay: float = 1e-4
 
-    def first_score(self, weight: Tensor, mask: Tensor) -> Tensor:
+    def first_scores(self, first: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.as_scores(self.masks.weights[name].detach()) for name in first}
+
+    @staticmethod
+    def as_scores(weight: Tensor) -> Tensor:
+        """A layer's weights in the scale of scores; they rank as the weights do."""
         if not weight.numel():
             return weight.clone()
         return weight * (math.sqrt(6 / weight[0].numel()) / weight.abs().max().clamp(min=torch.finfo(weight.dtype).tiny))

@@ -7,6 +7,7 @@ __all__ = ['NEAR', 'Frozen', 'MaskSearch', 'Jackpots']
 
 # %% ../../nbs/sparse/14_jackpots.ipynb #b8c335d9
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ NEAR = 0.99  # score of the weights outside the first mask; 1 inside
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class MaskSearch(Frozen, abstract=True):
+class MaskSearch(Frozen, ABC, abstract=True):
     """Learn the mask of a trained `model` whose parameters stay as they are; a subclass says how the scores begin and rank.
 
     `mask_lr` (along a cosine to 0), `mask_momentum`, `mask_decay`: of the scores' SGD; `record_every`: steps between the
@@ -93,13 +94,9 @@ class MaskSearch(Frozen, abstract=True):
             assign(self.masks, name, mask)
         self.restore()
 
+    @abstractmethod
     def first_scores(self, first: dict[str, Tensor]) -> dict[str, Tensor]:
         """The scores of all layers that the search begins with; `first`: the masks of the largest weights."""
-        return {name: self.first_score(self.masks.weights[name].detach(), mask) for name, mask in first.items()}
-
-    def first_score(self, weight: Tensor, mask: Tensor) -> Tensor:
-        """The scores that a layer begins with; they rank its weights as magnitude does."""
-        raise NotImplementedError
 
     def rank(self, score: Tensor) -> Tensor:
         """What the mask keeps the highest of."""
@@ -155,5 +152,5 @@ class Jackpots(MaskSearch):
 
     distribution: str = "global"
 
-    def first_score(self, weight: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, 1.0, NEAR).to(weight.dtype)
+    def first_scores(self, first: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.where(mask, 1.0, NEAR).to(self.masks.weights[name].dtype) for name, mask in first.items()}

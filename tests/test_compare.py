@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -21,6 +22,7 @@ from torch import nn
 pytest.importorskip("plotly", reason="figures need the extra lab")
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import train
+from sparselab.learn.files import write_sealed
 from sparselab.learn.models import build
 from sparselab.learn.runs import Run, runs_in
 from sparselab.sparse.history import MaskHistory
@@ -81,6 +83,18 @@ def test_every_run_is_a_row_whatever_its_state(rows):
     assert set(states.values()) == {"finished"} and len(finished(rows)) == 7
     assert "2 of 9 runs are in no figure: " in left_out(rows) and "killed (epoch 30 of 30)" in left_out(rows)
     assert len(run_table(rows).rows) == 9 and run_table(rows[:0]).rows == [] and "no run here" in left_out(rows[:0])
+
+
+def test_a_run_that_goes_on_from_another_is_told_from_one_that_began_anew(tmp_path):
+    fresh = [made(run=f"rigl-s{seed}", method="rigl", seed=seed, clean=0.9, epochs=60) for seed in (0, 1)]
+    gone_on = [row | {"run": f"rigl-s{row['seed']}.to-60", "continues": f"rigl-30-s{row['seed']}", "clean": 0.8} for row in fresh]
+    rows = table_of([*fresh, *gone_on])
+    assert {group.label: len(group.rows) for group in groups_of(rows)} == {"rigl": 2, "rigl · continues rigl-30": 2}
+    assert run_table(rows).columns[-1] == "continues" and "continues" not in run_table(rows[:2]).columns
+    run = tmp_path / "made.to-2"
+    run.mkdir()
+    write_sealed(run / "config.json", {**asdict(Config()), "continues": "made"})
+    assert run_rows(tmp_path)["continues"].tolist() == ["made"]
 
 
 def test_the_csv_holds_every_number_of_the_summaries(folder, rows):

@@ -8,6 +8,7 @@ __all__ = ['COLUMNS', 'PROBLEM', 'table_of', 'run_rows', 'finished', 'selected',
 
 # %% ../../../nbs/view/runs/12_table.ipynb #560175c5
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -30,7 +31,7 @@ from .results import MEASURES, ResultsTable, flops_share, spread
 _FIRST = ("method", "sparsity", "seed", "dataset", "model", "objective", "eps", "epochs")
 _FOUND = (*MEASURES, "nnz", "total", "training_flops", "training_share", "inference_flops", "inference_share", "seconds")
 _PLACES = ("runs_dir", "data_dir", "resume", "device")
-COLUMNS = ("run", "state", *_FIRST, *_FOUND, *(f.name for f in fields(Config) if f.name not in (*_FIRST, *_PLACES)))
+COLUMNS = ("run", "state", *_FIRST, *_FOUND, *(f.name for f in fields(Config) if f.name not in (*_FIRST, *_PLACES)), "continues")
 
 
 def table_of(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
@@ -56,7 +57,8 @@ def _row(run: Run, name: str) -> dict[str, object]:
     state = problem or damage or ("finished" if run.finished else going)
     if config and config["method"] == "dense":
         config["sparsity"] = 0.0  # it ignores what is asked for
-    return {"source": run, "run": name, "state": state} | (config or {}) | _found(summary or {})
+    continues, _ = attempt(lambda: run.continues)
+    return {"source": run, "run": name, "state": state, "continues": continues} | (config or {}) | _found(summary or {})
 
 
 def _found(summary: dict) -> dict[str, object]:
@@ -102,13 +104,14 @@ def ordered(rows: pd.DataFrame, sort: str) -> pd.DataFrame:
 # %% ../../../nbs/view/runs/12_table.ipynb #3f7566d7
 _SHOWN = {"run": "", "state": "", "method": "", "sparsity": ".2%", "seed": "d", "dataset": "", "model": "", "objective": "",
           "eps": ".4g", **dict.fromkeys(MEASURES, ".2%"), "nnz": ",d", "training_share": ".2%", "inference_share": ".2%",
-          "seconds": ",.0f"}
+          "seconds": ",.0f", "continues": ""}
 
 
 def run_table(rows: pd.DataFrame) -> ResultsTable:
-    """The rows as a table that a notebook shows; FLOPs are shares of the dense network's."""
-    columns = [["-" if pd.isna(value) else format(value, form) for value in rows[name]] for name, form in _SHOWN.items()]
-    return ResultsTable([list(row) for row in zip(*columns, strict=True)], [name.replace("_share", " FLOPs") for name in _SHOWN])
+    """The rows as a table that a notebook shows; FLOPs are shares of the dense network's. A last column says which run another one continues."""
+    shown = {name: form for name, form in _SHOWN.items() if name != "continues" or rows[name].notna().any()}
+    columns = [["-" if pd.isna(value) else format(value, form) for value in rows[name]] for name, form in shown.items()]
+    return ResultsTable([list(row) for row in zip(*columns, strict=True)], [name.replace("_share", " FLOPs") for name in shown])
 
 
 def run_csv(rows: pd.DataFrame) -> str:
@@ -133,12 +136,16 @@ _SETTINGS = COLUMNS[COLUMNS.index("seconds") + 1:] + ("epochs",)
 
 def labels_of(rows: pd.DataFrame) -> list[str]:
     """What to call the experiment of each row, but for sparsity and seed: the method, and what tells it from other runs' here."""
+    experiments = rows["continues"].map(lambda run: re.sub(r"-s\d+", "", run) if isinstance(run, str) else "")  # without the seed
+    rows = rows.assign(continues=experiments)
+
     def several(column: str, among: pd.DataFrame) -> bool:
         return _comparable(among[column]).astype(object).fillna("").nunique() > 1
 
     told = {method: [column for column in PROBLEM if several(column, rows)] + [column for column in _SETTINGS if several(column, group)]
             for method, group in rows.groupby("method")}
-    return [" · ".join([row["method"], *(_text(column, row[column]) for column in told[row["method"]])]) for _, row in rows.iterrows()]
+    return [" · ".join([row["method"], *(_text(column, row[column]) for column in told[row["method"]] if column != "continues" or row[column])])
+            for _, row in rows.iterrows()]
 
 
 def _text(column: str, value: object) -> str:

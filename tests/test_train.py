@@ -246,7 +246,7 @@ def test_two_processes_do_not_write_one_run(config):
         os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize("objective", ["natural", "pgd", "crown_ibp", "sabr", "mtl_ibp", "cc_ibp", "exp_ibp"])
+@pytest.mark.parametrize("objective", ["natural", "pgd", "crown_ibp", "sabr", "mtl_ibp", "cc_ibp", "exp_ibp", "taps", "staps"])
 def test_every_objective_trains_a_batchnorm_network_sparse(config, objective):
     run = train(replace(config, objective=objective, model="cnn5_bn", model_options={"width": 4}, epochs=2, sparsity=0.8,
                         train_samples=300, test_samples=5))

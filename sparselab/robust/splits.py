@@ -100,15 +100,15 @@ def bounded(net: Reduced, of: Margins, lines: Lines, alpha: Tensor, pull: Tensor
         here = a[:, group]
         coefficients[:, group] = here.clamp(min=0) * low[:, group] + here.clamp(max=0) * lines.slope[:, group] - pull[:, group]
         if group.start:
-            a[:, : group.start] += coefficients[:, group] @ net.L[group, : group.start]
-    A = of.g + coefficients @ net.G
+            a[:, : group.start] += net.pulls[group.start].back(coefficients[:, group])
+    A = of.g + net.reads.back(coefficients)
     constant = of.c + coefficients @ net.h + (a.clamp(max=0) * lines.height).sum(1)
     x = net.centre - net.radius * A.sign()
     value = constant + A @ net.centre - A.abs() @ net.radius
-    z, y = x @ net.G.T + net.h, torch.zeros_like(a)
+    z, y = net.reads.forth(x) + net.h, torch.zeros_like(a)
     for group in net.groups:
         if group.start:
-            z[:, group] += y[:, : group.start] @ net.L[group, : group.start].T
+            z[:, group] += net.pulls[group.start].forth(y[:, : group.start])
         here = z[:, group]
         y[:, group] = torch.where(a[:, group] >= 0, low[:, group] * here, lines.slope[:, group] * here + lines.height[:, group])
     return Bound(value, x, z, a)

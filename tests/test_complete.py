@@ -281,7 +281,8 @@ class Parts(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.norm, self.second, self.side, self.last = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 2, 1), nn.Linear(20, 3)
+        self.first, self.norm, self.second = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
+        self.side, self.last = nn.Conv2d(3, 2, 1), nn.Linear(20, 3)
         self.norm.running_mean.normal_(), self.norm.running_var.uniform_(0.5, 2)
 
     def forward(self, x):
@@ -411,7 +412,7 @@ def test_workers_and_records_change_nothing(tmp_path):
     for cut in (len(data), len(data) - 1, 2 * len(data) // 3, 10):
         file.write_bytes(data[:cut])
         told = []
-        resumed = decide(net, x, y, 0.06, budget=30, record=file, progress=lambda *news: told.append(news))
+        resumed = decide(net, x, y, 0.06, budget=30, record=file, progress=lambda *news, told=told: told.append(news))
         assert resumed.verdicts == alone.verdicts and resumed.counterexamples.keys() == alone.counterexamples.keys()
         torch.testing.assert_close(resumed.margins, alone.margins)
         assert len(told) == 24 - data[:cut].count(b"\n") + (data[:cut].count(b"\n") > 0)

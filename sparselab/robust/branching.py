@@ -82,7 +82,7 @@ WAITING = 2**28  # numbers that the domains which wait may hold
 
 @dataclass
 class Found:
-    """What a search found: `proved`, or a counterexample `x` (P,), or neither, with the `reason`; the bound of the least margin, and the domains bounded."""
+    """What a search found: `proved`, or a counterexample `x` (P,), or neither, with the `reason`; a bound of the least margin, and the domains."""
 
     proved: bool
     bound: float

@@ -100,7 +100,8 @@ class Verdicts(Verification):
         for name in STAGES:
             here = [record.verdict for record in self.records if record.stage == name and record.verdict != "unknown"]
             tried = sum(name in record.seconds for record in self.records)
-            rows.append((name, f"{tried:,}", f"{here.count('verified'):,}", f"{here.count('falsified'):,}", f"{seconds[name]:.2f}", Share(len(here) / total)))
+            counts = (f"{count:,}" for count in (tried, here.count("verified"), here.count("falsified")))
+            rows.append((name, *counts, f"{seconds[name]:.2f}", Share(len(here) / total)))
         rows.append(("none", "", "", "", "", f"{self.count('unknown'):,} unknown"))
         return Card("Verdicts", ", ".join(f"{self.count(name):,} {name}" for name in VERDICTS),
                     [Table(("stage", "ran on", "verified", "falsified", "seconds", "decided"), rows)])
@@ -113,7 +114,9 @@ SLOPES = 30  # steps of the ascent of the stage alpha_crown
 class _Cascade:
     """The stages, over the samples of one batch; `run` yields each verdict when it is known."""
 
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, eps: float, budget: float, methods: Sequence[str], engine: str | Engine, batch_size: int):
+    def __init__(
+        self, model: nn.Module, x: Tensor, y: Tensor, eps: float, budget: float, methods: Sequence[str], engine: str | Engine, batch_size: int
+    ):
         self.model, self.x, self.y, self.eps, self.budget = model, x, y, eps, budget
         self.methods, self.engine, self.batch_size = methods, engine, batch_size
         self.lower, self.upper = input_box(x, eps)
@@ -175,12 +178,12 @@ class _Cascade:
         attacked = self.engine if isinstance(self.engine, nn.Module) else self.model  # the twin of a sparse network is faster
         decided = {}
         try:
-            points = torch.cat([pgd(attacked, self.x[part], self.y[part], self.eps, early_stop=True, **ATTACK) for part in rows.split(self.batch_size)])
+            parts = [pgd(attacked, self.x[part], self.y[part], self.eps, early_stop=True, **ATTACK) for part in rows.split(self.batch_size)]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # autograd cannot go through it
             return decided
-        for i, point in zip(rows.tolist(), points, strict=True):
+        for i, point in zip(rows.tolist(), torch.cat(parts), strict=True):
             if (wrong := self._replayed(i, point)) is not None:
                 decided[i] = "falsified", wrong
         return decided
@@ -247,7 +250,8 @@ class _Cascade:
             slack = 2 * rounding(ask(self.model, image)).cpu()
             outside = torch.maximum(net.lb - z, z - net.ub) > 1e-6 * (net.ub - net.lb)
             if bool(((ours - margins).abs() > slack).any()) or bool(outside.any()):
-                raise Contradiction(f"The network that branch and bound would split differs from the model at a point of box {i}. No verdict is given. Please report the model.")
+                raise Contradiction(f"The network that branch and bound would split differs from the model at a point of box {i}. "
+                                    "No verdict is given. Please report the model.")
 
     def _attacked(self, i: int, bound: float) -> None:
         """Contradiction where a short attack on the real model ends below the bound."""
@@ -260,15 +264,21 @@ class _Cascade:
             return
         slack = 2 * float(rounding(ask(self.model, self.x[one])))
         if float(self._margins(i, point)) < bound - slack:
-            raise Contradiction(f"A search proved a margin of {bound:.6g} for box {i}, but the model has {self.seen[i]:.6g} there. Please report the model.")
+            raise Contradiction(f"A search proved a margin of {bound:.6g} for box {i}, but the model has {self.seen[i]:.6g} there. "
+                                "Please report the model.")
 
 # %% ../../nbs/robust/23_cascade.ipynb #70da4bd2
 def fingerprint(model: nn.Module) -> str:
     """A digest of the names and values of all parameters and buffers."""
     parts = []
     for name, value in model.state_dict().items():
-        parts += [name.encode(), str((value.dtype, tuple(value.shape))).encode(), value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()]
+        parts += [name.encode(), *_octets(value)]
     return digest(*parts)
+
+
+def _octets(x: Tensor) -> tuple[bytes, bytes]:
+    """Type and shape, and the values."""
+    return str((x.dtype, tuple(x.shape))).encode(), x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _finite(value: float) -> float | None:
@@ -289,7 +299,8 @@ class _Record:
             with open(self.path, "ab") as file:
                 file.truncate(len(whole))
         except OSError as error:
-            raise OSError(f"The verdicts cannot be written to {self.path} ({error.strerror or error}): name a file in a folder that can be written to.") from error
+            raise OSError(f"The verdicts cannot be written to {self.path} ({error.strerror or error}): "
+                          "name a file in a folder that can be written to.") from error
         if not whole:
             self._write(header)
 
@@ -305,7 +316,8 @@ class _Record:
             self.verdicts.append(Verdict(**row, bound=bound, seen=seen, counterexample=point))
         elif row != header:
             other = next(name for name in header if row.get(name) != header[name])
-            raise ValueError(f"{self.path} holds verdicts of another call: its {other} is {shortened(row.get(other))}, not {shortened(header[other])}. Name another file.")
+            there, here = shortened(row.get(other)), shortened(header[other])
+            raise ValueError(f"{self.path} holds verdicts of another call: its {other} is {there}, not {here}. Name another file.")
 
     @property
     def _numpy(self) -> np.dtype:
@@ -399,8 +411,9 @@ def decide(
     """
     check_engine(engine), check_task(model, x, y, eps, batch_size, None), _check_budget(budget, workers, x)
     options = (model, x, y, eps, float(budget), _methods(methods), engine, batch_size)
-    header = {"format": "sparselab verdicts 1", "model": fingerprint(model), "images": digest(x.detach().cpu().contiguous().numpy().tobytes(), str((x.dtype, tuple(x.shape))).encode()),
-              "labels": digest(y.cpu().contiguous().numpy().tobytes()), "eps": float(eps), "budget": float(budget), "methods": options[5], "engine": engine if isinstance(engine, str) else type(engine).__name__}
+    name = engine if isinstance(engine, str) else type(engine).__name__
+    header = {"format": "sparselab verdicts 1", "model": fingerprint(model), "images": digest(*_octets(x)), "labels": digest(*_octets(y)),
+              "eps": float(eps), "budget": float(budget), "methods": options[5], "engine": name}
     kept = _Record(record, header, x[:1][0]) if record is not None and len(x) else None
     verdicts: list[Verdict] = kept.verdicts if kept else []
     known = {verdict.index for verdict in verdicts}

@@ -144,7 +144,8 @@ def reduced(pass_: IntervalPass, C: Tensor) -> Reduced:
     last, box = len(pass_.steps), pass_.intervals[0]
     for step in pass_.steps:
         if not (step.layer.linear or step.layer.switch):
-            raise Unreduced(f"Layer '{step.name}' ({type(step.layer).__name__}) is neither linear nor a ReLU, and branch and bound splits ReLUs alone.")
+            what = f"Layer '{step.name}' ({type(step.layer).__name__})"
+            raise Unreduced(f"{what} is neither linear nor a ReLU, and branch and bound splits ReLUs alone.")
     units, groups, ends, n = {}, [], [], 0
     for number, step in enumerate(pass_.steps, 1):
         if step.layer.switch:

@@ -8,13 +8,18 @@ _HOME = {  # public name -> the module that defines it
     "ENGINES": "bounds",
     "Engine": "bounds",
     "Grafted": "grafting",
+    "LEARNED": "bounds",
     "LayerStability": "neurons",
     "METHODS": "bounds",
     "UnsupportedLayer": "rules",
+    "VERDICTS": "cascade",
+    "Verdict": "cascade",
+    "Verdicts": "cascade",
     "Verification": "verification",
     "bounds": "bounds",
     "check_order": "verification",
     "crown_ibp": "crown",
+    "decide": "cascade",
     "engine_table": "bounds",
     "eval_mode": "modes",
     "fgsm": "attacks",
@@ -39,13 +44,18 @@ __all__ = [
     "ENGINES",
     "Engine",
     "Grafted",
+    "LEARNED",
     "LayerStability",
     "METHODS",
     "UnsupportedLayer",
+    "VERDICTS",
+    "Verdict",
+    "Verdicts",
     "Verification",
     "bounds",
     "check_order",
     "crown_ibp",
+    "decide",
     "engine_table",
     "eval_mode",
     "fgsm",
@@ -71,7 +81,8 @@ if TYPE_CHECKING:
     from .attacks import fgsm, pgd, survivors
     from .boxes import input_box, margin_matrix
     from .crown import crown_ibp, fused_upper
-    from .bounds import ENGINES, METHODS, Engine, bounds, engine_table
+    from .bounds import ENGINES, LEARNED, METHODS, Engine, bounds, engine_table
+    from .cascade import VERDICTS, Verdict, Verdicts, decide
     from .grafting import Grafted, graft, grafted_like, sites, written_out
     from .ibp import interval_pass, recorded_statistics
     from .modes import eval_mode, full_precision, worst_margin

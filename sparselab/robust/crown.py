@@ -7,6 +7,8 @@ __all__ = ['backward', 'one_hot', 'crown_ibp', 'CrownPass', 'crown_pass', 'relat
 
 # %% ../../nbs/robust/09_crown.ipynb #b6d6fd16
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +21,13 @@ from .rules import Graph, Statistics
 
 # %% ../../nbs/robust/09_crown.ipynb #625681d3
 @written_precision
-def backward(pass_: IntervalPass, A: Tensor, place: int, both: bool = True) -> tuple[Tensor, Tensor]:
+def backward(
+    pass_: IntervalPass, A: Tensor, place: int, both: bool = True, instead: Mapping[int, Layer] = MappingProxyType({})
+) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds, each (B, S), of A y for A (B or 1, S, *y), where y is the activation at `place`.
 
-    With `both` False only the first result is a bound, at half the price; the second has no meaning.
+    With `both` False only the first result is a bound, at half the price; the second has no meaning. `instead`: layers that stand in for
+    those of the pass, by the place that they lead to.
     """
     rows, centre, mirrored = {place: A}, apply_rows(A, pass_.at(place).mid), not both
     while (here := max(rows)) > 0:
@@ -32,7 +37,7 @@ def backward(pass_: IntervalPass, A: Tensor, place: int, both: bool = True) -> t
             centre, mirrored = torch.cat([centre, -centre], 1), True
         boxes = pass_.inputs(step)
         with Refusing(step):
-            parts, constant = step.layer.backward(rows.pop(here), *boxes, pass_.at(here))
+            parts, constant = instead.get(here, step.layer).backward(rows.pop(here), *boxes, pass_.at(here))
         centre = centre + constant
         for i, box, part in zip(step.inputs, boxes, parts, strict=True):
             if box is not pass_.intervals[i]:  # a refined box has another centre

@@ -152,7 +152,7 @@ def middle(lower: Tensor, upper: Tensor) -> Tensor:
 def carry(pass_: IntervalPass, model: nn.Module, statistics: Statistics | None, graph: Graph) -> IntervalPass:
     """Take the pass, which has the input's box, through all operations of the graph."""
     names, output = graph.program.names, graph.program.output
-    values = graph.constants(model) | {graph.program.input: pass_.intervals[0]}
+    values = graph.constants(model, pass_.intervals[0].dtype) | {graph.program.input: pass_.intervals[0]}
     with Naming(graph.program) as here:
         for here.node in graph.layers:  # an error raised inside names here.node
             values[here.node] = _through(pass_, graph, here.node, values, statistics or [])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..program import BATCH_NORMS, Program, Unreadable, arguments, fetch, operation
-from .boxes import Interval, Refused, in_full_width
+from .boxes import Interval, Refused
 from .curves import ELU, GELU, Clamp, Curve, Exp, Hardsigmoid, Hardswish, Leaky, Log, Mish, Power, Sigmoid, SiLU, Softplus, Tanh
 from .layers import Add, Concat, Linear, MatMul, Move, Reshape, Scale
 from .products import Maximum, Minimum, Product
@@ -678,9 +678,10 @@ class Graph:
             program.kept["graph"] = cls(program)
         return program.kept["graph"]
 
-    def constants(self, model: nn.Module) -> dict[fx.Node, Any]:
-        """The value of every node that does not depend on the input, with the weights of `model`; at least single precision."""
-        values = {node: in_full_width(tensor) for node, tensor in fetch(self.program, model).items()}
+    def constants(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[fx.Node, Any]:
+        """The value of every node that does not depend on the input, with the weights of `model`; at least in the precision `dtype`."""
+        values = {node: tensor.to(torch.promote_types(tensor.dtype, dtype)) if tensor.is_floating_point() else tensor
+                  for node, tensor in fetch(self.program, model).items()}
         for node in self.program.nodes:
             if node in self.transposed:
                 values[node] = Transposed(values[node.args[0]])

@@ -1,0 +1,469 @@
+"""Complete verification against a MILP, against all patterns of ReLUs, against attacks and against planted counterexamples."""
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from test_external import EPS, mnist, task, weights  # noqa: F401
+from torch import nn
+
+from sparselab.program import read
+from sparselab.robust import Contradiction, bounds, decide, input_box, margin_matrix, pgd, verify, worst_margin
+from sparselab.robust import branching as module_branching
+from sparselab.robust import cascade as module
+from sparselab.robust.ibp import interval_pass
+from sparselab.robust.reduced import double_pass, reduced
+from sparselab.robust.splits import Domains, climb, tightened
+
+ORDER = ("ibp", "crown_ibp", "crown", "alpha_crown")
+
+
+def network(seed: int, inputs: int = 4, width: int = 10, depth: int = 2, classes: int = 3, sparsity: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers, size = [], inputs
+    for _ in range(depth):
+        layers += [nn.Linear(size, width), nn.ReLU()]
+        size = width
+    net = nn.Sequential(*layers, nn.Linear(size, classes))
+    with torch.no_grad():
+        for layer in net[::2]:
+            nn.init.kaiming_normal_(layer.weight)
+            layer.weight *= torch.rand_like(layer.weight) >= sparsity
+            layer.bias.normal_(std=0.3)
+        net[-1].bias -= net(torch.rand(1000, inputs)).mean(0)  # every class occurs
+    return net
+
+
+def right(net: nn.Module, n: int, inputs: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images, and the labels that the network gives them."""
+    x = torch.rand(n, inputs, generator=torch.Generator().manual_seed(1))
+    return x, net(x).argmax(1)
+
+
+def open_neurons(net: nn.Sequential, low: torch.Tensor, up: torch.Tensor) -> int:
+    found = interval_pass(net, low.unsqueeze(0), up.unsqueeze(0)).preactivations.values()
+    return sum(int(((lb < 0) & (ub > 0)).sum()) for lb, ub in found)
+
+
+def least_by_milp(net: nn.Sequential, low: torch.Tensor, up: torch.Tensor, label: int) -> float:
+    """The least margin on a box, from the weights alone, by Tjeng's formulation with intervals as big M (arXiv 1711.07356)."""
+    low, up = low.double().numpy(), up.double().numpy()
+    kinds, limits, equal, most = [0] * len(low), [*zip(low, up, strict=True)], [], []
+    here, lb, ub = list(range(len(low))), low, up
+
+    def new(a: float, b: float, whole: int = 0) -> int:
+        kinds.append(whole), limits.append((a, b))
+        return len(kinds) - 1
+
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            W, bias = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
+            lb, ub = bias + W.clip(0) @ lb + W.clip(max=0) @ ub, bias + W.clip(0) @ ub + W.clip(max=0) @ lb
+            after = [new(a, b) for a, b in zip(lb, ub, strict=True)]
+            equal += [({z: 1.0} | {s: -w for s, w in zip(here, row, strict=True)}, c) for z, row, c in zip(after, W, bias, strict=True)]
+            here = after
+        else:
+            after = []
+            for z, a, b in zip(here, lb, ub, strict=True):
+                y = new(0.0, max(b, 0.0))
+                after.append(y)
+                if a >= 0:
+                    equal.append(({y: 1.0, z: -1.0}, 0.0))
+                elif b > 0:
+                    on = new(0.0, 1.0, 1)
+                    most += [({z: 1.0, y: -1.0}, 0.0), ({y: 1.0, on: -b}, 0.0), ({y: 1.0, z: -1.0, on: -a}, -a)]
+            here, lb, ub = after, lb.clip(0), ub.clip(0)
+
+    def dense(rows: list[tuple[dict, float]]) -> tuple[np.ndarray, np.ndarray]:
+        matrix = np.zeros((len(rows), len(kinds)))
+        for i, (row, _) in enumerate(rows):
+            for j, value in row.items():
+                matrix[i, j] = value
+        return matrix, np.array([constant for _, constant in rows])
+
+    (A, a), (B, b), found = dense(equal), dense(most), []
+    constraints = [LinearConstraint(A, a, a)] + ([LinearConstraint(B, -np.inf, b)] if most else [])
+    for other in range(len(here)):
+        if other != label:
+            cost = np.zeros(len(kinds))
+            cost[here[label]], cost[here[other]] = 1.0, -1.0
+            solved = milp(cost, integrality=kinds, bounds=Bounds(*zip(*limits, strict=True)), constraints=constraints, options={"mip_rel_gap": 0.0})
+            assert solved.status == 0, solved.message
+            found.append(solved.fun)
+    return min(found)
+
+
+def least_by_patterns(net: nn.Sequential, low: torch.Tensor, up: torch.Tensor, label: int) -> float:
+    """The least margin on a box: a linear program for each of the 2^k patterns of a network with one hidden layer."""
+    (W, b), (V, c) = ((layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()) for layer in (net[0], net[2]))
+    low, up, found = low.double().numpy(), up.double().numpy(), []
+    for pattern in itertools.product((0.0, 1.0), repeat=len(b)):
+        on = np.array(pattern)
+        sign = 1 - 2 * on  # sign (W x + b) <= 0
+        for other in range(len(c)):
+            row = V[label] - V[other]
+            if other != label:
+                solved = linprog((row * on) @ W, sign[:, None] * W, -sign * b, bounds=list(zip(low, up, strict=True)), method="highs")
+                if solved.status == 0:
+                    found.append(solved.fun + (row * on) @ b + c[label] - c[other])
+    return min(found)
+
+
+def agree(found, truth: list[float], complete: list[bool]) -> None:
+    """No verdict contradicts the least margins; with `complete` there is one, unless the margin is rounding."""
+    for record, least, must in zip(found.records, truth, complete, strict=True):
+        assert record.bound <= least + 1e-4, record
+        if record.verdict != "unknown":
+            assert (least > -1e-5) if record.verdict == "verified" else (least <= 1e-5), (record, least)
+        elif must:
+            assert abs(least) < 1e-5, (record, least)
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_never_contradicts_a_milp_and_is_complete(block):
+    """100 networks in ten blocks, dense and sparse; four images each at a radius where both verdicts occur."""
+    verdicts = []
+    for seed in range(10 * block, 10 * block + 10):
+        net = network(seed, width=6 + seed % 7, depth=1 + seed % 3, sparsity=(0.0, 0.5, 0.8)[seed // 3 % 3])
+        x, y = right(net, 4)
+        eps = (0.05, 0.1, 0.2)[seed % 3]
+        lower, upper = input_box(x, eps)
+        found = decide(net, x, y, eps, budget=20)
+        truth = [least_by_milp(net, lower[i], upper[i], int(y[i])) for i in range(4)]
+        agree(found, truth, [open_neurons(net, lower[i], upper[i]) <= 15 for i in range(4)])
+        verdicts += found.verdicts
+    assert {"verified", "falsified"} <= set(verdicts)
+
+
+def test_is_what_all_patterns_say():
+    verdicts = []
+    for seed in range(6):
+        net = network(seed, inputs=3, width=6, depth=1)
+        x, y = right(net, 3, 3)
+        lower, upper = input_box(x, 0.15)
+        found = decide(net, x, y, 0.15, budget=20)
+        truth = [least_by_patterns(net, lower[i], upper[i], int(y[i])) for i in range(3)]
+        agree(found, truth, [True] * 3)
+        np.testing.assert_allclose(truth, [least_by_milp(net, lower[i], upper[i], int(y[i])) for i in range(3)], atol=1e-5)
+        verdicts += found.verdicts
+    assert {"verified", "falsified"} == set(verdicts)
+
+
+def test_branch_and_bound_alone_finds_the_truth(monkeypatch):
+    """Without attack and bounds before it, the search itself decides, in both directions."""
+    monkeypatch.setattr(module._Cascade, "_pgd", lambda self, rows: {})
+    counts = {"verified": 0, "falsified": 0}
+    for seed in range(8):
+        net = network(seed, width=8, depth=2, sparsity=0.3 * (seed % 2))
+        x, y = right(net, 6)
+        lower, upper = input_box(x, 0.12)
+        found = decide(net, x, y, 0.12, budget=20, methods=[])
+        agree(found, [least_by_milp(net, lower[i], upper[i], int(y[i])) for i in range(6)], [True] * 6)
+        for record in found.records:
+            assert record.stage == "branch_and_bound"
+            counts[record.verdict] += 1
+            if record.verdict == "falsified":
+                point = record.counterexample
+                assert (point >= lower[record.index]).all() and (point <= upper[record.index]).all()
+                assert worst_margin(net(point.unsqueeze(0)), y[record.index : record.index + 1]).item() <= 0
+    assert min(counts.values()) > 5
+
+
+def test_leaves_are_decided_by_their_linear_program(monkeypatch):
+    """With no ascent the tree is grown to its leaves, and where the least margin is 0.001 their programs decide."""
+    monkeypatch.setattr(module_branching, "ROOT", 0)
+    asked = []
+    monkeypatch.setattr(module_branching, "leaf", lambda *a, leaf=module_branching.leaf: asked.append(1) or leaf(*a))
+    monkeypatch.setattr(module, "search", lambda net, until, wrong: module_branching.search(net, until, wrong, tried=1, steps=0))
+    for seed in range(4):
+        net = network(seed, width=5, depth=2)
+        x, y = right(net, 1)
+        (low,), (up,) = input_box(x, 0.15)
+        for shift, verdict in ((1e-3, "verified"), (-1e-3, "falsified")):
+            net[-1].bias.data[y[0]] += shift - least_by_milp(net, low, up, int(y[0]))
+            assert decide(net, x, y, 0.15, budget=20, methods=[]).verdicts == [verdict]
+    assert asked
+
+
+def broken_points(count: int) -> int:
+    """Points that PGD breaks, of several networks: how many were looked at; none may be verified."""
+    seen = 0
+    for seed in range(10**6):
+        net = network(seed, width=16, sparsity=(0.0, 0.6)[seed % 2])
+        x, y = right(net, 1000)
+        eps = (0.03, 0.08, 0.15)[seed % 3]
+        points = pgd(net, x, y, eps, steps=20)
+        broken = worst_margin(net(points), y) <= 0
+        x, y, points = x[broken], y[broken], points[broken]
+        lower, upper = input_box(x, eps)
+        C = margin_matrix(y, 3)
+        for method in ORDER:  # the raw bounds, without the guards of verify
+            assert not (bounds(net, lower, upper, method, C)[0] > 1e-5).all(1).any()
+        some = slice(0, 5)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module._Cascade, "_pgd", lambda self, rows: {})  # what PGD knows is kept from the cascade
+            found = decide(net, x[some], y[some], eps, budget=10, methods=[])
+        assert "verified" not in found.verdicts
+        seen += len(x)
+        if seen >= count:
+            return seen
+    raise AssertionError("unreachable")
+
+
+def test_what_an_attack_breaks_is_never_verified():
+    assert broken_points(1000) >= 1000
+
+
+@pytest.mark.slow
+def test_ten_thousand_points_that_an_attack_breaks_are_never_verified():
+    assert broken_points(10_000) >= 10_000
+
+
+def planted(seed: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor, float, torch.Tensor]:
+    """A network with a counterexample that attacks miss (after arXiv 2412.03154): in a small part of the box a bump lifts another class.
+
+    The bump is relu(1 - (sum of |x_i - p_i|) / width), zero with zero gradient elsewhere. Returns net, x, y, eps and the point p.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    inputs, eps, width = 6, 0.2, 0.08
+    x = 0.3 + 0.4 * torch.rand(1, inputs, generator=draw)
+    p = x + eps * (1.6 * torch.rand(1, inputs, generator=draw) - 0.8)
+    net = nn.Sequential(nn.Linear(inputs, 2 * inputs + 4), nn.ReLU(), nn.Linear(2 * inputs + 4, 5), nn.ReLU(), nn.Linear(5, 2))
+    with torch.no_grad():
+        for layer in net[::2]:
+            layer.weight.zero_(), layer.bias.zero_()
+        for i in range(inputs):
+            net[0].weight[2 * i, i], net[0].bias[2 * i] = 1.0, -p[0, i]
+            net[0].weight[2 * i + 1, i], net[0].bias[2 * i + 1] = -1.0, p[0, i]
+        net[0].weight[-4:] = 0.2 * torch.randn(4, inputs, generator=draw)
+        net[2].weight[0, : 2 * inputs], net[2].bias[0] = -1 / width, 1.0
+        net[2].weight[1:, -4:] = 0.2 * torch.randn(4, 4, generator=draw)
+        net[4].weight[1, 0] = 3.0
+        net[4].weight[:, 1:] = 0.1 * torch.randn(2, 4, generator=draw)
+        net[4].bias[0] = 1.0
+    return net, x, torch.tensor([0]), eps, p
+
+
+def test_planted_counterexamples_are_found_or_unknown():
+    stages = []
+    for seed in range(6):
+        net, x, y, eps, p = planted(seed)
+        assert worst_margin(net(x), y) > 0 > worst_margin(net(p), y)
+        assert worst_margin(net(pgd(net, x, y, eps, steps=40, restarts=3)), y) > 0, "the attack does not see it"
+        (record,) = decide(net, x, y, eps, budget=20).records
+        assert record.verdict != "verified"
+        if record.verdict == "falsified":
+            assert worst_margin(net(record.counterexample.unsqueeze(0)), y) <= 0
+        stages.append((record.verdict, record.stage))
+    assert ("falsified", "branch_and_bound") in stages
+
+
+def test_bounds_rise_from_method_to_method():
+    """IBP <= CROWN-IBP <= CROWN <= alpha-CROWN <= branch and bound <= PGD, sample by sample."""
+    net = network(3, width=20, depth=3)
+    x, y = right(net, 30)
+    eps = 0.06
+    lower, upper = input_box(x, eps)
+    C = margin_matrix(y, 3)
+    found = [bounds(net, lower, upper, method, C)[0].amin(1) for method in ORDER]
+    complete = decide(net, x, y, eps, budget=20)
+    seen = torch.tensor([record.seen for record in complete.records])
+    searched = torch.maximum(found[-1], torch.tensor([record.bound for record in complete.records]))
+    for below, above in itertools.pairwise([*found, searched, seen]):
+        assert (below <= above + 1e-4).all()
+    assert (found[3] > found[2] + 1e-3).any() and complete.count("unknown") == 0
+
+
+class Parts(nn.Module):
+    """Convolutions, a batch normalisation, a sum, a concatenation, an average pool and a leaky ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
+        self.side, self.last = nn.Conv2d(3, 2, 1), nn.Linear(20, 3)
+        self.norm.running_mean.normal_(), self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        x = nn.functional.leaky_relu(x + self.second(x), 0.2)
+        return self.last(nn.functional.avg_pool2d(torch.cat([x, self.side(x).relu()], 1), 2).flatten(1))
+
+
+def test_the_whole_graph_is_searched(monkeypatch):
+    monkeypatch.setattr(module._Cascade, "_pgd", lambda self, rows: {})
+    torch.manual_seed(1)
+    net = Parts().eval()
+    x = torch.rand(8, 1, 4, 4)
+    with torch.no_grad():
+        net.last.bias -= net(torch.rand(200, 1, 4, 4)).mean(0)
+        y = net(x).argmax(1)
+    eps = 0.05
+    found = decide(net, x, y, eps, budget=30, methods=[])
+    lower, upper = input_box(x, eps)
+    points = lower + torch.rand(3000, *x.shape).round() * (upper - lower)
+    with torch.no_grad():
+        margins = torch.stack([worst_margin(net(part), y) for part in points]).amin(0)
+    for record, least in zip(found.records, margins.tolist(), strict=True):
+        assert record.bound <= least + 1e-5 and (record.verdict != "verified" or least > 0)
+    assert found.count("unknown") == 0 and found.count("verified") and found.count("falsified")
+
+
+def test_the_reduced_network_is_the_network():
+    torch.manual_seed(0)
+    net = Parts().eval()
+    x = torch.rand(1, 1, 4, 4)
+    C = margin_matrix(torch.tensor([1]), 3, torch.float64)
+    for eps in (0.0, 0.01, 0.1, 0.3):
+        lower, upper = (x - eps), (x + eps)
+        with torch.no_grad():
+            one = reduced(double_pass(read(net, x), net, lower, upper), C)
+            two = tightened(one)
+            points = lower.double() + torch.rand(500, 1, 4, 4, dtype=torch.float64) * (upper - lower).double()
+            margins = net.double()(points) @ C[0].T
+            net.float()
+        for each in (one, two):
+            ours, z = each.forward(points.flatten(1)[:, each.pixels])
+            torch.testing.assert_close(ours, margins)
+            assert ((z >= each.lb) & (z <= each.ub)).all()
+        assert two.neurons <= one.neurons
+
+
+def test_a_split_half_is_bounded_by_its_own_points():
+    net = network(5, width=12, depth=2)
+    x, y = right(net, 1)
+    lower, upper = input_box(x, 0.2)
+    with torch.no_grad():
+        small = reduced(double_pass(read(net, x), net, lower, upper), margin_matrix(y, 3, torch.float64))
+    points = small.lower + torch.rand(100_000, len(small.lower), dtype=torch.float64) * (small.upper - small.lower)
+    margins, z = small.forward(points)
+    domains = Domains.whole(small, torch.zeros(1, dtype=torch.long))
+    for neuron in (0, small.neurons // 2, small.neurons - 1):
+        domains = domains.split(torch.full((len(domains),), neuron))
+    found, _ = climb(small, domains, 40, stop=math.inf)
+    seen = 0
+    for sign, value in zip(found.sign, found.value.tolist(), strict=True):
+        inside = (z * sign >= 0).all(1)
+        seen += int(inside.sum())
+        assert not inside.any() or margins[inside, 0].min() >= value - 1e-9
+    assert seen >= 100_000
+
+
+@pytest.mark.parametrize("late", [1e-6, 1e-3])
+def test_out_of_time_is_unknown(late):
+    net = network(0, width=30, depth=3)
+    x, y = right(net, 10)
+    found = decide(net, x, y, 0.1, budget=late)
+    assert set(found.verdicts) <= {"falsified", "unknown"} or late > 1e-5
+    for record in found.records:
+        assert record.verdict != "unknown" or record.reason == "time"
+
+
+@pytest.mark.parametrize("budget", [0, -1, math.inf, math.nan, True, "60"])
+def test_a_budget_that_is_no_time_is_refused(budget):
+    net = network(0)
+    x, y = right(net, 2)
+    with pytest.raises(ValueError, match="a verdict takes time"):
+        verify(net, x, y, 0.1, budget=budget)
+
+
+def test_a_wrong_reduction_is_a_contradiction(monkeypatch):
+    net = network(1, width=12)
+    x, y = right(net, 5)
+
+    def spoiled(*args):
+        small = reduced(*args)
+        small.c.add_(0.5)
+        return small
+
+    monkeypatch.setattr(module, "reduced", spoiled)
+    with pytest.raises(Contradiction, match="branch and bound"):
+        decide(net, x, y, 0.01, budget=10, methods=[])
+
+
+def test_a_search_that_lies_is_a_contradiction(monkeypatch):
+    net = network(1, width=12)
+    x, y = right(net, 5)
+    monkeypatch.setattr(module, "search", lambda *_: module_branching.Found(True, 5.0, 1))
+    with pytest.raises(Contradiction, match="proved a margin of 5"):
+        decide(net, x, y, 0.01, budget=10, methods=[])
+
+
+def test_a_counterexample_that_the_model_gets_right_is_no_counterexample(monkeypatch):
+    net = network(1, width=12)
+    x, y = right(net, 5)
+    monkeypatch.setattr(module, "search", lambda small, *_: module_branching.Found(False, -1.0, 1, small.centre))
+    found = decide(net, x, y, 0.01, budget=10, methods=[])
+    assert set(found.verdicts) == {"unknown"} and {record.reason for record in found.records} == {"a counterexample was lost in rounding"}
+
+
+def test_workers_and_records_change_nothing(tmp_path):
+    net = network(2, width=16)
+    x, y = right(net, 24)
+    y[0] = (y[0] + 1) % 3
+    alone = decide(net, x, y, 0.06, budget=30)
+    file = tmp_path / "verdicts.jsonl"
+    together = decide(net, x, y, 0.06, budget=30, workers=2, record=file)
+    assert together.verdicts == alone.verdicts
+    torch.testing.assert_close(together.margins, alone.margins)
+    assert together.counterexamples.keys() == alone.counterexamples.keys() and 0 in alone.counterexamples
+    data = file.read_bytes()
+    for cut in (len(data), len(data) - 1, 2 * len(data) // 3, 10):
+        file.write_bytes(data[:cut])
+        told = []
+        resumed = decide(net, x, y, 0.06, budget=30, record=file, progress=lambda *news, told=told: told.append(news))
+        assert resumed.verdicts == alone.verdicts and resumed.counterexamples.keys() == alone.counterexamples.keys()
+        torch.testing.assert_close(resumed.margins, alone.margins)
+        assert len(told) == 24 - data[:cut].count(b"\n") + (data[:cut].count(b"\n") > 0)
+        for i, point in resumed.counterexamples.items():
+            assert point.shape == x[0].shape and worst_margin(net(point.unsqueeze(0)), y[i : i + 1]).item() <= 0
+
+
+def test_a_record_of_something_else_is_refused(tmp_path):
+    net, file = network(2), tmp_path / "verdicts.jsonl"
+    x, y = right(net, 3)
+    decide(net, x, y, 0.02, budget=5, record=file)
+    with pytest.raises(ValueError, match="its eps is 0.02, not 0.03"):
+        decide(net, x, y, 0.03, budget=5, record=file)
+    with pytest.raises(ValueError, match="its model is"):
+        decide(network(3), x, y, 0.02, budget=5, record=file)
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b'"verified"', b'"unknown"', 1) if b'"verified"' in data else data.replace(b'"unknown"', b'"verified"', 1))
+    with pytest.raises(ValueError, match="damaged in line"):
+        decide(net, x, y, 0.02, budget=5, record=file)
+    with pytest.raises(OSError, match="cannot be written"):
+        decide(net, x, y, 0.02, budget=5, record=tmp_path / "missing" / "verdicts.jsonl")
+
+
+def test_default_verify_is_what_it_was():
+    net = network(2)
+    x, y = right(net, 20)
+    result = verify(net, x, y, 0.05)
+    assert list(result.by_method) == ["ibp", "crown_ibp", "crown"]
+    alpha = verify(net, x, y, 0.05, ["crown", "alpha_crown"])
+    assert list(alpha.by_method) == ["crown", "alpha_crown"] and (alpha.margins >= result.margins - 1e-5).all()
+
+
+def test_alpha_crown_is_differentiable_and_leaves_no_gradients():
+    net = network(2)
+    x, y = right(net, 4)
+    lb, ub = bounds(net, *input_box(x, 0.1), "alpha_crown", margin_matrix(y, 3))
+    lb.sum().backward()
+    assert net[0].weight.grad is not None and net[0].weight.grad.abs().sum() > 0
+    assert (lb <= ub).all()
+
+
+def test_external_network(task):  # noqa: F811
+    """The first images of ERAN's network: the order holds on every sample, and nothing that PGD breaks is verified."""
+    model, x, y = task
+    x, y = x[:12], y[:12]
+    lower, upper = input_box(x, EPS)
+    C = margin_matrix(y, 10)
+    found = [bounds(model, lower, upper, method, C)[0].amin(1) for method in ORDER]
+    complete = decide(model, x, y, EPS, budget=2.0)
+    seen = torch.tensor([record.seen for record in complete.records])
+    searched = torch.maximum(found[-1], torch.tensor([record.bound for record in complete.records]))
+    for below, above in itertools.pairwise([*found, searched, seen]):
+        assert (below <= above + 1e-3 * (1 + below.abs())).all()
+    assert complete.count("verified") >= int((found[-1] > 1e-3).sum())

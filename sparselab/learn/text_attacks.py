@@ -84,7 +84,7 @@ def robust_accuracy(model: TextModel, texts: Texts, eps: float, steps: int = 10,
     finally:
         for parameter in asked:
             parameter.requires_grad_(True)
-    return float(torch.cat(found).float().mean())
+    return sum(int(part.sum()) for part in found) / len(texts)
 
 # %% ../../nbs/learn/64_text_attacks.ipynb #74607b9d
 def freelb(model: TextModel, tokens: Tensor, y: Tensor, steps: int = 2, step_size: float = 0.03, start: float = 0.05, eps: float = 0.0,

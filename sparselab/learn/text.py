@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXTS', 'ENCODERS', 'Sentences', 'package_file', 'held_out', 'from_csv', 'rotten_tomatoes', 'made_up', 'sentences',
            'Words', 'Pieces', 'Texts', 'as_texts', 'TextModel', 'Scratch', 'Pretrained', 'encoder_folder',
-           'first_layers', 'text_model', 'accuracy']
+           'first_layers', 'without_bars', 'text_model', 'accuracy']
 
 # %% ../../nbs/learn/63_text.ipynb #66cbe201
 import csv
@@ -13,6 +13,7 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -261,6 +262,20 @@ def first_layers(encoder: nn.Module, layers: int) -> None:
     encoder.config.num_hidden_layers = layers
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, the transformers library shows no progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def text_model(name: str, found: Sentences, layers: int = 0, seed: int = 0) -> tuple[TextModel, Words | Pieces]:
     """A classifier of the sentences `found` and its tokenizer: "scratch", or a pre-trained encoder by name, folder or hub repository.
 
@@ -278,7 +293,8 @@ def text_model(name: str, found: Sentences, layers: int = 0, seed: int = 0) -> t
         except ImportError as error:
             raise FileNotFoundError(f"The transformers library was not found on this machine, and it reads the encoder {name}: "
                                     "pip install 'sparselab[text]'.") from error
-        encoder, tokenizer = AutoModel.from_pretrained(folder, use_safetensors=True), Pieces(AutoTokenizer.from_pretrained(folder))
+        with without_bars():
+            encoder, tokenizer = AutoModel.from_pretrained(folder, use_safetensors=True), Pieces(AutoTokenizer.from_pretrained(folder))
         if layers:
             first_layers(encoder, layers)
         return Pretrained(encoder, len(found.classes), tokenizer.pad), tokenizer

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functionalize
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -249,11 +250,12 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain(device: torch.device) -> Iterator[None]:
-    """Inside, torch computes as written: no gradients, no inference mode, no autocast, nothing compiled."""
+    """Inside, torch computes as written: no gradients, no inference mode, no autocast, nothing compiled, attention by its formula."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # products and a softmax; fused kernels say that they draw random numbers
         if "torch._dynamo" in sys.modules:  # a compiled module runs as it was written, and warns of our hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(warnings.catch_warnings(action="ignore", category=UserWarning))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..program import untouched
 from .history import MaskHistory
@@ -102,7 +103,8 @@ class GraSP(AtInit):
     def see_loss(self, loss: Callable[[], Tensor]) -> None:
         if not self.pruned and self.curvature is None:
             trained = {name: w for name, w in self.masks.weights.items() if w.requires_grad}
-            self.curvature = dict(zip(trained, hessian_gradient(loss(), list(trained.values())), strict=True))
+            with sdpa_kernel(SDPBackend.MATH):  # the one way to compute attention that can be differentiated twice
+                self.curvature = dict(zip(trained, hessian_gradient(loss(), list(trained.values())), strict=True))
 
     def step(self) -> None:
         self.curvature = None  # one that was not used belongs to a step that was skipped
@@ -145,10 +147,12 @@ class FirstInput:
 
     def __init__(self, model: nn.Module):
         self.shape: tuple[int, ...] | None = None
+        self.tokens = False
         self.hook = model.register_forward_pre_hook(self)
 
     def __call__(self, model: nn.Module, args: tuple) -> None:
-        self.shape = tuple(args[0].shape[1:]) if args else None
+        if args:
+            self.shape, self.tokens = tuple(args[0].shape[1:]), not args[0].is_floating_point()
         self.hook.remove()
 
 
@@ -166,6 +170,9 @@ class SynFlow(AtInit):
     def scores(self) -> dict[str, Tensor]:
         if self.input.shape is None:
             raise ValueError("synflow needs the shape of the input: call the model as model(x) before the first step.")
+        if self.input.tokens:
+            raise ValueError("synflow sends an input of ones through the network, which is no input where tokens are looked up in a table; "
+                             "choose snip.")
         state, masks = flow_state(self.model), {name: torch.ones_like(mask) for name, mask in self.masks.items()}
         for k in range(1, self.iterations + 1):
             flow = synaptic_flow(self.model, state, masks, self.input.shape)

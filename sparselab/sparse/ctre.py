@@ -57,8 +57,9 @@ class ActivationRecorder:
         self.notes: list[list] = []
         self.layers: dict[str, nn.Module] = {}
         for name, module in model.named_modules():
-            if isinstance(module, TRANSPOSED):
-                raise ValueError(f"ctre cannot compare the neurons of the transposed convolution {name}; choose set or rigl.")
+            if isinstance(module, (*TRANSPOSED, nn.MultiheadAttention)):
+                kind = "transposed convolution" if isinstance(module, TRANSPOSED) else "MultiheadAttention (its projections run without a layer)"
+                raise ValueError(f"ctre cannot compare the neurons of the {kind} {name}; choose set or rigl.")
             if isinstance(module, PRUNABLE_LAYERS) and id(module.weight) in names:
                 self.layers.setdefault(names[id(module.weight)], module)
         leaves = [module for module in model.modules() if not list(module.children())]

@@ -67,7 +67,7 @@ def layer_budgets(shapes: Mapping[str, Sequence[int]], sparsity: float, distribu
     whether the sparsity is feasible). Raises ValueError when infeasible, without a layer, or with one that has no weights.
     """
     if not shapes:
-        raise ValueError("There is no layer to share weights out to: the model has no Linear or Conv weight that could be pruned.")
+        raise ValueError("There is no layer to share weights out to: the model has no weight that could be pruned.")
     if empty := [name for name, shape in shapes.items() if not math.prod(shape)]:
         raise ValueError(f"Layer {empty[0]} of shape {tuple(shapes[empty[0]])} has no weights; leave it out.")
     if distribution not in DISTRIBUTIONS:

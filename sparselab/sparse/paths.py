@@ -78,6 +78,9 @@ def effective(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int
         if name not in masks or masks[name].shape != weight.shape:
             got = f"one of shape {tuple(masks[name].shape)}" if name in masks else "none"
             raise ValueError(f"{name} needs a mask of shape {tuple(weight.shape)}; got {got}.")
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.MultiheadAttention):
+            raise ValueError(f"Paths through layer {path} (MultiheadAttention) are not known: the input decides which positions it joins.")
     copy, ones = _with_masks(model, masks)
     reached = copy(torch.ones(1, *shape, dtype=torch.float64))
     needed = torch.autograd.grad(reached.sum(), list(ones.values()), materialize_grads=True)

@@ -22,7 +22,7 @@ from .distributions import budget, layer_budgets
 from .history import MaskHistory
 from .history_files import from_tensors, to_tensors
 from .keepers import keep, keepers, parameters_of  # keep: be called around every step of a parameter; keepers: who is (01)
-from .masks import Masks, assign, clear_moments, layer_table, mask_gradients, mask_weights, maskable
+from .masks import Masks, assign, clear_moments, layer_table, mask_gradients, mask_weights, maskable, own_weights
 from .scores import generator_for, top  # a random generator that follows from its arguments; indices of the k largest scores (04)
 
 # %% ../../nbs/sparse/09_sparsifier.ipynb #bca2319e
@@ -150,15 +150,17 @@ class Loading(Keeping):
 
     def after_load(self, module: nn.Module) -> None:
         """Mask weights that were loaded into `module`; what they were is put aside for `load_state_dict`."""
-        own = {f"{path}.weight" if path else "weight" for path, part in self.model.named_modules() if part is module}
+        own = {f"{path}.{last}" if path else last: weight for path, part in self.model.named_modules() if part is module
+               for last, weight in own_weights(module).items()}
         for name, weight in self.masks.weights.items():
-            if name in own and module.weight is not weight:  # load_state_dict(assign=True)
-                self.masks.weights[name] = module.weight
+            if own.get(name, weight) is not weight:  # load_state_dict(assign=True)
+                self.masks.weights[name] = own[name]
                 self._assigned.add(name)
-                keep(self, [module.weight], self.model)
-        loaded = {id(p) for p in module.parameters(recurse=False)}
-        self._put_aside(name for name, weight in self.masks.weights.items() if id(weight) in loaded)
-        mask_weights(self.masks)
+                keep(self, [own[name]], self.model)
+        parameters = {id(p) for p in module.parameters(recurse=False)}
+        loaded = [name for name, weight in self.masks.weights.items() if id(weight) in parameters]
+        self._put_aside(loaded)
+        mask_weights(self.masks, loaded)  # the weights of a module around this one are loaded already, and not put aside yet
         self._note_versions()
 
     def check(self) -> None:

@@ -71,6 +71,7 @@ def test_killed_anywhere_a_method_resumes_to_the_same_bits(tmp_path, method):
     ("nrs", {"bounds": "crwn"}, "Did you mean 'crown'"), ("nrs", {"weight": -1}, "nrs weighs .* got -1"), ("nrs", {"rate": 0}, "rate above 0"),
     ("hydra", {"search_epochs": -1}, "search_epochs is a whole number of at least 0; got -1"),
     ("hydra", {"lr_factor": 0}, "lr_factor is a number above 0; got 0"),
+    ("hydra", {"search_objective": "naturel"}, "Did you mean 'natural'"), ("hydra", {"search_objective": ["pgd"]}, "objective is a name in quotes"),
     ("hydra", {"mask_lr": 0}, "mask_lr is a number above 0; got 0"), ("hydra", {"mask_lrs": 0.1}, "Did you mean 'mask_lr'"),
     ("admm", {"rho": 0}, "rho is a number above 0; got 0"),
     ("admm", {"updates": 0}, "updates is a whole number of at least 1; got 0"), ("admm", {"end": 1.5}, "end is a share"),
@@ -264,6 +265,9 @@ def test_the_procedure_hydra_without_a_search_fine_tunes_the_magnitude_mask(tmp_
     assert all(torch.equal(searched.rounds[1].history.mask(-1, name), searched.history.mask(0, name)) for name in run.history.names)
     for slow, fast in zip(searched.metrics, searched.rounds[0].metrics, strict=True):
         assert math.isclose(slow["lr"], 0.1 * fast["lr"])
+    natural = train(config("hydra", tmp_path, objective="pgd", lr=0.01, method_options=SHORT["hydra"] | {"search_objective": "natural"}), [])
+    assert [nested.config.objective for nested in natural.rounds] == ["pgd", "natural"] and natural.rounds[1].config.eps == 0.02
+    assert all(torch.equal(natural.rounds[0].weights[name], value) for name, value in searched.rounds[0].weights.items())
 
 
 def test_the_scores_of_hydra_follow_the_gradient_of_the_masked_weights():

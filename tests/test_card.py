@@ -12,13 +12,13 @@ SMALL = {"model": "mlp", "model_options": {"widths": [30]}, "method": "card", "s
 
 
 def deck_of(tmp_path, **options):
-    return train(Config(**SMALL, runs_dir=str(tmp_path), method_options={"rate": 0.8} | options), [])
+    rate = {"rate": 0.8} if options.get("recipe", "lrr") in ("lrr", "lth") else {}
+    return train(Config(**SMALL, runs_dir=str(tmp_path), method_options=rate | options), [])
 
 
 @pytest.mark.parametrize("recipe", ["lrr", "lth", "edge_popup", "biprop"])
 def test_every_card_has_the_exact_count_and_its_own_seed_and_images(tmp_path, recipe):
-    options = {} if recipe in ("lrr", "lth") else {"rate": 0.2}
-    run = deck_of(tmp_path, recipe=recipe, augmentations=["clean", "clean", "blur"], **options)
+    run = deck_of(tmp_path, recipe=recipe, augmentations=["clean", "clean", "blur"])
     rounds = {each.path.name: each for each in run.rounds}
     cards = [rounds[name] for name in card_names(["clean", "clean", "blur"])[:2]] + [run]
     assert all(card.summary["nnz"] == round(0.2 * card.summary["total"]) for card in cards)
@@ -101,7 +101,9 @@ def test_the_gate_is_seeded():
     ({"augmentations": "blur"}, "list of names"), ({"augmentations": []}, "list of names"), ({"mask_lr": 1.0}, "the recipe is 'lrr'"),
     ({"rewind_epochs": 1}, "rewind_epochs is 0"), ({"rewind": "weights"}, "option of method card"), ({"rate": 0}, "rate above 0"),
     ({"recipe": "biprop", "mask_lr": -1.0}, "mask_lr is a number above 0; got -1.0"),
-    ({"augmentations": 2}, "augmentations is a list of names, .* got 2")])
+    ({"augmentations": 2}, "augmentations is a list of names, .* got 2"), ({"augmentations": [["clean"]]}, "augmentation of a card called"),
+    ({"recipe": "edge_popup", "rate": 0.5}, "rate: of the recipes lrr and lth, .* the recipe is 'edge_popup'"),
+    ({"recipe": "biprop", "rewind_epochs": 1}, "rewind_epochs: of the recipes lrr and lth")])
 def test_what_no_deck_can_be_is_a_sentence_and_writes_nothing(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         train(Config(**SMALL, runs_dir=str(tmp_path / "runs"), method_options=options), [])

@@ -20,6 +20,7 @@ from sparselab.learn.corruptions import (
     magnified,
     moved,
 )
+from sparselab.learn.data import Split
 
 SIZES = {"28x28x1": (1, 28, 28), "32x32x3": (3, 32, 32), "8x8": (1, 8, 8)}
 GROWING = {"gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "zoom_blur", "fog", "brightness", "contrast", "jpeg_compression"}
@@ -156,6 +157,7 @@ def test_glass_keeps_every_pixel_where_it_does_not_blur():
 @pytest.mark.parametrize("images,name,severity,words", [
     (pictures((1, 8, 8)), "gausian_noise", 1, "gaussian_noise"),
     (pictures((1, 8, 8)), "fog", 6, "severity is a whole number"),
+    (pictures((1, 8, 8)), ["fog"], 1, "Did you mean 'fog'"),
     (pictures((1, 8, 8)).float(), "fog", 1, "uint8"),
     (pictures((1, 8, 8)).expand(-1, 2, -1, -1), "fog", 1, "1 or 3"),
 ])
@@ -195,7 +197,22 @@ def test_a_severity_that_there_is_not_is_refused(severity):
         corrupt(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "fog", severity)
 
 
-@pytest.mark.parametrize("options", [{"names": "fog"}, {"severities": ()}])
+@pytest.mark.parametrize(("split", "got"), [
+    (load("digits").test.take(slice(0)), "got 0 images and 0 labels"), (load("digits").test.images[:3], "got Tensor"),
+    (Split(load("digits").test.images[:3], load("digits").test.labels[:2]), "got 3 images and 2 labels")])
+def test_what_is_no_split_is_refused(split, got):
+    with pytest.raises(ValueError, match=f"counts over a Split, .*{got}"):
+        corruption_accuracy(torch.nn.Flatten(), split, ["contrast"], [1])
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_float_images_are_refused(kind):
+    split = load("digits").test.take(slice(3))
+    with pytest.raises(ValueError, match=f"uint8 images, not {kind}"):
+        corruption_accuracy(torch.nn.Flatten(), Split(split.images.to(kind), split.labels), ["contrast"], [1])
+
+
+@pytest.mark.parametrize("options", [{"names": "fog"}, {"severities": ()}, {"names": None}, {"severities": 3}, {"severities": None}])
 def test_names_that_are_no_list_and_severities_without_one_are_refused(options):
     split = load("digits").test.take(slice(2))
     with pytest.raises(ValueError, match="names is a list of corruptions"):

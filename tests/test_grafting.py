@@ -267,6 +267,7 @@ def test_the_second_training_is_at_the_full_radius_and_a_tenth_of_the_rate(tmp_p
     ({"ranking": "local"}, {}, "ranking of neurons called 'local'"), ({"samples": 0}, {}, "samples is a whole number of at least 1; got 0"),
     ({"lr_factor": 0}, {}, "lr_factor is a number above 0; got 0"), ({"slope": "steep"}, {}, "slope is a number; got 'steep'"),
     ({"pretrain_epochs": -1}, {}, "pretrain_epochs is a whole number of at least 0; got -1"), ({"slop": 1}, {}, "Did you mean 'slope'"),
+    ({"source": ["gmp"]}, {}, "method to prune with called"),
     ({}, {"eps": 0.0, "objective": "natural"}, "eps is 0: give eps, or choose 'random'"),
     ({"source": "magnitude"}, {}, "method to prune with called 'magnitude'"), ({"source_options": {"ends": 1}}, {}, "Did you mean 'end'")])
 def test_what_cannot_be_is_a_sentence_and_writes_nothing(tmp_path, options, changes, sentence):
@@ -289,6 +290,33 @@ def test_a_mask_that_is_not_bool_is_refused_and_nothing_is_grafted(mask, kind):
     with pytest.raises(ValueError, match=f"mask of 3 is a bool tensor, .* got {kind}"):
         graft(model, {"1": torch.ones(6, dtype=torch.bool), "3": mask})
     assert not lines(model)
+
+
+@pytest.mark.parametrize(("mask", "shape"), [((1,), (3, 6)), ((3, 1), (2, 3, 4)), ((4,), (2, 6, 4)), ((7,), (3, 6)), ((), (3, 6))])
+def test_a_mask_of_another_shape_is_refused_where_it_would_be_broadcast(mask, shape):
+    model = graft(nn.Sequential(nn.ReLU()), {"0": torch.ones(mask, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"mask of a grafted ReLU has the shape .*give it the shape of one sample's neurons"):
+        model(torch.rand(shape))
+
+
+def test_bounds_of_a_mask_of_another_shape_are_refused_too():
+    model = graft(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), {"1": torch.ones(1, dtype=torch.bool)})
+    for engine in ("native", "auto_lirpa") if importlib.util.find_spec("auto_LiRPA") else ("native",):
+        with pytest.raises(ValueError, match=r"mask of a grafted ReLU has the shape \(1,\)"):
+            bounds(model, torch.zeros(2, 4), torch.ones(2, 4), engine=engine)
+
+
+def test_a_module_that_runs_twice_is_not_grafted():
+    shared = nn.ReLU()
+    chain = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared, nn.Linear(4, 3))
+    for model, names in ((Functions(), ["act"]), (chain, ["1", "3"])):
+        for name in names:
+            with pytest.raises(ValueError, match=f"module of ReLU '{name}' runs more than once.*robust.written_out"):
+                graft(model, {name: torch.ones(4, dtype=torch.bool)})
+        assert not lines(model)
+    whole, x = written_out(chain), torch.rand(5, 4)
+    one = graft(whole, {"1": torch.ones(4, dtype=torch.bool)}, 1.0)
+    assert torch.allclose(one(x), chain[4](chain[2](chain[0](x)).relu()), atol=1e-6), "the first is a line, the second is not"
 
 
 @pytest.mark.parametrize("given", [{"slope": math.nan}, {"slope": "x"}, {"slope": True}, {"shift": math.inf}])

@@ -70,6 +70,23 @@ def test_peak_activations_by_hand():
     assert peak_activations(read(nn.Sequential(nn.Flatten(), nn.Linear(9, 2)), torch.rand(1, 1, 3, 3))) == 4 * (9 + 2)
 
 
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"x": torch.rand(0, 1, 8, 8)}, r"a batch of at least one in torch.float32 .* got torch.float32 of shape \(0, 1, 8, 8\)"),
+    ({"x": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, "to_float makes it of uint8 images.*; got torch.uint8"),
+    ({"x": torch.rand(2, 1, 8, 8).half()}, "got torch.float16"), ({"x": torch.rand(2, 1, 8, 8).double()}, "got torch.float64"),
+    ({"x": [1.0]}, "got list"), ({"batches": ()}, r"batches is a list of batch sizes, .* got \(\)"), ({"batches": (0,)}, r"got \(0,\)"),
+    ({"batches": 8}, "got 8"), ({"batches": [1.5]}, r"got \[1.5\]"), ({"repeats": -1}, "repeats is how many calls .* got -1"),
+    ({"repeats": None}, "got None"), ({"sparse": 3}, "sparse is a function of a batch .* got 3")])
+def test_what_cannot_be_run_is_a_sentence(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        resources(sparse(), **{"x": torch.rand(2, 1, 8, 8), "repeats": 1} | change)
+
+
+def test_inputs_of_the_weights_type_are_run_whatever_it_is():
+    found = resources(sparse().double(), torch.rand(2, 1, 8, 8, dtype=torch.float64), repeats=1)
+    assert found.parameters == resources(sparse(), torch.rand(2, 1, 8, 8), repeats=0).parameters and found.latencies["dense"][0].p50 > 0
+
+
 def test_latency_is_ordered_and_says_how_it_was_measured():
     calls = []
     found = latency(lambda x: calls.append(len(x)), torch.rand(3, 1), repeats=20, warm_up=4)

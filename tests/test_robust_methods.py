@@ -1,4 +1,5 @@
 """What sparsity does to robustness: RS and NRS, certified tickets, HYDRA, robust ADMM, Deadwooding."""
+import copy
 import json
 import math
 import random
@@ -11,15 +12,16 @@ import torch
 from test_train import in_child, left_by
 from torch import nn
 
+from sparselab.learn import build, losses
 from sparselab.learn.assembly import make_learner
 from sparselab.learn.certified_tickets import steadiness, tickets
 from sparselab.learn.config import Config
-from sparselab.learn.distillation import Distilled
+from sparselab.learn.distillation import Distilled, distilled
 from sparselab.learn.experiments import train
 from sparselab.learn.objectives import OBJECTIVES, objective
 from sparselab.learn.relu_stability import batchnorm_scales, instability, stability_loss
 from sparselab.learn.runs import Run
-from sparselab.robust import input_box
+from sparselab.robust import bounds, input_box, pgd
 from sparselab.robust.crown import crown_pass
 from sparselab.robust.ibp import interval_pass
 from sparselab.sparse.admm import ADMM
@@ -29,7 +31,8 @@ from sparselab.sparse.sparsify import sparsify
 
 QUICK = dict(model="mlp", model_options={"widths": [12, 12]}, epochs=2, eps=0.02, train_samples=100, test_samples=10, batch_size=50, device="cpu",
              sparsity=0.8)
-SHORT = {"nrs": {"rate": 0.5, "weight": 0.1}, "hydra": {"search_epochs": 1, "record_every": 1}, "admm": {"updates": 2}, "deadwooding": {"updates": 2}}
+SHORT = {"nrs": {"rate": 0.5, "weight": 0.1}, "hydra": {"search_epochs": 1, "record_every": 1}, "admm": {"updates": 2}, "deadwooding": {"updates": 2},
+         "cactus": {"bits": 4, "rates": [0.5]}}
 
 
 def config(method: str, tmp_path: Path, **changes) -> Config:
@@ -64,9 +67,11 @@ def test_killed_anywhere_a_method_resumes_to_the_same_bits(tmp_path, method):
 
 @pytest.mark.parametrize(("method", "options", "sentence"), [
     ("nrs", {"regularizer": "nsr"}, "regularizer of method nrs called 'nsr'. Did you mean 'nrs'"), ("nrs", {"score": "size"}, "score of method nrs"),
+    ("nrs", {"bounds": ["ibp"]}, "bounds of method nrs called"),
     ("nrs", {"bounds": "crwn"}, "Did you mean 'crown'"), ("nrs", {"weight": -1}, "nrs weighs .* got -1"), ("nrs", {"rate": 0}, "rate above 0"),
     ("hydra", {"search_epochs": -1}, "search_epochs is a whole number of at least 0; got -1"),
     ("hydra", {"lr_factor": 0}, "lr_factor is a number above 0; got 0"),
+    ("hydra", {"search_objective": "naturel"}, "Did you mean 'natural'"), ("hydra", {"search_objective": ["pgd"]}, "objective is a name in quotes"),
     ("hydra", {"mask_lr": 0}, "mask_lr is a number above 0; got 0"), ("hydra", {"mask_lrs": 0.1}, "Did you mean 'mask_lr'"),
     ("admm", {"rho": 0}, "rho is a number above 0; got 0"),
     ("admm", {"updates": 0}, "updates is a whole number of at least 1; got 0"), ("admm", {"end": 1.5}, "end is a share"),
@@ -84,7 +89,7 @@ NUMBERS = {"nrs": ["rewind_epochs", "weight"], "hydra": ["pretrain_epochs", "sea
            "admm": ["rho", "growth", "updates", "end"], "deadwooding": ["pretrain_epochs", "teaching", "dual_lr", "updates", "tolerance"],
            "grafting": ["share", "slope", "samples", "pretrain_epochs", "lr_factor"], "edge_popup": ["mask_lr", "mask_momentum"],
            "hard_concrete": ["pretrain_epochs", "retrain_epochs", "penalty", "mask_lr", "mask_decay", "first_gate"],
-           "gap": ["attack_steps", "finetune_epochs", "finetune_lr"], "card": ["rate", "rewind_epochs"]}
+           "gap": ["attack_steps", "test_steps", "pretrain_epochs", "lr_factor"], "card": ["rate", "rewind_epochs"]}
 
 
 @pytest.mark.parametrize("value", ["x", None, [1], True, math.nan, math.inf])
@@ -94,6 +99,25 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_option(tmp_path, method
         with pytest.raises(ValueError, match=rf"(?s)({name}|nrs weighs|rewind).*{re.escape(repr(value))}"):
             train(config(method, tmp_path / "runs", method_options={name: value}, objective="pgd"), [])
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("method", ["hydra", "edge_popup"])
+@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(6, 4, 3, groups=2), nn.ConvTranspose1d(3, 8, 5), nn.Conv2d(6, 4, 3, groups=2),
+                                   nn.Linear(12, 5)])
+def test_first_scores_are_scaled_by_the_inputs_of_an_output(method, layer):
+    """Counted by PyTorch: with weights of 1 and inputs of 1 the largest output is the number of inputs that reach it."""
+    with torch.no_grad():
+        counter = copy.deepcopy(layer)
+        counter.weight.fill_(1), counter.bias.zero_()
+        size = {2: (1, 12), 3: (1, counter.weight.shape[0], 20), 4: (1, 6, 9, 9)}[counter.weight.dim()]
+        inputs = int(counter(torch.ones(size)).max())
+    net = nn.Sequential(copy.deepcopy(layer))
+    weight = net[0].weight.detach().clone()
+    scores = sparsify(net, torch.optim.SGD(net.parameters(), 0.1), method, 0.5, 5).scores["0.weight"]
+    if method == "hydra":
+        assert torch.allclose(scores, weight / weight.abs().max() * math.sqrt(6 / inputs))
+    else:
+        assert 0.8 * inputs**-0.5 < float(scores.abs().max()) <= inputs**-0.5
 
 
 def test_more_updates_than_steps_are_one_a_step():
@@ -113,6 +137,7 @@ def test_nrs_refuses_what_it_sets_itself_and_a_radius_of_zero(tmp_path):
 @pytest.mark.parametrize(("options", "sentence"), [
     ({"rs": 0.1, "nrs": 0.1}, "choose one of them"), ({"rs": -0.1}, "rs weighs .* got -0.1"), ({"nrs": float("nan")}, "got nan"),
     ({"nrs": "much"}, "got 'much'"), ({"rs": True}, "got True"), ({"rs": 0.1, "eps": 0.0}, "they need eps above 0"),
+    ({"stability_bounds": ["ibp"]}, "Did you mean 'ibp'"), ({"shape": ["smooth"]}, "Did you mean 'smooth'"),
     ({"rs": 0.1, "engine": "auto_lirpa"}, "engine='native'"), ({"stability_bounds": "lp"}, "There is no bound method for stable ReLUs called 'lp'")])
 def test_rs_and_nrs_say_what_they_cannot_do(options, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -240,6 +265,9 @@ def test_the_procedure_hydra_without_a_search_fine_tunes_the_magnitude_mask(tmp_
     assert all(torch.equal(searched.rounds[1].history.mask(-1, name), searched.history.mask(0, name)) for name in run.history.names)
     for slow, fast in zip(searched.metrics, searched.rounds[0].metrics, strict=True):
         assert math.isclose(slow["lr"], 0.1 * fast["lr"])
+    natural = train(config("hydra", tmp_path, objective="pgd", lr=0.01, method_options=SHORT["hydra"] | {"search_objective": "natural"}), [])
+    assert [nested.config.objective for nested in natural.rounds] == ["pgd", "natural"] and natural.rounds[1].config.eps == 0.02
+    assert all(torch.equal(natural.rounds[0].weights[name], value) for name, value in searched.rounds[0].weights.items())
 
 
 def test_the_scores_of_hydra_follow_the_gradient_of_the_masked_weights():
@@ -327,3 +355,27 @@ def test_the_teacher_of_deadwooding_is_the_dense_network(tmp_path):
     goal = make_learner(last, start=start).objective
     assert isinstance(goal, Distilled) and goal.share == 0.7
     assert all(torch.equal(value, run.rounds[0].weights[name]) for name, value in goal.teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("goal", ["pgd", "sabr", "mtl_ibp"])
+def test_a_taught_step_attacks_once_and_to_the_points_of_the_loss(monkeypatch, goal):
+    points, real = [], losses.pgd
+    monkeypatch.setattr(losses, "pgd", lambda *args, **options: points.append(real(*args, **options)) or points[-1])
+    student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(9, 12), nn.ReLU(), nn.Linear(12, 3)) for _ in range(2))
+    x, y = torch.rand(20, 1, 3, 3), torch.arange(20) % 3
+    taught, plain = distilled(objective(goal, 0.1), teacher, 0.25), objective(goal, 0.1)
+    found = taught(student, x, y, 1.0)
+    assert len(points) == 1
+    kl = torch.nn.functional.kl_div(student(points[0]).log_softmax(1), teacher(x).log_softmax(1), reduction="batchmean", log_target=True)
+    assert torch.isclose(found, 0.75 * plain(student, x, y, 1.0) + 0.25 * kl)
+    taught(student, x, y, 1.0)
+    assert len(points) == 3, "another step attacks anew"
+
+
+@pytest.mark.parametrize("ask", [lambda name: objective(name, 0.1), lambda name: build(name),
+                                 lambda name: pgd(None, torch.rand(1, 1), torch.zeros(1).long(), 0.1, loss=name),
+                                 lambda name: bounds(nn.Linear(1, 1), torch.zeros(1, 1), torch.ones(1, 1), name)])
+@pytest.mark.parametrize("name", [["ibp"], None, 3, ("crown",), {}])
+def test_what_is_no_text_is_no_name(ask, name):
+    with pytest.raises(ValueError, match=re.escape(f"called {name!r}")):
+        ask(name)

@@ -1081,6 +1081,13 @@ REFUSED = [
     ("sparsevlr", {"update_every": -3}, "update_every is a whole number of steps, at least 1; got -3"),
     ("rigl", {"update_every": 1.5}, "update_every is a whole number of steps, at least 1; got 1.5"),
 ]
+NO_NAMES = [({"dense": None}, r"dense is a list of names, such as \['fc1.weight'\]; got None"),
+            ({"dense": "0.weight"}, "got '0.weight'"), ({"dense": 3}, "got 3"),
+            ({"dense": [["0.weight"]]}, "dense is a list of names"), ({"dense": [None]}, r"got \[None\]"),
+            ({"method": ["rigl"]}, "Did you mean 'rigl'"),
+            ({"method": None}, "no method called None"), ({"distribution": ["erk"]}, "distribution .* is unknown"),
+            ({"total_steps": None}, "total_steps is the number of training steps, .* got None"), ({"total_steps": "5"}, "got '5'"),
+            ({"total_steps": 1.5}, "got 1.5"), ({"total_steps": True}, "got True")]
 FORMS = [("mest", {"soft": True}), ("mest", {"soft": True, "across": True}), ("granet", {"initial": 0.0}), ("granet", {"across": True}),
          ("cht", {"initial": 0.3}), ("cht", {"soft": False}), ("srigl", {"ablation": 0.0}), ("gse", {"sample": 0.01})]
 
@@ -1092,6 +1099,18 @@ def test_options_of_the_growth_methods_are_refused_by_name_and_nothing_is_masked
     with pytest.raises(ValueError, match=sentence):
         sparsify(net, torch.optim.Adam(net.parameters()), method, 0.5, 100, **options)
     assert _bits(net) == before
+
+
+@pytest.mark.parametrize(("given", "sentence"), NO_NAMES)
+def test_what_is_no_name_and_no_list_of_names_is_a_sentence(given, sentence):
+    net = _tiny()
+    before = _bits(net)
+    with pytest.raises(ValueError, match=sentence):
+        sparsify(net, torch.optim.Adam(net.parameters()), **{"method": "static", "sparsity": 0.5, "total_steps": 5} | given)
+    assert _bits(net) == before
+    if "dense" in given:
+        with pytest.raises(ValueError, match=sentence):
+            layer_budgets({"0.weight": (4, 4)}, 0.5, **given)
 
 
 @pytest.mark.parametrize("method, options", FORMS)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sparselab.learn import certified_tickets, gap
-from sparselab.learn.assembly import Start, load_data, make_learner, new_model
+from sparselab.learn.assembly import Start, load_data, make_learner, new_model, peak_lr
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import train
 from sparselab.learn.gap import GAP, RANKS, adversarial, summed_gradients, without_highest
@@ -23,7 +23,7 @@ from sparselab.sparse.masks import prunable
 from sparselab.sparse.sparsify import sparsify
 
 SMALL = dict(model="mlp", model_options={"widths": [20, 16]}, sparsity=0.6, epochs=2, eps=0.05, device="cpu", train_samples=200, test_samples=40)
-OPTIONS = {"hard_concrete": {"retrain_epochs": 1}, "gap": {"finetune_epochs": 1, "quantise": True}}
+OPTIONS = {"hard_concrete": {"retrain_epochs": 1}, "gap": {"pretrain_epochs": 1, "quantise": True}}
 
 
 @pytest.mark.parametrize("log_alpha", [-3.0, -1.6, 0.0, 0.7, 2.5])
@@ -151,7 +151,8 @@ def test_bad_options_of_the_gates_are_refused_by_name(options):
     ("hard_concrete", {"pretrain_epochs": -1}, "pretrain_epochs is a whole number of at least 0; got -1"),
     ("hard_concrete", {"first_gate": 2.0}, "first_gate is strictly between"), ("gap", {"rank": "sined"}, "Did you mean 'signed'"),
     ("gap", {"attack_steps": 0}, "attack_steps is a whole number of at least 1; got 0"),
-    ("gap", {"finetune_lr": -1.0}, "finetune_lr is a number of at least 0; got -1.0"),
+    ("gap", {"lr_factor": -1.0}, "lr_factor is a number above 0; got -1.0"), ("gap", {"test_steps": 0}, "test_steps is a whole number of at least 1"),
+    ("gap", {"rank": ["signed"]}, "rank of method gap called"),
     ("gap", {"quantise": "no"}, "quantise is true or false; got 'no'"),
     ("gap", {"penalty": 1}, "no option of method gap called 'penalty'")])
 def test_bad_options_of_the_procedures_are_refused_and_nothing_is_written(tmp_path, method, options, sentence):
@@ -226,10 +227,10 @@ def test_what_is_computed_between_two_rounds_does_not_depend_on_the_threads(tmp_
 def test_the_procedures_are_their_steps_by_hand(tmp_path):
     """Bit by bit: dense training, gates or adversarial gradients, masks, training from the dense weights."""
     for method in OPTIONS:
-        config = Config(**SMALL, method=method, method_options={"retrain_epochs": 1} if method == "hard_concrete" else {"finetune_epochs": 1},
-                        objective="natural", runs_dir=str(tmp_path))
+        short = {"epochs": 1, "method_options": {"pretrain_epochs": 2}} if method == "gap" else {"method_options": {"retrain_epochs": 1}}
+        config = Config(**SMALL | short, method=method, objective="natural", runs_dir=str(tmp_path))
         run, data = train(config, []), load_data(config)
-        by_hand = replace(config, method_options={})
+        by_hand = replace(config, method_options={}, epochs=2)
         dense = make_learner(replace(by_hand, method="dense", sparsity=0.0), data=data)
         dense.fit()
         weights = {name: value.clone() for name, value in dense.model.state_dict().items()}
@@ -240,7 +241,8 @@ def test_the_procedures_are_their_steps_by_hand(tmp_path):
             gates = make_learner(by_hand, start=Start(weights), data=data)
             gates.fit()
             masks = {name: mask.clone() for name, mask in gates.sparsifier.masks.items()}
-        last = make_learner(replace(by_hand, method="static", epochs=1), start=Start(weights, masks), data=data)
+        rate = peak_lr(replace(by_hand, method="dense"))  # one rate for both trainings
+        last = make_learner(replace(by_hand, method="static", epochs=1, lr=rate), start=Start(weights, masks), data=data)
         last.fit()
         for name, value in last.model.state_dict().items():
             assert torch.equal(value, run.weights[name]), f"{method}: {name}"
@@ -281,8 +283,8 @@ def test_what_greedy_pruning_removes_by_brute_force(rank, distribution):
 
 
 def test_an_attack_on_the_dense_network_lies_in_the_ball_and_lowers_its_accuracy(tmp_path):
-    config = Config(**SMALL | {"epochs": 8, "train_samples": 0}, method="gap", objective="natural", runs_dir=str(tmp_path),
-                    method_options={"finetune_epochs": 1})
+    config = Config(**SMALL | {"epochs": 1, "train_samples": 0}, method="gap", objective="natural", runs_dir=str(tmp_path),
+                    method_options={"pretrain_epochs": 8})
     run, data = train(config, []), load_data(config)
     procedure = GAP.of(config, Path(tmp_path))
     procedure.rounds = run.rounds
@@ -295,6 +297,30 @@ def test_an_attack_on_the_dense_network_lies_in_the_ball_and_lowers_its_accuracy
     with torch.no_grad():
         assert run.summary["transfer"] == pytest.approx(float((model(points).argmax(1) == y).double().mean()))
         assert float((dense(points).argmax(1) == y).double().mean()) <= run.rounds[0].summary["accuracy"]["clean"]
+
+
+def test_gap_needs_a_radius_and_tests_with_its_own_steps(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="gap ranks and tests by attacks of radius eps, so eps is above 0; got 0.0"):
+        train(Config(**SMALL | {"eps": 0.0}, method="gap", objective="natural", runs_dir=str(tmp_path / "runs")), [])
+    assert not (tmp_path / "runs").exists()
+    seen, real = [], gap.pgd
+    monkeypatch.setattr(gap, "pgd", lambda model, x, y, eps, steps, **options: seen.append(steps) or real(model, x, y, eps, steps, **options))
+    options = {"attack_steps": 2, "test_steps": 3}
+    train(Config(**SMALL | {"epochs": 1}, method="gap", objective="natural", runs_dir=str(tmp_path), method_options=options), [])
+    assert set(seen) == {2, 3}
+
+
+@pytest.mark.parametrize("changes", [{}, {"lr": 0.01}, {"lr": 0.01, "method_options": {"lr_factor": 0.5}}])
+@pytest.mark.parametrize("method", ["gap", "hard_concrete", "hydra", "grafting"])
+def test_the_last_rate_is_in_proportion_to_the_first(tmp_path, method, changes):
+    """Also where the configuration leaves both to the defaults, which are others for dense and for sparse methods."""
+    short = {"hydra": {"search_epochs": 0}}.get(method, {})
+    options = short | changes.get("method_options", {})
+    config = Config(**SMALL | {"epochs": 1, "sparsity": 0.0 if method == "grafting" else 0.6} | changes | {"method_options": options}, method=method,
+                    objective="natural", runs_dir=str(tmp_path))
+    run = train(config, [])
+    factor = options.get("lr_factor", {"gap": 1.0, "hard_concrete": 1.0}.get(method, 0.1))
+    assert run.metrics[-1]["lr"] == pytest.approx(factor * run.rounds[0].metrics[-1]["lr"])
 
 
 def test_int8_keeps_zeros_and_takes_fewer_bytes_and_refuses_what_cannot_be_traced():

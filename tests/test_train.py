@@ -288,6 +288,9 @@ def compact_weights(run: Run) -> int:
     ("imp", {"rate": 0}, "rate above 0"), ("imp", {"rewind_epochs": 4}, "rewind_epochs is from 0 to below epochs = 4; got 4"),
     ("colt", {"parts": 1}, "parts is from 2 to the 10 classes"), ("jackpots", {"pretrain_epochs": -1}, "at least 0; got -1"),
     ("scratch_e", {"source": "magnitude"}, "method to prune with called 'magnitude'"), ("scratch_b", {"most": 0.5}, "at least 1; got 0.5"),
+    ("colt", {"parts": None}, "parts is from 2 to the 10 classes"), ("dst_ensemble", {"members": None}, "members is at least 1; got None"),
+    ("scratch_e", {"source": ["gmp"]}, "Did you mean 'gmp'"), ("scratch_b", {"most": None}, "most is a number of at least 1; got None"),
+    ("hydra", {"dense": None}, "dense is a list of names"),
     ("dst_ensemble", {"members": 0}, "members is at least 1; got 0"), ("dst_ensemble", {"membrs": 2}, "Did you mean 'members'"),
     ("imp", {"dense": []}, "no option of method imp called 'dense'"), ("scratch_b", {"update_every": 3}, "called 'update_every'"),
     ("edst", {"members": 0}, "members is from 1 to"), ("slimming", {}, "no BatchNorm between two layers")])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import unknown
+from ..errors import check_known
 
 # %% ../../nbs/learn/02_augment.ipynb #5376165e
 FILLS = ("edge", "zero")
@@ -27,8 +27,7 @@ class Augment:
     def __post_init__(self):
         if self.crop < 0:
             raise ValueError(f"crop={self.crop} must be the largest shift in pixels, 0 or more.")
-        if self.fill not in FILLS:
-            raise unknown("fill", self.fill, FILLS)
+        check_known("fill", self.fill, FILLS)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Images (B, C, H, W) of any type, augmented; same shape and type."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import check_known
 from .assembly import trained_model
 from .config import Config
 from .learner import Learner
@@ -73,8 +73,7 @@ class CertifiedTickets(IMP):
 
     def check(self) -> None:
         for name, known in (("regularizer", REGULARIZERS), ("score", SCORES), ("bounds", PASSES)):
-            if getattr(self, name) not in known:
-                raise unknown(f"{name} of method {self.config.method}", getattr(self, name), known)
+            check_known(f"{name} of method {self.config.method}", getattr(self, name), known)
         if mine := [name for name in ("rs", "nrs", "stability_bounds") if name in self.config.objective_options]:
             raise ValueError(f"{self.config.method} sets {', '.join(mine)} of the objective itself: choose regularizer, weight and bounds among "
                              "its method_options, and leave objective_options without them.")

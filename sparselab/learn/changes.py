@@ -8,7 +8,7 @@ __all__ = ['knobs', 'set_knob', 'effective', 'Changes']
 # %% ../../nbs/learn/36_changes.ipynb #7319a2f4
 from pathlib import Path
 
-from ..errors import unknown
+from ..errors import check_known
 from .files import append_row, read_rows
 from .learner import Callback, Learner
 from .values import read_float
@@ -22,8 +22,7 @@ def knobs(learner: Learner) -> dict[str, float | str]:
 def set_knob(learner: Learner, name: str, value: object) -> float | str:
     """Set one of `knobs` and return its value as it was read. Raises ValueError for a name or value that cannot be."""
     now = knobs(learner)
-    if name not in now:
-        raise unknown(f"knob of a training by {type(learner.sparsifier).__name__}", name, now)
+    check_known(f"knob of a training by {type(learner.sparsifier).__name__}", name, now)
     read = value if isinstance(now[name], str) else read_float(name, value)
     if name != "lr":
         learner.sparsifier.set_knob(name, read)

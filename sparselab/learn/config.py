@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import get_type_hints
 
-from ..errors import unknown
+from ..errors import check_known
 from .find import called, fingerprint
 from .parameters import read_parameters
 from .values import READERS
@@ -66,8 +66,7 @@ class Config:
         for name in ("eps", "lr", "weight_decay", "grad_clip", "train_samples", "test_samples"):
             _at_least(name, getattr(self, name), 0)
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise unknown(name, getattr(self, name), allowed)
+            check_known(name, getattr(self, name), allowed)
         for name in ("sparsity", "validation", "label_noise"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a share from 0 up to but not including 1; got {getattr(self, name)!r}.")
@@ -82,8 +81,7 @@ class Config:
         """A Config from any mapping of names to values or their texts. Unknown names are refused with the nearest."""
         names = [f.name for f in fields(cls)]
         for name in values:
-            if name not in names:
-                raise unknown("parameter", name, names)
+            check_known("parameter", name, names)
         return cls(**values)
 
     @classmethod

@@ -22,7 +22,7 @@ from scipy.ndimage import correlate, gaussian_filter, gaussian_filter1d
 from torch import Tensor, nn
 
 from ..cards import Card, Share, Shown, Table
-from ..errors import unknown
+from ..errors import check_known
 from .assembly import load_data, trained_model
 from .data import Split, to_float
 from .ensembles import accuracy_of
@@ -293,8 +293,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     C is 1 or 3, H and W are at least 3. Raises ValueError for other images, an unknown name or a severity that there is not, ImportError for
     JPEG without Pillow. Source: arXiv 1903.12261.
     """
-    if name not in CORRUPTIONS:
-        raise unknown("corruption", name, CORRUPTIONS)
+    check_known("corruption", name, CORRUPTIONS)
     if type(severity) is not int or severity not in (0, *SEVERITIES):
         raise ValueError(f"severity is a whole number from 0, the image itself, to 5; got {severity!r}.")
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3) or min(images.shape[2:]) < 3:
@@ -350,12 +349,14 @@ def corrupted(split: Split, names: Sequence[str] = (), severities: Sequence[int]
 def corruption_accuracies(predictors: Mapping[str, Callable[[Tensor], Tensor]], split: Split, names: Sequence[str] = (),
                           severities: Sequence[int] = SEVERITIES, seed: int = 0, batch_size: int = 500) -> dict[str, CorruptionAccuracy]:
     """`corruption_accuracy` of several networks, or other functions of images in [0, 1], on the same corrupted images, made once."""
-    if isinstance(names, str) or not severities:
+    if isinstance(names, str) or not all(isinstance(part, Sequence) for part in (names, severities)) or not severities:
         raise ValueError("names is a list of corruptions, such as ['fog'], and severities one of numbers, such as [1, 5]; "
                          f"got {names!r} and {severities!r}.")
+    if not isinstance(split, Split) or not len(split) or len(split.images) != len(split.labels):
+        got = f"{len(split.images)} images and {len(split.labels)} labels" if isinstance(split, Split) else type(split).__name__
+        raise ValueError(f"corruption_accuracy counts over a Split, images with a label each, such as load('digits').test; got {got}.")
     for name in names:
-        if name not in CORRUPTIONS:
-            raise unknown("corruption", name, CORRUPTIONS)
+        check_known("corruption", name, CORRUPTIONS)
 
     def accuracy(predict: Callable, part: Split) -> float:
         with eval_mode(predict if isinstance(predict, nn.Module) else nn.Identity()):

@@ -30,5 +30,5 @@ class RobustDeadwooding(Pretrained):
         super().check()
 
     def last(self) -> tuple[Config, Start]:
-        weights = self.dense().weights
+        weights = self.pretrained().weights
         return self.changed("deadwooding", method_options=self.rest), Start(weights, teacher=weights, teaching=self.teaching)

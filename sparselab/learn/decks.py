@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import check_known
 from .assembly import Start, load_data, make_learner, trained_model
 from .config import Config
 from .data import epoch_generator, to_float
@@ -92,18 +92,19 @@ class CARD(IMP):
         return self.recipe in ("lrr", "lth")
 
     def check(self) -> None:
-        if self.recipe not in RECIPES:
-            raise unknown("recipe of cards", self.recipe, RECIPES)
+        check_known("recipe of cards", self.recipe, RECIPES)
         if not isinstance(self.augmentations, list | tuple) or not self.augmentations:
             raise ValueError(f"augmentations is a list of names, one for each card, such as ['clean', 'blur']; got {self.augmentations!r}.")
         for name in self.augmentations:
-            if name not in AUGMENTATIONS:
-                raise unknown("augmentation of a card", name, AUGMENTATIONS)
+            check_known("augmentation of a card", name, AUGMENTATIONS)
         if self.prunes:
             if self.rest:
                 raise ValueError(f"{', '.join(self.rest)}: options of the recipes edge_popup and biprop, and the recipe is {self.recipe!r}.")
             super().check()
         else:
+            defaults = self.own_options()
+            if mine := [name for name in ("rate", "rewind_epochs") if getattr(self, name) != defaults[name]]:
+                raise ValueError(f"{', '.join(mine)}: of the recipes lrr and lth, which prune in rounds, and the recipe is {self.recipe!r}.")
             make_learner(self.changed(self.recipe, method_options=self.rest), data=self.data)
 
     def card(self, i: int) -> tuple[Config, Start]:

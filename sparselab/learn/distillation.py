@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from .losses import PGD, Batch, Objective
+from .losses import PGD, Objective
 from .ramps import Moment
 from ..program import spared
 
@@ -36,13 +36,14 @@ class Distilled(Objective):
         self.teacher = self.teacher.eval().requires_grad_(False)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
-        loss, moment = self.goal(model, x, y, progress), self.ramp(progress)
-        attacks = isinstance(self.goal, PGD) and moment.kappa < 1
-        with spared(model):
-            said = log_softmax(model(self.goal.attack(Batch(model, x, y, moment)) if attacks else x), 1)
+        batch = self.goal.batch(model, x, y, progress)
+        loss, logits = self.goal.loss(batch), batch.logits
+        if isinstance(self.goal, PGD) and batch.moment.kappa < 1:
+            with spared(model):
+                logits = model(self.goal.attack(batch))  # the points that the loss was taken at
         with torch.no_grad():
             taught = log_softmax(self.teacher(x), 1)
-        return (1 - self.share) * loss + self.share * kl_div(said, taught, reduction="batchmean", log_target=True)
+        return (1 - self.share) * loss + self.share * kl_div(log_softmax(logits, 1), taught, reduction="batchmean", log_target=True)
 
     def dense_because(self, moment: Moment) -> str:
         return self.goal.dense_because(moment) or "distillation needs the dense network"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import unknown
+from ..errors import check_known
 from .assembly import make_learner
 from .callbacks import Progress
 from .certified_tickets import CertifiedTickets
@@ -41,8 +41,7 @@ ALL_METHODS = tuple(dict.fromkeys([*METHODS, *PROCEDURES]))
 
 def family(method: str) -> str:
     """Which of METHOD_FAMILIES the method or procedure called `method` belongs to. Raises ValueError for an unknown one."""
-    if method not in ALL_METHODS:
-        raise unknown("method", method, ALL_METHODS)
+    check_known("method", method, ALL_METHODS)
     return (PROCEDURES.get(method) or METHODS[method]).family
 
 
@@ -67,8 +66,7 @@ def train(config: Config, callbacks: Sequence[Callback] = (Progress(),), wait: b
     this run, wait for it and return what it leaves. Raises ValueError for a configuration that cannot be, RuntimeError when
     another process trains this run, TrainingStopped when training has failed, OSError when the folder cannot be written.
     """
-    if config.method not in ALL_METHODS:
-        raise unknown("method", config.method, ALL_METHODS)
+    check_known("method", config.method, ALL_METHODS)
     folder = Path(config.runs_dir) / config.run_id
     if config.resume and (folder / "summary.json").exists():
         return _finished(folder, config)

@@ -134,12 +134,28 @@ class Resources(Shown):
         return Card("Resources", "", [Table(("", "", ""), self.rows), Table(("layer", "MACs", "effective", ""), layers), model])
 
 
+def _check(model: nn.Module, x: Tensor, batches: Sequence[int], repeats: int, others: Mapping[str, Callable]) -> None:
+    kind = next(model.parameters()).dtype
+    if not isinstance(x, Tensor) or x.dim() < 2 or not len(x) or x.dtype == torch.uint8 or x.is_floating_point() and x.dtype != kind:
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"resources runs the model on inputs like those of x, a batch of at least one in {kind} as the weights are "
+                         f"(to_float makes it of uint8 images); got {got}.")
+    if not isinstance(batches, Sequence) or not batches or not all(type(n) is int and n > 0 for n in batches):
+        raise ValueError(f"batches is a list of batch sizes, whole numbers of at least 1, such as [1, 128]; got {batches!r}.")
+    if type(repeats) is not int or repeats < 0:
+        raise ValueError(f"repeats is how many calls are timed, a whole number of at least 0; got {repeats!r}.")
+    if wrong := [name for name, other in others.items() if not callable(other)]:
+        raise ValueError(f"{wrong[0]} is a function of a batch that computes the same, such as Unrolled(model, x); got {others[wrong[0]]!r}.")
+
+
 def resources(model: nn.Module, x: Tensor, batches: Sequence[int] = (1, 128), repeats: int = 50, **others: Callable[[Tensor], Tensor]) -> Resources:
     """What `model`, in eval mode, needs for float images like those of `x` (N, C, H, W); zeros among its weights count as missing.
 
     `others`: names and functions that compute the same and are timed as well, such as sparse=Unrolled(model, x). Pass `repeats` 0 to time nothing.
-    Raises Unreadable for a model that cannot be read. Source of what is reported: arXiv 2001.03048.
+    Raises ValueError for inputs, batches or others that cannot be, Unreadable for a model that cannot be read. Source of what is
+    reported: arXiv 2001.03048.
     """
+    _check(model, x, batches, repeats, others)
     with eval_mode(model):
         weights, one = prunable(model), x[:1]
         dense = {name: flops // 2 for name, flops in layer_flops(model, one).items()}

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..errors import unknown
-from .assembly import Start, make_learner, new_model, trained_model
+from ..errors import check_known
+from .assembly import Start, new_model, trained_model
 from .config import Config
 from .data import Split
 from .int8 import int8, saved_bytes
+from .jackpots import FineTuned
 from .learner import Learner
-from .rounds import Procedure, all_ones
+from .rounds import all_ones
 from .training import few_threads, repeatable
 from ..robust.attacks import pgd
 from ..robust.modes import eval_mode
 from ..sparse.distributions import layer_budgets
 from ..sparse.masks import prunable
-from ..sparse.pruning import check_count, check_number
+from ..sparse.pruning import check_count
 from ..sparse.scores import Score, generator_for, magnitude, random
 from ..sparse.sparsifier import highest_overall
 
@@ -83,21 +84,18 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
 
 
 @dataclass(kw_only=True)
-class GAP(Procedure):
+class GAP(FineTuned):
     """Train dense, remove the weights with the largest adversarial gradient, train on (arXiv 2206.07406).
 
-    `rank`: a name in RANKS; `distribution` "uniform" instead of "global" ranks within layers. `attack_steps`: of PGD on the training images
-    at the configuration's eps. `finetune_epochs`: 0 for as many as the dense training; `finetune_lr`: 0 for that of the
-    configuration (or, where it has none, the one that served sparse networks best).
+    `pretrain_epochs`, `lr_factor`: see `Pretrained` and `FineTuned`. `rank`: a name in RANKS; `distribution` "uniform" instead of "global"
+    ranks within layers. `attack_steps`: of PGD on the training images at the configuration's eps; `test_steps`: of PGD on the test images.
     `quantise`: also measure the pruned network in int8. The summary has a row "transfer": accuracy where PGD has attacked the dense network.
     """
 
-    family = "rounds"
-
+    lr_factor: float = 1.0
     rank: str = "signed"
     attack_steps: int = 10
-    finetune_epochs: int = 0
-    finetune_lr: float = 0.0
+    test_steps: int = 40
     quantise: bool = False
 
     @property
@@ -106,22 +104,17 @@ class GAP(Procedure):
         return "global" if self.config.distribution == "auto" else self.config.distribution
 
     def check(self) -> None:
-        if self.rank not in RANKS:
-            raise unknown("rank of method gap", self.rank, RANKS)
+        check_known("rank of method gap", self.rank, RANKS)
         check_count("attack_steps", self.attack_steps, least=1)
-        check_count("finetune_epochs", self.finetune_epochs)
-        check_number("finetune_lr", self.finetune_lr)
+        check_count("test_steps", self.test_steps, least=1)
+        if not self.config.eps:
+            raise ValueError(f"gap ranks and tests by attacks of radius eps, so eps is above 0; got {self.config.eps!r}.")
         if type(self.quantise) is not bool:
             raise ValueError(f"quantise is true or false; got {self.quantise!r}.")
         self.masks({name: torch.zeros(mask.shape) for name, mask in all_ones(self).items()})  # refuses what is infeasible
-        make_learner(self.dense_training, data=self.data)
+        super().check()
         if self.quantise:
             int8(new_model(self.config, self.data, 0), next(iter(self.data.train.batches(2, shuffle=False)))[0])
-
-    @property
-    def dense_training(self) -> Config:
-        """The configuration of the dense training."""
-        return self.changed("dense", sparsity=0.0, distribution="auto")
 
     def masks(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The masks of the pruned network; the last layer stays whole."""
@@ -138,20 +131,19 @@ class GAP(Procedure):
         return trained_model(self.config, self.data, self.rounds[0].weights)
 
     def last(self) -> tuple[Config, Start]:
-        dense = self.round("dense", self.dense_training).weights
+        dense = self.pretrained().weights
         model = self.dense_model()
         with repeatable(self.data.train.images.device), few_threads(model):
             masks = self.masks(self.scores(model))
-        tuning = {"epochs": self.finetune_epochs or self.config.epochs, "lr": self.finetune_lr or self.config.lr}
-        return self.changed("static", distribution="auto", **tuning), Start(dense, masks)
+        return self.tuning(masks), Start(dense, masks)
 
     def account(self, learner: Learner, summary: dict) -> dict:
         test, seed, eps = learner.data.test.take(slice(self.config.test_samples or None)), self.config.seed, self.config.eps
-        transferred = adversarial(self.dense_model(), test, eps, 40, seed)
+        transferred = adversarial(self.dense_model(), test, eps, self.test_steps, seed)
         found = super().account(learner, summary) | {"transfer": accuracy(learner.model, transferred)}
         if self.quantise:
             small = int8(learner.model, next(iter(learner.data.train.batches(500, shuffle=False)))[0])
-            points = {"clean": list(test.batches(500, shuffle=False)), "pgd_of_float": adversarial(learner.model, test, eps, 40, seed),
+            points = {"clean": list(test.batches(500, shuffle=False)), "pgd_of_float": adversarial(learner.model, test, eps, self.test_steps, seed),
                       "transfer": transferred}
             right = {name: accuracy(small, [(x.cpu(), y.cpu()) for x, y in batches]) for name, batches in points.items()}
             found |= {"int8": {**right, "bytes": saved_bytes(small), "float_bytes": saved_bytes(learner.model)}}

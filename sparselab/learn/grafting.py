@@ -12,12 +12,13 @@ from operator import or_
 
 import torch
 
-from ..errors import unknown
-from .assembly import Start, make_learner, peak_lr, trained_model
+from ..errors import check_known
+from .assembly import Start, new_model, trained_model
 from .config import Config
 from .data import to_float
+from .jackpots import FineTuned
 from .learner import Learner
-from .rounds import Procedure, final_masks, sparsity_of
+from .rounds import final_masks
 from .training import few_threads, repeatable
 from ..robust.grafting import graft, grafted_counts, instability, neurons_to_graft, random_neurons, significance, sites
 from ..sparse.pruning import check_count, check_number, check_share
@@ -31,17 +32,15 @@ RANKINGS = ("global", "layer")
 
 
 @dataclass(kw_only=True)
-class Grafting(Procedure):
+class Grafting(FineTuned):
     """Train, put lines in the place of a `share` of the neurons, and go on training (arXiv 2206.07839).
 
     `choose`: the neurons by "score", or at "random", the control; `ranking`: the share of all neurons together, "global", or of
     every "layer"; `zeroed`: they are 0 instead, and nothing of them is learned;
     `slope`: where the lines begin; `samples`: training images that are scored; `bounds`: "crown" or "ibp", which say whether a
-    neuron is unstable; `pretrain_epochs`: of the first training, 0 for as many as the second; `lr_factor`: the learning rate of
-    the second training in that of the first; `source`, `source_options`: the method that prunes in the first, where sparsity is above 0.
+    neuron is unstable; `pretrain_epochs`, `lr_factor`: see `Pretrained` and `FineTuned`; `source`, `source_options`: the method that prunes
+    in the first training, where sparsity is above 0.
     """
-
-    family = "rounds"
 
     share: float = 0.5
     choose: str = "score"
@@ -50,48 +49,39 @@ class Grafting(Procedure):
     slope: float = 0.4
     samples: int = 1000
     bounds: str = "crown"
-    pretrain_epochs: int = 0
-    lr_factor: float = 0.1
     source: str = "gmp"
     source_options: dict = field(default_factory=dict)
 
     @property
     def first(self) -> Config:
-        """The configuration of the first training."""
-        method, options = (self.source, self.source_options) if self.config.sparsity else ("dense", {})
-        distribution = self.config.distribution if self.config.sparsity else "auto"
-        return self.changed(method, method_options=options, distribution=distribution, epochs=self.pretrain_epochs or self.config.epochs)
+        if not self.config.sparsity:
+            return super().first
+        return self.changed(self.source, method_options=self.source_options, epochs=super().first.epochs)
 
     def check(self) -> None:
         check_share("share", self.share)
         for value, kind, allowed in ((self.choose, "way to choose neurons", CHOICES), (self.ranking, "ranking of neurons", RANKINGS),
                                      (self.bounds, "bound of instability", BOUNDS)):
-            if value not in allowed:
-                raise unknown(kind, value, allowed)
+            check_known(kind, value, allowed)
         if type(self.zeroed) is not bool:
             raise ValueError(f"zeroed is true or false; got {self.zeroed!r}.")
         check_count("samples", self.samples, least=1)
-        check_count("pretrain_epochs", self.pretrain_epochs)
         check_number("slope", self.slope, least=-torch.inf, above=True)
-        check_number("lr_factor", self.lr_factor, above=True)
         if self.choose == "score" and self.share and not self.config.eps:
             raise ValueError("The score asks which neurons are unstable on boxes of radius eps, and eps is 0: give eps, or choose 'random'.")
-        if self.source not in METHODS:
-            raise unknown("method to prune with", self.source, METHODS)
-        learner = make_learner(self.first, data=self.data)
-        if not sites(learner.model, to_float(self.data.train.images[:1])):
+        check_known("method to prune with", self.source, METHODS)
+        super().check()
+        if not sites(new_model(self.config, self.data, self.config.seed), to_float(self.data.train.images[:1])):
             raise ValueError(f"The model {self.config.model!r} has no ReLU that could be grafted.")
 
     def last(self) -> tuple[Config, Start]:
-        run = self.round("trained", self.first)
+        run = self.pretrained()
         masks = final_masks(run)
         model = trained_model(self.config, self.data, run.weights)
         with repeatable(self.data.train.images.device), few_threads(model):
             graft(model, self.chosen(model), None if self.zeroed else self.slope)
         ramped = self.config.objective_options | {"warmup": 0.0, "until": 0.0}  # the radius stays where the first training has left it
-        config = self.changed("static", sparsity=sparsity_of(masks), distribution="auto", lr=peak_lr(self.first) * self.lr_factor,
-                              objective_options=ramped)
-        return config, Start(model.state_dict(), masks)
+        return self.tuning(masks, objective_options=ramped), Start(model.state_dict(), masks)
 
     def chosen(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """ReLU -> which of its neurons are grafted."""

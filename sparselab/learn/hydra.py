@@ -9,37 +9,40 @@ __all__ = ['PrunedByHYDRA']
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .assembly import Start, make_learner, peak_lr
+from .assembly import Start, make_learner
 from .config import Config
-from .jackpots import Pretrained
-from .rounds import final_masks, sparsity_of
-from ..sparse.pruning import check_count, check_number, check_share
+from .jackpots import FineTuned
+from .rounds import final_masks
+from ..sparse.pruning import check_count
 
 # %% ../../nbs/learn/54_hydra.ipynb #2d604ecc
 @dataclass(kw_only=True)
-class PrunedByHYDRA(Pretrained):
+class PrunedByHYDRA(FineTuned):
     """Train dense, learn the mask on the frozen weights, fine-tune under it (arXiv 2002.10509).
 
-    `pretrain_epochs`: see `Pretrained`; `search_epochs`: of the search, 0 for the magnitude of each layer; `lr_factor`: the learning
-    rate of the fine-tuning in that of the configuration. The options of the search are accepted as well.
+    `pretrain_epochs`, `lr_factor`: see `Pretrained` and `FineTuned`; `search_epochs`: of the search, 0 for the magnitude of each layer;
+    `search_objective`: its objective, "" for the configuration's. The options of the search are accepted as well.
     """
 
     inner: ClassVar[str] = "hydra"
     search_epochs: int = 20
-    lr_factor: float = 0.1
+    search_objective: str = ""
 
     def check(self) -> None:
-        check_share("lr_factor", self.lr_factor)
-        check_number("lr_factor", self.lr_factor, above=True)
         check_count("search_epochs", self.search_epochs)
         super().check()
+        make_learner(self.searching, data=self.data)
+
+    @property
+    def searching(self) -> Config:
+        """The configuration of the search."""
+        goal = self.goal(self.search_objective or self.config.objective)
+        return self.changed("hydra", method_options=self.rest, epochs=self.search_epochs or 1, **goal)
 
     def last(self) -> tuple[Config, Start]:
-        begun = Start(self.dense().weights)
-        search = self.changed("hydra", method_options=self.rest, epochs=self.search_epochs or 1)
+        begun = Start(self.pretrained().weights)
         if self.search_epochs:
-            masks = final_masks(self.round("search", search, begun))
+            masks = final_masks(self.round("search", self.searching, begun))
         else:
-            masks = {name: mask.cpu() for name, mask in make_learner(search, start=begun, data=self.data).sparsifier.masks.items()}
-        lr = peak_lr(self.config) * self.lr_factor
-        return self.changed("static", sparsity=sparsity_of(masks), distribution="auto", lr=lr), Start(begun.weights, masks)
+            masks = {name: mask.cpu() for name, mask in make_learner(self.searching, start=begun, data=self.data).sparsifier.masks.items()}
+        return self.tuning(masks), Start(begun.weights, masks)

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import check_known
 from .data import Data
 from .losses import Objective
 from .optimizers import SCHEDULES, lr_share
@@ -48,8 +48,7 @@ class Learner:
     def __init__(self, model: nn.Module, data: Data, objective: Objective, optimizer: torch.optim.Optimizer,
                  sparsifier: Sparsifier, epochs: int, batch_size: int, seed: int = 0, grad_clip: float = 0.0,
                  augment: Callable | None = None, callbacks: Sequence[Callback] = (), schedule: str = "cosine", kernels: str = "auto"):
-        if schedule not in SCHEDULES:
-            raise unknown("schedule of the learning rate", schedule, SCHEDULES)
+        check_known("schedule of the learning rate", schedule, SCHEDULES)
         self.model, self.data, self.objective = model, data, objective
         self.optimizer, self.sparsifier, self.callbacks = optimizer, sparsifier, list(callbacks)
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed

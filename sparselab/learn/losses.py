@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..errors import unknown
+from ..errors import check_known
 from .ramps import Moment, Ramp
 from .regularizers import balance, tightness
 from .relu_stability import batchnorm_scales, stability_loss
@@ -63,6 +63,7 @@ class Batch:
     moment: Moment
     logits: Tensor | None = None
     statistics: object = None
+    attacked: Tensor | None = None  # the images that the attack of this batch has found, once it has run
 
     @property
     def ball(self) -> Ball:
@@ -123,8 +124,7 @@ class Objective:
             weight = getattr(self, name)
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
                 raise ValueError(f"{name} weighs the loss for stable ReLUs, a number of at least 0; got {weight!r}.")
-        if self.stability_bounds not in PASSES:
-            raise unknown("bound method for stable ReLUs", self.stability_bounds, PASSES)
+        check_known("bound method for stable ReLUs", self.stability_bounds, PASSES)
         if self.rs and self.nrs:
             raise ValueError(f"rs and nrs are two readings of one loss; choose one of them, not {self.rs!r} and {self.nrs!r}.")
         if (self.rs or self.nrs) and not (self.eps * self.train_eps_factor and self.engine == "native"):
@@ -133,13 +133,19 @@ class Objective:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
         """The scalar loss of images `x` in [0, 1] and labels `y` at `progress`, the share of training done."""
-        moment = self.ramp(progress)
+        return self.loss(self.batch(model, x, y, progress))
+
+    def batch(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Batch:
+        """What the loss is computed of: the clean pass is done."""
         with recorded_statistics(model) as statistics:
             logits = model(x)
-        natural = cross_entropy(logits, y)
+        return Batch(model, x, y, self.ramp(progress), logits, statistics)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The scalar loss of a batch."""
+        moment, natural = batch.moment, cross_entropy(batch.logits, batch.y)
         if moment.kappa == 1 and not (self.regularizer or self.steadies(moment)):
             return natural
-        batch = Batch(model, x, y, moment, logits, statistics)
         robust = self.robust_loss(batch) if moment.kappa < 1 else 0.0
         return moment.kappa * natural + (1 - moment.kappa) * robust + self.penalty(batch)
 
@@ -196,7 +202,7 @@ class Objective:
             return "the warm-up regularisers need the dense network"
         if self.steadies(moment):
             return "the losses rs and nrs for stable ReLUs need the dense network"
-        names = ("__call__", "robust_loss", "box_loss", "margins", "penalty")
+        names = ("__call__", "batch", "loss", "robust_loss", "box_loss", "margins", "penalty")
         own = [name for name in names if getattr(type(self), name) is not getattr(self.written_for_rows, name)]
         return f"the objective {type(self).__name__} has {own[0]} of its own, which needs the dense network" if own else ""
 
@@ -246,9 +252,11 @@ class PGD(Objective):
     attack_steps: int = 8
 
     def attack(self, batch: Batch) -> Tensor:
-        """The attacked images; the random start follows from the run's seed and the moment, not from how the run got there."""
-        generator = generator_for(self.seed, "attack", batch.moment.progress)
-        return pgd(batch.model, batch.x, batch.y, batch.moment.eps, self.attack_steps, loss="ce", generator=generator)
+        """The attacked images, computed once; the random start follows from the run's seed and the moment, not from how the run got there."""
+        if batch.attacked is None:
+            generator = generator_for(self.seed, "attack", batch.moment.progress)
+            batch.attacked = pgd(batch.model, batch.x, batch.y, batch.moment.eps, self.attack_steps, loss="ce", generator=generator)
+        return batch.attacked
 
     def robust_shares(self) -> Shares:
         return Shares(0.0, points=1.0)

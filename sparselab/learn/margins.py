@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import check_known
 from .arrays import Unavailable, read_arrays, write_arrays
 from .data import torch_seed
 from .evaluation import sparse_network
@@ -51,8 +51,7 @@ class Margins:
         """The bounds of one method, (len(grid), N). Raises ValueError when it is unknown or was not run."""
         if name in self.left_out:
             raise Unavailable(self.left_out[name])
-        if name not in self.lb:
-            raise unknown("bound method with recorded margins", name, self.lb)
+        check_known("bound method with recorded margins", name, self.lb)
         return self.lb[name]
 
     def certified(self, name: str) -> np.ndarray:

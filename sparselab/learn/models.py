@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import check_known
 from .cnns import CNNS, cnn, lenet300, mlp
 from .resnets import RESNETS, VGGS, resnet, vgg
 from .wide import WIDE, wide
@@ -63,8 +63,7 @@ def _checked(name: str, options: dict) -> dict:
     """The options of a model with the defaults of those not given."""
     defaults = MODELS[name].options
     for key, value in options.items():
-        if key not in defaults:
-            raise unknown(f"option of model {name!r}", key, defaults)
+        check_known(f"option of model {name!r}", key, defaults)
         if isinstance(defaults[key], tuple):
             if not isinstance(value, (list, tuple)) or not all(map(_is_size, value)):
                 raise ValueError(f"{key}={value!r} of model {name!r} must be a list of positive integers, as [64, 64].")
@@ -94,8 +93,7 @@ def build(name: str, shape: Sequence[int] = (1, 28, 28), classes: int = 10, mean
     With `mean` and `std` (per channel, in [0, 1] units) its first layer normalises. `options` are those of the model
     (`MODELS[name].options`). A ValueError names an unknown model or option, a bad value, or an image that is too small.
     """
-    if name not in MODELS:
-        raise unknown("model", name, MODELS)
+    check_known("model", name, MODELS)
     _check_images(shape, classes, mean, std)
     modules = MODELS[name].modules(tuple(shape), classes, **_checked(name, options))
     identity = mean is None or (not any(mean) and all(s == 1 for s in std))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..errors import unknown
+from ..errors import check_known
 from .expressive import CCIBP, ExpIBP
 from .losses import PGD, Batch, Box, Natural, Objective, Shares, robust_cross_entropy
 from .ramps import Moment
@@ -100,10 +100,8 @@ OBJECTIVES: dict[str, type[Objective]] = {"natural": Natural, "pgd": PGD, "ibp":
 
 def objective(name: str, eps: float, engine: str = "native", seed: int = 0, **options: object) -> Objective:
     """The objective called `name` at radius `eps`; the noise of its attacks follows from `seed`. Raises ValueError for unknown names and options."""
-    if name not in OBJECTIVES:
-        raise unknown("objective", name, OBJECTIVES)
+    check_known("objective", name, OBJECTIVES)
     known = [f.name for f in fields(OBJECTIVES[name]) if f.name not in ("eps", "engine", "seed")]
     for option in options:
-        if option not in known:
-            raise unknown(f"option of objective {name}", option, known)
+        check_known(f"option of objective {name}", option, known)
     return OBJECTIVES[name](eps=eps, engine=engine, seed=seed, **options)

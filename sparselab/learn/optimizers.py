@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..errors import unknown
+from ..errors import check_known
 
 # %% ../../nbs/learn/20_optimizers.ipynb #d9798e83
 WARMUP, LAST = 0.02, 0.01  # share of training that the rate rises in; where the cosine ends
@@ -43,6 +43,5 @@ OPTIMIZERS: dict[str, Callable] = {
 
 def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """"adam", "adamw" or "sgd" (Nesterov, momentum 0.9) over the parameters of `model`."""
-    if name not in OPTIMIZERS:
-        raise unknown("optimizer", name, OPTIMIZERS)
+    check_known("optimizer", name, OPTIMIZERS)
     return OPTIMIZERS[name](model.parameters(), lr, weight_decay)

@@ -8,7 +8,7 @@ __all__ = ['RAMPS', 'smooth', 'linear', 'Moment', 'Ramp']
 # %% ../../nbs/learn/13_ramps.ipynb #ac8f36aa
 from dataclasses import dataclass
 
-from ..errors import unknown
+from ..errors import check_known
 
 # %% ../../nbs/learn/13_ramps.ipynb #24c8dc8b
 def smooth(p: float, mid: float = 0.25) -> float:
@@ -50,8 +50,7 @@ class Ramp:
     kappa_end: float = 0.3
 
     def __post_init__(self):
-        if self.shape not in RAMPS:
-            raise unknown("ramp", self.shape, RAMPS)
+        check_known("ramp", self.shape, RAMPS)
         if not 0 <= self.warmup <= self.until <= 1:
             raise ValueError(f"The ramp runs from warmup to until, shares of training with 0 <= warmup <= until <= 1; "
                              f"got warmup {self.warmup!r} and until {self.until!r}.")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import check_known
 from .arrays import Unavailable, read_arrays
 from ..program import Unreadable, operation, read
 from ..robust.modes import eval_mode
@@ -135,8 +135,7 @@ class NeuronRecordings(Recordings):
 
     def over_time(self, layer: str, key: str = "state") -> np.ndarray:
         """(recordings, neurons) of `key` "state" (codes into STATES), "lb" or "ub". Raises ValueError for a wrong layer."""
-        if layer not in self.layers:
-            raise unknown("layer with recorded neurons", layer, self.layers)
+        check_known("layer with recorded neurons", layer, self.layers)
         return np.stack([arrays[f"{layer}/{key}"] for arrays, _ in self.recordings.values()])
 
     def by(self, layer: str) -> str:

@@ -6,46 +6,42 @@
 __all__ = ['RobustTickets']
 
 # %% ../../nbs/learn/56_robust_tickets.ipynb #b1a29413
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .assembly import Start, make_learner
 from .config import Config
-from .rounds import Procedure, final_masks, sparsity_of
+from .jackpots import FineTuned
+from .rounds import final_masks
 from ..sparse.pruning import check_count
 
 # %% ../../nbs/learn/56_robust_tickets.ipynb #f0d0827a
 @dataclass(kw_only=True)
-class RobustTickets(Procedure):
+class RobustTickets(FineTuned):
     """Train dense, learn hard concrete gates on its frozen weights, train the ticket from these weights (arXiv 2211.03013).
 
     The gates learn for `epochs` under the configuration's objective. `pretrain`, `retrain`: the objectives of the other two trainings,
-    with the options of the configuration if that has the same, else with default options; `pretrain_epochs`, `retrain_epochs`: their
-    epochs, 0 for as many. Other options are those of the gates.
+    with the options of the configuration if that has the same, else with default options; `retrain_epochs`: epochs of the last, 0 for
+    as many. `pretrain_epochs`, `lr_factor`: see `Pretrained` and `FineTuned`. Other options are those of the gates.
     """
 
-    family = "rounds"
-
     inner: ClassVar[str] = "hard_concrete"
+    lr_factor: float = 1.0
     pretrain: str = "natural"
-    pretrain_epochs: int = 0
     retrain: str = "natural"
     retrain_epochs: int = 0
 
     def check(self) -> None:
-        check_count("pretrain_epochs", self.pretrain_epochs)
         check_count("retrain_epochs", self.retrain_epochs)
         super().check()
-        for name in (self.pretrain, self.retrain):
-            make_learner(self.weights_training("dense", name, 0, sparsity=0.0), data=self.data)
+        make_learner(self.changed("dense", **self.goal(self.retrain)), data=self.data)
 
-    def weights_training(self, method: str, objective: str, epochs: int, sparsity: float) -> Config:
-        """The configuration of a training of the weights."""
-        goal = {} if objective == self.config.objective else {"objective": objective, "objective_options": {}}
-        return self.changed(method, sparsity=sparsity, distribution="auto", epochs=epochs or self.config.epochs, **goal)
+    @property
+    def first(self) -> Config:
+        return replace(super().first, **self.goal(self.pretrain))
 
     def last(self) -> tuple[Config, Start]:
-        dense = self.round("dense", self.weights_training("dense", self.pretrain, self.pretrain_epochs, 0.0)).weights
+        dense = self.pretrained().weights
         gates = self.round("gates", self.changed("hard_concrete", method_options=self.rest), Start(dense))
         masks = final_masks(gates)
-        return self.weights_training("static", self.retrain, self.retrain_epochs, sparsity_of(masks)), Start(dense, masks)
+        return self.tuning(masks, epochs=self.retrain_epochs or self.config.epochs, **self.goal(self.retrain)), Start(dense, masks)

@@ -9,12 +9,13 @@ __all__ = ['matched_epochs', 'ScratchE', 'ScratchB', 'DSTEnsemble']
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ..errors import unknown
+from ..errors import check_known
 from .assembly import Start, make_learner, new_model, trained_model
 from .config import Config
 from .ensembles import ensemble_summary
 from .learner import Learner
 from .rounds import Procedure, final_masks, sparsity_of
+from ..sparse.pruning import check_number
 from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/41_scratch.ipynb #da21f532
@@ -41,8 +42,7 @@ class ScratchE(Procedure):
         return self.changed(self.source, method_options=self.source_options)
 
     def check(self) -> None:
-        if self.source not in METHODS:
-            raise unknown("method to prune with", self.source, METHODS)
+        check_known("method to prune with", self.source, METHODS)
         make_learner(self.pruned, data=self.data)
 
     def epochs_of(self, flops: dict) -> int:
@@ -64,8 +64,7 @@ class ScratchB(ScratchE):
     most: float = 10.0
 
     def check(self) -> None:
-        if not self.most >= 1:
-            raise ValueError(f"most is how many times the epochs may be trained, at least 1; got {self.most!r}.")
+        check_number("most", self.most, least=1)
         super().check()
 
     def epochs_of(self, flops: dict) -> int:
@@ -82,7 +81,7 @@ class DSTEnsemble(Procedure):
     members: int = 3
 
     def check(self) -> None:
-        if self.members < 1:
+        if type(self.members) is not int or self.members < 1:
             raise ValueError(f"members is at least 1; got {self.members!r}.")
         super().check()
 

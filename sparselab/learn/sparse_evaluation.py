@@ -8,7 +8,7 @@ __all__ = ['on_nonzeros']
 # %% ../../nbs/learn/27_sparse_evaluation.ipynb #c0a94082
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import check_known
 from .sparse_steps import KERNELS, PAYS
 from .unrolled import Unrolled
 from ..sparse.products import with_numba
@@ -19,8 +19,7 @@ def on_nonzeros(model: nn.Module, x: Tensor, kernels: str = "auto", engine: str 
 
     `kernels`: "dense"; "sparse", unrolled wherever that is possible; or "auto", unrolled where no more products exist than `PAYS`.
     """
-    if kernels not in KERNELS:
-        raise unknown("kernels", kernels, KERNELS)
+    check_known("kernels", kernels, KERNELS)
     if kernels == "dense":
         return None, 'kernels="dense" was asked for'
     if engine != "native":

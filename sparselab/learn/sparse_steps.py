@@ -20,7 +20,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ..errors import unknown
+from ..errors import check_known
 from .losses import Ball, Batch, Objective
 from .rows import Margins, Norm, Outputs, Rows, Sparse, Unsupported, dense_gradients, logits
 from ..program import GLOBAL_HOOKS, Unreadable, class_functions, spared, structure
@@ -200,8 +200,7 @@ class SparseSteps:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: Sparsifier, goal: Objective, kernels: str = "auto"):
-        if kernels not in KERNELS:
-            raise unknown("kernels", kernels, KERNELS)
+        check_known("kernels", kernels, KERNELS)
         self.model, self.optimizer, self.sparsifier, self.goal, self.kernels = model, optimizer, sparsifier, goal, kernels
         self.net: Rows | None = None
         self.flat: nn.Parameter | None = None

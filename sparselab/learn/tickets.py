@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ..errors import unknown
+from ..errors import check_known
 from .assembly import Start, make_learner
 from .config import Config
 from .files import read_tensors
@@ -95,8 +95,7 @@ class IMP(Tickets):
     rewind_epochs: int = 0
 
     def check(self) -> None:
-        if self.rewind not in REWINDS:
-            raise unknown("rewind", self.rewind, REWINDS)
+        check_known("rewind", self.rewind, REWINDS)
         if self.rewind == "learning_rate" and self.rewind_epochs:
             raise ValueError(f"rewind 'learning_rate' leaves the weights as they were trained, so rewind_epochs is 0; got {self.rewind_epochs!r}.")
         check_count("rewind_epochs", self.rewind_epochs)
@@ -154,7 +153,7 @@ class COLT(Tickets):
     parts: int = 2
 
     def check(self) -> None:
-        if not 2 <= self.parts <= self.data.classes:
+        if type(self.parts) is not int or not 2 <= self.parts <= self.data.classes:
             raise ValueError(f"parts is from 2 to the {self.data.classes} classes of {self.data.name}; got {self.parts!r}.")
         masks = all_ones(self)
         layer_budgets({name: tuple(mask.shape) for name, mask in masks.items()}, self.config.sparsity, "global", list(masks)[-1:])

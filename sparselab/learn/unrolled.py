@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ..checksums import digest
-from ..errors import unknown
+from ..errors import check_known
 from .recordings import NeuronSums
 from .rows import Unsupported
 from ..robust.bounds import METHODS
@@ -449,8 +449,7 @@ class Unrolled(_Evaluated):
 
     def bounds(self, lower: Tensor, upper: Tensor, method: str = "ibp", C: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(lb, ub) of the outputs on boxes [lower, upper], (B, ...), or, each (B, S), of C times them with C (B, S, K); see `robust.bounds`."""
-        if method not in METHODS:
-            raise unknown("bound method", method, METHODS)
+        check_known("bound method", method, METHODS)
         check_box(lower, upper)
         found = []
         for low, up, c in _split(self.batches(len(lower), 6), lower, upper, C):

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import check_known
 from .boxes import input_box
 from .modes import check_labels, eval_mode, full_precision, worst_margin
 
@@ -100,8 +100,7 @@ def _check_options(steps: int, step_size: float | None, restarts: int, loss: str
             raise ValueError(f"{name}={value!r}, but PGD needs a whole number of {name}, at least 1.")
     if step_size is not None and not 0 < step_size < math.inf:
         raise ValueError(f"step_size={step_size!r}, but a length is a positive number; None: from 2 eps down to 0.")
-    if loss not in LOSSES:
-        raise unknown("attack loss", loss, LOSSES)
+    check_known("attack loss", loss, LOSSES)
 
 
 def pgd(

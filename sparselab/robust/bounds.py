@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import check_known, unknown
 from ..program import Program, read
 from .alpha import alpha_crown
 from .boxes import check_box, check_dense, input_box, margin_matrix, shortened
@@ -83,8 +83,7 @@ def bounds(
     and ValueError for unknown names, bad boxes, a C that does not fit, or a layer in train mode that has no bound there.
     The gradient is that of the whole computation: `detach` and `torch.no_grad` inside the model do not stop it.
     """
-    if method not in METHODS + LEARNED:
-        raise unknown("bound method", method, METHODS + LEARNED)
+    check_known("bound method", method, METHODS + LEARNED)
     check_engine(engine)
     check_arguments(model, lower, upper, C, program)
     known = program or read(model, middle(lower, upper))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import check_known
 from .boxes import check_box
 from .crown import crown_pass
 from .ibp import interval_pass
@@ -68,8 +68,7 @@ def stability(
 
     Raises ValueError for an unknown method or a bad box, and UnsupportedLayer for a layer without bounds.
     """
-    if method not in PASSES:
-        raise unknown("bound method", method, PASSES)
+    check_known("bound method", method, PASSES)
     check_box(lower, upper)
     with eval_mode(model), full_precision(lower.device), torch.no_grad():
         bounds = PASSES[method](model, lower, upper).preactivations

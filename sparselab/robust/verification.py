@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cards import Card, Course, Share, Shown, Table
-from ..errors import unknown
+from ..errors import check_known
 from ..program import Program, read, restored
 from .attacks import gradient, pgd
 from .bounds import LEARNED, METHODS, Engine, bounds, check_engine, input_box, margin_matrix
@@ -192,8 +192,7 @@ def _order(methods: Sequence[str]) -> list[str]:
         raise ValueError(f"methods is {methods!r}, but it names bound methods: some of {', '.join(METHODS + LEARNED)}.")
     methods = [methods] if isinstance(methods, str) else list(methods)
     for name in methods:
-        if name not in METHODS + LEARNED:
-            raise unknown("bound method", name, METHODS + LEARNED)
+        check_known("bound method", name, METHODS + LEARNED)
     if not methods:
         raise ValueError(f"No method was named: choose at least one of {', '.join(METHODS + LEARNED)}.")
     return [name for name in METHODS + LEARNED if name in methods]

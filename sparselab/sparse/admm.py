@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .pruning import check_count, check_number, check_share
+from .schedules import evenly
 from .sparsifier import Sparsifier, cloned, highest, keep_highest
 
 # %% ../../nbs/sparse/38_admm.ipynb #6ac958b0
@@ -41,11 +42,11 @@ class ADMM(Sparsifier):
         check_number("growth", self.growth, least=1)
         check_count("updates", self.updates, least=1)
         self.last = max(1, round(self.end * self.total_steps))
-        times = min(self.updates, self.last)  # more than one a step there cannot be
+        self.due = evenly(self.updates, self.last)
+        times = len(self.due)
         if math.log(self.rho) + times * math.log(self.growth) >= math.log(torch.finfo(torch.float32).max):
             raise ValueError(f"rho is multiplied by growth {times} times, and rho {self.rho!r} times growth {self.growth!r} ** {times} is no "
                              "float32 any more; lower growth.")
-        self.due = frozenset(math.ceil((i + 1) * self.last / times) for i in range(times))
         self.U = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in self.masks.weights.items()}
         self.Z = self.projected()
 

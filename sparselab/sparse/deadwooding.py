@@ -6,12 +6,12 @@
 __all__ = ['Deadwooding']
 
 # %% ../../nbs/sparse/39_deadwooding.ipynb #e6de5ba2
-import math
 from dataclasses import dataclass
 
 import torch
 
 from .pruning import check_count, check_number, check_share
+from .schedules import evenly
 from .sparsifier import Sparsifier, cloned, highest, keep_highest
 
 # %% ../../nbs/sparse/39_deadwooding.ipynb #a777c68e
@@ -40,8 +40,7 @@ class Deadwooding(Sparsifier):
         check_count("updates", self.updates, least=1)
         check_number("tolerance", self.tolerance)
         self.last = max(1, round(self.end * self.total_steps))
-        times = min(self.updates, self.last)  # more than one a step there cannot be
-        self.due = frozenset(math.ceil((i + 1) * self.last / times) for i in range(times))
+        self.due = evenly(self.updates, self.last)
         self.price, self.cut = 0.0, False
         self.rank()
 

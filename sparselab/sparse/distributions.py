@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..errors import check_names
+
 # %% ../../nbs/sparse/02_distributions.ipynb #55eb2895
 DISTRIBUTIONS = ("uniform", "er", "erk", "global")
 
@@ -72,6 +74,7 @@ def layer_budgets(shapes: Mapping[str, Sequence[int]], sparsity: float, distribu
         raise ValueError(f"Layer {empty[0]} of shape {tuple(shapes[empty[0]])} has no weights; leave it out.")
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution {distribution!r} is unknown; choose one of {', '.join(DISTRIBUTIONS)}.")
+    check_names("dense", dense, "fc1.weight")
     if unknown := set(dense) - set(shapes):
         raise ValueError(f"dense names {sorted(unknown)}, which are not among the layers {', '.join(shapes)}.")
     sizes = np.array([math.prod(shape) for shape in shapes.values()])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from ..errors import unknown
+from ..errors import check_known
 from .distributions import budget, layer_budgets
 from .masks import assign
 from .pruning import check_share
@@ -210,8 +210,7 @@ class SET(Replacing):
 
     def set_knob(self, name: str, value: float | str) -> None:
         if name == "growth":
-            if value not in GROWTH:
-                raise unknown("growth score", value, GROWTH)
+            check_known("growth score", value, GROWTH)
             self.grow = GROWTH[value]
         elif name == "drop_fraction":
             check_share(name, value)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import unknown
+from ..errors import check_known
 from .distributions import layer_budgets
 from .masks import assign
 from .pruning import check_share
@@ -61,8 +61,7 @@ class Gibbs(Sparsifier):
     record_every: int = 100
 
     def start(self) -> None:
-        if self.structure not in STRUCTURES:
-            raise unknown("structure", self.structure, STRUCTURES)
+        check_known("structure", self.structure, STRUCTURES)
         check_share("anneal", self.anneal)
         check_share("end", self.end, least=self.anneal)
         if not 0 < self.beta_start <= self.beta_end:

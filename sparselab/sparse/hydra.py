@@ -26,14 +26,12 @@ class HYDRA(MaskSearch):
     mask_decay: float = 1e-4
 
     def first_scores(self, first: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self.as_scores(self.masks.weights[name].detach()) for name in first}
+        return {name: self.as_scores(name) for name in first}
 
-    @staticmethod
-    def as_scores(weight: Tensor) -> Tensor:
+    def as_scores(self, name: str) -> Tensor:
         """A layer's weights in the scale of scores; they rank as the weights do."""
-        if not weight.numel():
-            return weight.clone()
-        return weight * (math.sqrt(6 / weight[0].numel()) / weight.abs().max().clamp(min=torch.finfo(weight.dtype).tiny))
+        weight = self.masks.weights[name].detach()
+        return weight * (math.sqrt(6 / self.fan_in(name)) / weight.abs().max().clamp(min=torch.finfo(weight.dtype).tiny))
 
     def rank(self, score: Tensor) -> Tensor:
         return score.abs()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .fan_in import dense_fan_in
 from .masks import assign
 from .pruning import check_count, check_number, check_share
 from .scores import top
@@ -33,6 +34,10 @@ class Frozen(Sparsifier, abstract=True):
     def value(self, name: str) -> Tensor:
         """What every weight of `name` is where the mask keeps it."""
         return self.frozen[name]
+
+    def fan_in(self, name: str) -> int:
+        """How many inputs the output units of the layer with the weight `name` have."""
+        return dense_fan_in(self.masks.weights[name], self.model.get_submodule(name.rpartition(".")[0]))
 
     def shown(self, name: str, trained: Tensor) -> Tensor:
         """The weight `name` of the model; `trained`: what `value` says."""

@@ -15,6 +15,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.nn.parameter import is_lazy
 
 from ..cards import Card, Density, Share, Shown, Table  # a table in the output of a notebook cell, see 00c_cards
+from ..errors import check_names
 
 # %% ../../nbs/sparse/00_masks.ipynb #31ba2cb0
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # their weights have the inputs first; 26_channels has to know
@@ -75,6 +76,7 @@ def maskable(model: nn.Module, dense: Collection[str] = ()) -> dict[str, nn.Para
     `dense`: names of weights that are kept whole, and may be frozen. Raises ValueError naming the weight that is computed from
     other parameters, is frozen, or shares its memory with another tensor of the model.
     """
+    check_names("dense", dense, "fc1.weight")
     weights, owned = prunable(model), dict(model.named_parameters(remove_duplicate=False))
     for name, weight in weights.items():
         if owned.get(name) is not weight:

@@ -36,7 +36,7 @@ class EdgePopup(MaskSearch):
             weight, kept = self.frozen[name], max(1, int(mask.sum()))
             self.frozen[name] = weight * (mask.numel() / kept) ** 0.5
             drawn = 2 * torch.rand(weight.shape, generator=generator_for(self.seed, "scores", name)) - 1
-            scores[name] = (drawn / weight[0].numel() ** 0.5).to(weight)
+            scores[name] = (drawn / self.fan_in(name) ** 0.5).to(weight)
         return scores
 
 

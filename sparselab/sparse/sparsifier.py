@@ -9,6 +9,7 @@ __all__ = ['METHOD_FAMILIES', 'FACTS', 'Keeping', 'Loading', 'cloned', 'Saving',
 # %% ../../nbs/sparse/09_sparsifier.ipynb #91e52556
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 from weakref import WeakSet
 
@@ -304,8 +305,8 @@ class Sparsifier(Saving, Method, Shown, abstract=True):
     seed: int = 0
 
     def __post_init__(self):
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps is the number of training steps, at least 1; got {self.total_steps!r}.")
+        if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, Integral) or self.total_steps < 1:
+            raise ValueError(f"total_steps is the number of training steps, a whole number of at least 1; got {self.total_steps!r}.")
         if isinstance(self.optimizer, torch.optim.SparseAdam):
             raise ValueError("SparseAdam takes sparse gradients, and those of Linear and Conv weights are dense; choose Adam.")
         self.masks, self.snapshots = Masks(maskable(self.model, self.dense)), {}

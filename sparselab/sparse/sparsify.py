@@ -11,10 +11,11 @@ from dataclasses import fields
 import torch
 from torch import nn
 
-from ..errors import unknown
+from ..errors import check_known
 from .acdc import ACDC
 from .admm import ADMM
 from .at_init import SNIP, GraSP, SynFlow
+from .cactus import CACTUS
 from .cht import CHT
 from .ctre import CTRESeq, CTRESim
 from .deadwooding import Deadwooding
@@ -40,7 +41,7 @@ METHODS: dict[str, type[Sparsifier]] = {
     "dense": Dense, "static": Static, "snip": SNIP, "grasp": GraSP, "synflow": SynFlow, "set": SET, "rigl": RigL, "snfs": SNFS,
     "mest": MEST, "gse": GSE, "srigl": SRigL, "cht": CHT, "ctre_seq": CTRESeq, "ctre_sim": CTRESim, "edst": EDST, "gmp": GMP, "granet": GraNet,
     "acdc": ACDC, "gibbs": Gibbs, "slimming": Slimming, "jackpots": Jackpots, "hydra": HYDRA, "edge_popup": EdgePopup,
-    "biprop": Biprop, "hard_concrete": HardConcrete, "admm": ADMM, "deadwooding": Deadwooding,
+    "biprop": Biprop, "hard_concrete": HardConcrete, "admm": ADMM, "deadwooding": Deadwooding, "cactus": CACTUS,
     "vlr_projection": VLRProjection, "sparsevlr": SparseVLR,
 }
 HANDED = {"model", "optimizer", "sparsity", "total_steps", "seed"}  # what sparsify takes itself
@@ -49,8 +50,7 @@ CHOSEN = {"grow"}  # what makes a method that method
 
 def method_options(method: str) -> dict[str, object]:
     """Option name -> default of the method called `method`. Raises ValueError when there is no such method."""
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
+    check_known("method", method, METHODS)
     return {f.name: f.default for f in fields(METHODS[method]) if f.name not in HANDED | CHOSEN}
 
 
@@ -65,7 +65,6 @@ def sparsify(model: nn.Module, optimizer: torch.optim.Optimizer, method: str = "
     """
     known = method_options(method)
     for name in options:
-        if name not in known:
-            raise unknown(f"option of method {method}", name, known)
+        check_known(f"option of method {method}", name, known)
     return METHODS[method](model=model, optimizer=optimizer, sparsity=sparsity, total_steps=total_steps, seed=seed,
                            **options)

@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparselab.learn import Config, build, objective, train
 from sparselab.learn.assembly import make_learner
+from sparselab.learn.fusion import Fused
 from sparselab.learn.objectives import OBJECTIVES
 from sparselab.learn.rows import READERS, Rows, Unsupported, certified, dense_gradients, logits
 from sparselab.learn.sparse_steps import OnRows, SparseSteps
@@ -78,6 +79,43 @@ def test_losses_and_gradients_are_those_of_the_dense_network(name, every, numba)
         assert torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5), name
 
 
+@numba_or_not
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "pools"])
+def test_crown_ibp_and_its_gradients_are_those_of_the_dense_network(name, every, numba):
+    """Over boxes in which many neurons are unstable, with IBP and CROWN-IBP mixed. The reference is the dense network in float64.
+
+    Biases are random and rows have many weights: a neuron at 0, or a coefficient of 0, has a gradient that depends on the last digit.
+    """
+    model, masks = sparse_model(name, 0.5)
+    x, y = torch.rand(6, *MODELS[name]), torch.randint(0, 10, (6,))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.dim() == 1 else 0)
+    goal = objective("crown_ibp", 0.03, kappa_start=0.5, kappa_end=0.5)
+    moment, reference = goal.ramp(0.15), copy.deepcopy(model).double()
+    assert 0.2 < goal.fused_share(moment) < 0.8 and moment.eps > 0.005
+    with machine(numba):
+        net = Rows(model, x[:2])
+        net.index(masks, every)
+        for _ in range(2):  # the second finds what the first has left in the passes
+            made, grad, kept = Fused(net, x, y, eps=moment.eps, every=every, update=False), torch.zeros(len(net.values.flat)).numpy(), {}
+            loss, by_lb = made.cross_entropy(1.0, goal.fused_share(moment))
+            made.backward(0 * made.z, by_lb, grad, kept if every else None)
+            grown = dense_gradients(net, kept) if every else {}
+    natural = F.cross_entropy(reference(x.double()), y)
+    truth = 2 * goal(reference, x.double(), y, 0.15) - natural
+    truth.backward()
+    assert loss == pytest.approx(truth.item(), rel=2e-4)
+    for name, parameter in reference.named_parameters():
+        room = 1e-4 * float(parameter.grad.abs().max()) + 1e-7
+        own = torch.from_numpy(net.values.of(name, grad))
+        assert torch.allclose(own, net.values.gather(name, parameter.grad).float(), atol=room), name
+        if name in grown:
+            off = ~torch.from_numpy(masks[name])
+            assert torch.allclose(grown[name][off], parameter.grad[off].float(), atol=room), name
+
+
 def test_bounds_are_those_of_the_dense_network():
     model, masks = sparse_model("cnn4", 0.95)
     x, y = torch.rand(20, 1, 8, 8), torch.randint(0, 10, (20,))
@@ -103,14 +141,15 @@ def test_gradients_of_the_input_are_right():
 
 
 @numba_or_not
-@pytest.mark.parametrize("method", ["rigl", "set", "sparsevlr", "gmp", "snip", "static", "snfs", "granet", "mest", "gse", "srigl", "cht"])
-def test_a_training_is_that_of_the_dense_kernels(method, numba):
+@pytest.mark.parametrize("method, goal", [*((method, "ibp") for method in ("rigl", "set", "sparsevlr", "gmp", "snip", "static", "snfs", "granet",
+                                                                          "mest", "gse", "srigl", "cht")), ("rigl", "crown_ibp")])
+def test_a_training_is_that_of_the_dense_kernels(method, goal, numba):
     options = {"update_every": 4} if method not in ("snip", "static") else {}
-    base = Config(**SMALL, method=method, sparsity=0.9, method_options=options)
+    base = Config(**SMALL, method=method, objective=goal, sparsity=0.9, method_options=options)
     found = {}
     with machine(numba):
         for kernels in ("sparse", "dense"):
-            learner = make_learner(Config(**{**SMALL, "kernels": kernels}, method=method, sparsity=0.9, method_options=options))
+            learner = make_learner(Config(**{**SMALL, "kernels": kernels}, method=method, objective=goal, sparsity=0.9, method_options=options))
             steps, rows = 0, []
             original = learner.on_nonzeros.step
 
@@ -131,10 +170,12 @@ def test_a_training_is_that_of_the_dense_kernels(method, numba):
     assert (found["sparse"][2] > 0) == (method != "snfs") and found["dense"][2] == 0  # snfs watches the gradients of every step
 
 
-@pytest.mark.parametrize("seen", ["never", "at every step"])
-def test_a_training_that_stops_anywhere_continues_to_the_same_bits(seen):
+@pytest.mark.parametrize("seen, goal", [("never", "ibp"), ("at every step", "ibp"), ("at every step", "crown_ibp")])
+def test_a_training_that_stops_anywhere_continues_to_the_same_bits(seen, goal):
     """From the state after every step, saved while the moments are in the flat vector; and reading in between changes nothing."""
-    config = Config(**{**SMALL, "kernels": "sparse", "epochs": 1}, method="rigl", sparsity=0.9, method_options={"update_every": 2})
+    rising = {"objective_options": {"until": 0.8}} if goal == "crown_ibp" else {}
+    config = Config(**{**SMALL, "kernels": "sparse", "epochs": 1}, method="rigl", objective=goal, sparsity=0.9, method_options={"update_every": 2},
+                    **rising)
     straight = make_learner(config)
     states = []
 
@@ -184,15 +225,30 @@ def test_weights_written_by_others_are_taken_up():
 
 
 def test_what_cannot_be_done_sparsely_says_so():
+    unfused = {"objective": "crown_ibp", "objective_options": {"fused": False}}
     with pytest.raises(ValueError, match='kernels="sparse" cannot be had: the objective CrownIBP.*Choose kernels="auto"'):
-        make_learner(Config(**{**SMALL, "kernels": "sparse"}, objective="crown_ibp", sparsity=0.9))
+        make_learner(Config(**{**SMALL, "kernels": "sparse"}, **unfused, sparsity=0.9))
     with pytest.raises(Unsupported, match="'0' .view.: it moves entries into the batch"):
         Rows(nn.Sequential(nn.Linear(6, 8), nn.Flatten(), nn.Linear(32, 10)), torch.rand(2, 4, 6))
     with pytest.raises(ValueError, match="kernels"):
         Config(kernels="spare")
-    learner = make_learner(Config(**SMALL, kernels="auto", objective="crown_ibp", sparsity=0.9))
+    learner = make_learner(Config(**SMALL, kernels="auto", **unfused, sparsity=0.9))
     learner.train_epoch()
     assert "CrownIBP" in learner.on_nonzeros.reason
+
+
+def test_functions_are_carried_back_through_max_pooling_by_the_dense_network():
+    torch.manual_seed(0)
+    goal, x, y = objective("crown_ibp", 0.01), torch.rand(6, 2, 9, 9), torch.randint(0, 10, (6,))
+    steps, _ = both(pools().train(), goal)
+    with pytest.raises(ValueError, match='kernels="sparse" cannot be had: a function is carried back through max pooling by the dense network'):
+        steps.ready(x, 0.2)
+    steps.kernels = "auto"
+    with mock.patch("sparselab.learn.sparse_steps.PAYS", {True: (1.0, 1.0), False: (1.0, 1.0)}):
+        assert not steps.ready(x, 0.2) and "max pooling" in steps.reason and not steps.closed
+        assert steps.ready(x, 0.9)  # what is left is IBP
+        steps.step(x, y, 0.9)
+        assert not steps.ready(x, 0.2)
 
 
 def test_a_run_trains_on_its_nonzeros_and_says_it(tmp_path):
@@ -381,7 +437,7 @@ def both(model: nn.Module, goal, sparsity: float = 0.8, kernels: str = "sparse")
 @pytest.mark.parametrize("name", ["cnn4", "ctbench_cnn4_bn", "resnet5_bn"])
 @pytest.mark.parametrize("goal", OBJECTIVES)
 def test_every_objective_has_the_loss_and_gradients_of_the_dense_network(goal, name, moment, numba):
-    """Those of missing weights and the running statistics included; CROWN-IBP while eps rises, CC-IBP and Exp-IBP are dense, and say so."""
+    """Those of missing weights and the running statistics included; CC-IBP and Exp-IBP are dense, and say so."""
     progress = {"rising": 0.2, "arrived": 0.9}[moment]
     options = {"attack_steps": 3} if goal in ("pgd", "sabr", "mtl_ibp") else {}
     options |= {"alpha": 0.4} if goal == "mtl_ibp" else {}

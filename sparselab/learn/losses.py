@@ -174,6 +174,10 @@ class Objective:
         clean, boxes, points = ((1 - moment.kappa) * share for share in self.robust_shares())
         return Shares(moment.kappa + clean, boxes, points)
 
+    def fused_share(self, moment: Moment) -> float:
+        """How much of the loss over the boxes is bounded by CROWN-IBP with loss fusion at a moment; the rest is IBP's."""
+        return 0.0
+
     def margins(self, batch: Batch) -> Tensor:
         """Lower bounds (B, K-1) of the margins over the boxes, by interval arithmetic merged into the last layer (arXiv 1810.12715)."""
         return bounds(batch.model, *self.boxes(batch).ends, "ibp", batch.C, self.engine, batch.statistics, self.reading(batch))[0]

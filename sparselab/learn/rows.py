@@ -6,12 +6,13 @@
 __all__ = ['READERS', 'Unsupported', 'Pass', 'through', 'Values', 'Layer', 'Sparse', 'Norm', 'norm_forward', 'norm_backward',
            'norm_forward_in_torch', 'norm_backward_in_torch', 'Scale', 'Line', 'Activation', 'Gather', 'Sum', 'MaxPool',
            'Rows', 'constants', 'merged_margins', 'merged_margins_backward', 'margins_in_torch',
-           'margins_backward_in_torch', 'Margins', 'Outputs', 'certified', 'logits', 'dense_gradients']
+           'margins_backward_in_torch', 'merged', 'merged_backward', 'Margins', 'Outputs', 'certified', 'logits',
+           'dense_gradients']
 
 # %% ../../nbs/learn/21_rows.ipynb #ab3e8658
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,11 @@ class Unsupported(ValueError):
 
 
 class Pass:
-    """One pass: the activation at every place as a matrix, rows x (n clean | m lower | m upper columns), and its gradient."""
+    """One pass: the activation at every place as a matrix, rows x (n clean | m lower | m upper columns), and its gradient.
+
+    A subclass may go through an activation in a way of its own: it leaves `ahead` or `back` straight (slope 1) and acts at the places where
+    an activation is made, `after` they are written and `before` their gradient is read, or adds gradient of its own there (`pull`).
+    """
 
     def __init__(self, net: "Rows", n: int, m: int):
         self.net, self.n, self.m = net, n, m
@@ -40,6 +45,7 @@ class Pass:
         self.x = [np.zeros((math.prod(shape), n + 2 * m), np.float32) for shape in net.shapes]
         self.g: list[np.ndarray | None] = [None] * len(net.shapes)
         self.saved: dict[int, Any] = {}  # place -> what a layer keeps for its gradient
+        self.pulled: dict[int, np.ndarray] = {}  # place -> what others than its columns pull on scale and shift of a BatchNorm, (2, channels)
         self.wanted: set[int] = set()  # places whose gradient is asked for
 
     def tensor(self, place: int) -> Tensor:
@@ -50,6 +56,27 @@ class Pass:
             self.g[place] = np.zeros_like(self.x[place])
         return self.g[place]
 
+    def ahead(self, slope: float) -> float:
+        """The slope below zero that a layer applies, of an activation that has this one."""
+        return slope
+
+    def back(self, slope: float) -> float:
+        """The slope that a gradient returns through."""
+        return slope
+
+    def after(self, place: int) -> None:
+        """An activation has been written at `place`."""
+
+    def before(self, place: int) -> None:
+        """The gradient at `place`, where an activation is made, is about to be read."""
+
+    def pull(self, place: int, made: int) -> None:
+        """The gradient at `place`, before the activation that leads to the place `made`, is complete but for what the pass itself adds."""
+
+    def statistics(self, norm: "Norm") -> tuple[Tensor, Tensor] | None:
+        """Mean and variance that a BatchNorm is given, or None, so that it takes those of the clean columns."""
+        return tuple(self.net.buffers[name].double() for name in norm.running) if self.running and norm.running is not None else None
+
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The columns of the lower and of the upper ends."""
         return x[:, self.n : self.n + self.m], x[:, self.n + self.m :]
@@ -57,7 +84,7 @@ class Pass:
     def give(self, place: int, g: Tensor) -> None:
         """Add `g` to the gradient at a place, through the activation that was applied there."""
         if place in self.wanted:
-            g = through(g, self.tensor(place), self.net.slope[place])
+            g = through(g, self.tensor(place), self.back(self.net.slope[place]))
             to = torch.from_numpy(self.gradient(place))
             to.add_(g) if self.net.readers[place] > 1 else to.copy_(g)
 
@@ -139,7 +166,7 @@ class Sparse(Layer):
     def forward(self, p: Pass) -> None:
         values = p.net.values
         w = values.of(self.weight) if self.values is None else self.values
-        self.product.forward(p.x[self.src[0]], w, values.of(self.bias), p.x[self.dst], p.n, p.net.slope[self.dst])
+        self.product.forward(p.x[self.src[0]], w, values.of(self.bias), p.x[self.dst], p.n, p.ahead(p.net.slope[self.dst]))
 
     def backward(self, p: Pass, grad: np.ndarray) -> None:
         net, g, s = p.net, p.gradient(self.dst), self.src[0]
@@ -149,12 +176,12 @@ class Sparse(Layer):
         if self.bias is not None and grad is not None:
             self.product.bias_gradient(g, net.values.of(self.bias, grad))
         if gx is not None or dw is not None:
-            self.product.backward(g, w, p.x[s], gx, p.n, net.slope[s], net.readers[s] > 1, dw)
+            self.product.backward(g, w, p.x[s], gx, p.n, p.back(net.slope[s]), net.readers[s] > 1, dw)
 
-    def dense_gradient(self, p: Pass, weight: Tensor) -> Tensor:
-        """dL/dw of every entry of the weight, also where the mask is off: |w| has slope 0 there, so that only centres count."""
-        x, g = (self._columns(p, a, shape) for a, shape in ((p.x[self.src[0]], self.shapes[0]), (p.gradient(self.dst), self.entries.out_shape)))
-        x[..., p.n :] *= 0.5
+    def dense_gradient(self, passes: Sequence[Pass], weight: Tensor) -> Tensor:
+        """dL/dw of every entry of the weight over all passes, also where the mask is off: |w| has slope 0 there, so that only centres count."""
+        x = torch.cat([self._columns(p, p.x[self.src[0]], 0.5) for p in passes], 1).view(*self.shapes[0], -1)
+        g = torch.cat([self._columns(p, p.gradient(self.dst), 1.0) for p in passes], 1).view(*self.entries.out_shape, -1)
         if self.geometry is None:
             return torch.einsum("...ob,...ib->oi", g, x)
         stride, padding, dilation, groups = self.geometry
@@ -168,11 +195,11 @@ class Sparse(Layer):
         return found
 
     @staticmethod
-    def _columns(p: Pass, rows: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-        """(*shape, n + m): clean values, and the sums of both ends."""
+    def _columns(p: Pass, rows: np.ndarray, share: float) -> Tensor:
+        """(rows, n + m): clean values, and a share of the sums of both ends."""
         rows = torch.from_numpy(rows)
         lower, upper = p.ends(rows)
-        return torch.cat([rows[:, : p.n], lower + upper], 1).view(*shape, -1)
+        return torch.cat([rows[:, : p.n], (lower + upper) * share], 1)
 
 # %% ../../nbs/learn/21_rows.ipynb #6f5e95b1
 @dataclass(eq=False)
@@ -188,23 +215,19 @@ class Norm(Layer):
     def forward(self, p: Pass) -> None:
         net, z, channels = p.net, p.x[self.src[0]], self.shapes[0][0]
         gamma, beta = self._scale(net, channels)
-        if self._fixed(p):
-            return self._forward_fixed(p, gamma, beta)
+        slope = p.ahead(net.slope[self.dst])
+        if given := p.statistics(self):
+            scale, shift = self._line(p, *given)
+            found = _scaled(p, p.tensor(self.src[0]), scale).add_(shift)
+            return torch.maximum(found, slope * found, out=p.tensor(self.dst))
         run = norm_forward if with_numba() else norm_forward_in_torch
-        p.saved[self.dst] = run(z, gamma, beta, self.eps, len(z) // channels, p.n, np.float32(net.slope[self.dst]), p.x[self.dst])
+        p.saved[self.dst] = run(z, gamma, beta, self.eps, len(z) // channels, p.n, np.float32(slope), p.x[self.dst])
 
-    def _fixed(self, p: Pass) -> bool:
-        return p.running and self.running is not None
-
-    def _forward_fixed(self, p: Pass, gamma: np.ndarray, beta: np.ndarray) -> None:
-        """With the running averages a BatchNorm is a scale and a shift of every channel."""
-        mean, var = (p.net.buffers[name].double() for name in self.running)
-        scale = torch.from_numpy(gamma) / (var + self.eps).sqrt()
-        per = len(p.x[self.src[0]]) // len(gamma)
-        scale, shift = (v.float().repeat_interleave(per).unsqueeze(1) for v in (scale, torch.from_numpy(beta) - mean * scale))
-        p.saved[self.dst] = scale
-        z = _scaled(p, p.tensor(self.src[0]), scale).add_(shift)
-        torch.maximum(z, p.net.slope[self.dst] * z, out=p.tensor(self.dst))
+    def _line(self, p: Pass, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """With given statistics a BatchNorm is a scale and a shift of every channel; of every row, (rows, 1)."""
+        gamma, beta = map(torch.from_numpy, self._scale(p.net, len(mean)))
+        scale, per = gamma / (var + self.eps).sqrt(), len(p.x[self.src[0]]) // len(gamma)
+        return tuple(v.float().repeat_interleave(per).unsqueeze(1) for v in (scale, beta - mean * scale))
 
     def _scale(self, net: "Rows", channels: int) -> tuple[np.ndarray, np.ndarray]:
         gamma, beta = net.values.of(self.gamma), net.values.of(self.beta)
@@ -212,15 +235,19 @@ class Norm(Layer):
 
     def backward(self, p: Pass, grad: np.ndarray) -> None:
         z, channels = p.x[self.src[0]], self.shapes[0][0]
-        if self._fixed(p):
-            return p.give(self.src[0], _scaled(p, torch.from_numpy(p.gradient(self.dst)), p.saved[self.dst]))
+        if given := p.statistics(self):
+            return p.give(self.src[0], _scaled(p, torch.from_numpy(p.gradient(self.dst)), self._line(p, *given)[0]))
         run = norm_backward if with_numba() else norm_backward_in_torch
         mean, var = p.saved[self.dst]
-        gz, dgamma, dbeta = run(p.gradient(self.dst), z, self._scale(p.net, channels)[0], mean, var, self.eps, len(z) // channels, p.n)
+        pulled, place = p.pulled.get(self.dst, np.zeros((2, channels))), self.src[0]
+        alone = p.net.readers[place] == 1 and p.net.slope[place] == 1  # then the gradient is written where it belongs
+        gz = p.gradient(place) if alone else np.empty_like(z)
+        dgamma, dbeta = run(p.gradient(self.dst), z, self._scale(p.net, channels)[0], mean, var, self.eps, len(z) // channels, p.n, pulled, gz)
         for name, found in ((self.gamma, dgamma), (self.beta, dbeta)):
             if name is not None and grad is not None:
                 p.net.values.of(name, grad)[:] += found
-        p.give(self.src[0], torch.from_numpy(gz))
+        if not alone:
+            p.give(place, torch.from_numpy(gz))
 
     def update(self, p: Pass, buffers: Mapping[str, Tensor]) -> None:
         """Move the running statistics as BatchNorm does."""
@@ -240,15 +267,18 @@ def norm_forward(z, gamma, beta, eps, per, n, slope, y):
     m, channels = (z.shape[1] - n) // 2, len(gamma)
     mean, var = np.empty(channels), np.empty(channels)
     for c in range(channels):
-        total, spread = 0.0, 0.0
-        for r in range(c * per, (c + 1) * per):
+        middle, spread = 0.0, 0.0
+        for k in range(per):  # row by row, so that each is read once: Chan's update of mean and spread
+            zr, s, q = z[c * per + k], z.dtype.type(0), z.dtype.type(0)
             for b in range(n):
-                total += z[r, b]
-        mean[c] = total / (per * n)
-        for r in range(c * per, (c + 1) * per):
+                s += zr[b]
+            s /= z.dtype.type(n)
             for b in range(n):
-                spread += (z[r, b] - mean[c]) ** 2
-        var[c] = spread / (per * n)
+                q += (zr[b] - s) * (zr[b] - s)
+            away = s - middle
+            middle += away / (k + 1)
+            spread += q + away * away * (n * k / (k + 1))
+        mean[c], var[c] = middle, spread / (per * n)
         a = z.dtype.type(gamma[c] / np.sqrt(var[c] + eps))
         d = z.dtype.type(beta[c] - mean[c] * a)
         low = n if a > 0 else n + m
@@ -268,15 +298,18 @@ def norm_forward(z, gamma, beta, eps, per, n, slope, y):
 
 
 @compiled
-def norm_backward(g, z, gamma, mean, var, eps, per, n):
-    """The gradients of z, gamma and beta; the ends pull on the statistics of the clean columns too."""
+def norm_backward(g, z, gamma, mean, var, eps, per, n, pulled, gz):
+    """The gradients of gamma and beta, and that of z, into gz; the ends pull on the statistics of the clean columns too.
+
+    `pulled` (2, channels): what further columns pull, the sums of g and of g (z - mean) over them.
+    """
     m, channels = (z.shape[1] - n) // 2, len(gamma)
-    gz, dgamma, dbeta = np.empty_like(z), np.empty(channels, z.dtype), np.empty(channels, z.dtype)
+    dgamma, dbeta = np.empty(channels, z.dtype), np.empty(channels, z.dtype)
     for c in range(channels):
         inv = 1 / np.sqrt(var[c] + eps)
         a, mu = z.dtype.type(gamma[c] * inv), z.dtype.type(mean[c])
         low = n if a > 0 else n + m
-        total, along = 0.0, 0.0
+        total, along = pulled[0, c], pulled[1, c]
         for r in range(c * per, (c + 1) * per):
             gr, zr = g[r], z[r]
             gl, gu = gr[low : low + m], gr[2 * n + m - low : 2 * n + 2 * m - low]
@@ -300,7 +333,7 @@ def norm_backward(g, z, gamma, mean, var, eps, per, n):
                 out[n + b] = a * gl[b]
             for b in range(m):
                 out[n + m + b] = a * gu[b]
-    return gz, dgamma, dbeta
+    return dgamma, dbeta
 
 # %% ../../nbs/learn/21_rows.ipynb #0df08cf2
 def _normed(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, per: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -321,12 +354,16 @@ def norm_forward_in_torch(z, gamma, beta, eps, per, n, slope, y):
     return mean.numpy(), var.numpy()
 
 
-def norm_backward_in_torch(g, z, gamma, mean, var, eps, per, n):
+def norm_backward_in_torch(g, z, gamma, mean, var, eps, per, n, pulled, gz):
     """`norm_backward` in PyTorch's operations."""
     leaves = [torch.from_numpy(a).clone().requires_grad_() for a in (z, gamma, np.zeros_like(gamma))]
+    total, along = torch.from_numpy(pulled)
     with torch.enable_grad():
-        y, _, _ = _normed(*leaves, eps, per, n)
-    return tuple(a.numpy() for a in torch.autograd.grad(y, leaves, torch.from_numpy(g)))
+        y, mean, var = _normed(*leaves, eps, per, n)
+        a = leaves[1] / (var + eps).sqrt()
+        further = a * along + (leaves[2] - a.detach() * mean) * total
+    gz[:], dgamma, dbeta = (a.numpy() for a in torch.autograd.grad((y, further), leaves, (torch.from_numpy(g), torch.ones_like(further))))
+    return dgamma, dbeta
 
 # %% ../../nbs/learn/21_rows.ipynb #b15e50a0
 @dataclass(eq=False)
@@ -373,6 +410,8 @@ class Line(Layer):
 
 def _turned(p: Pass, x: Tensor, scale: Tensor) -> Tensor:
     """x, with its ends exchanged in the rows of a negative scale."""
+    if not p.m:
+        return x
     lower, upper = p.ends(x)
     return torch.cat([x[:, : p.n], torch.where(scale < 0, upper, lower), torch.where(scale < 0, lower, upper)], 1)
 
@@ -389,10 +428,11 @@ class Activation(Layer):
 
     def forward(self, p: Pass) -> None:
         x = p.tensor(self.src[0])
-        torch.maximum(x, self.below * x, out=p.tensor(self.dst))
+        torch.maximum(x, p.ahead(self.below) * x, out=p.tensor(self.dst))
 
     def backward(self, p: Pass, grad: np.ndarray) -> None:
-        p.give(self.src[0], through(torch.from_numpy(p.gradient(self.dst)), p.tensor(self.src[0]), self.below))
+        p.give(self.src[0], through(torch.from_numpy(p.gradient(self.dst)), p.tensor(self.src[0]), p.back(self.below)))
+        p.pull(self.src[0], self.dst)
 
 
 @dataclass(eq=False)
@@ -454,7 +494,8 @@ class MaxPool(Layer):
 class Rows:
     """A model read into layers on rows.
 
-    `slope[place]`: of the activation that is applied there at once; `readers[place]`: by how many layers it is read.
+    `slope[place]`: of the activation that is applied there at once; `readers[place]`: by how many layers it is read; `bends`: the slope at
+    every place to which an activation leads, at once or not.
     Raises Unsupported for what is not done on rows, Unreadable for a model that cannot be read.
     """
 
@@ -496,7 +537,7 @@ class Rows:
         for layer in self.layers:
             if isinstance(layer, Sparse) and layer.weight is not None:
                 layer.index(masks[layer.weight])
-        live = [np.full(math.prod(shape), every or place == self.out) for place, shape in enumerate(self.shapes)]
+        self.live = live = [np.full(math.prod(shape), every or place == self.out) for place, shape in enumerate(self.shapes)]
         for layer in reversed(self.layers):
             for place, rows in zip(layer.src, layer.reads(live[layer.dst]), strict=True):
                 live[place] |= rows
@@ -526,16 +567,16 @@ class Rows:
         for name, dense in parameters.items():
             self.values.scatter(name, self.values.flat, dense)
 
-    def lend(self, n: int, m: int) -> Pass:
+    def lend(self, n: int, m: int, kind: type[Pass] = Pass) -> Pass:
         """A pass of n clean images and m boxes, used before or new; `take_back` when its gradients are done."""
-        free = self.free.setdefault((n, m), [])
-        return free.pop() if free else Pass(self, n, m)
+        free = self.free.setdefault((kind, n, m), [])
+        return free.pop() if free else kind(self, n, m)
 
     def take_back(self, p: Pass) -> None:
         """Lend the pass to others; one from before the last `index` is nobody's."""
         p.running = False
         if p.indexed == self.indexed:
-            self.free[p.n, p.m].append(p)
+            self.free[type(p), p.n, p.m].append(p)
 
     def forward(self, p: Pass, x: Tensor | None, lower: Tensor | None = None, upper: Tensor | None = None, layers: int | None = None,
                 eps: float | None = None) -> None:
@@ -547,6 +588,8 @@ class Rows:
                 columns_to_rows(part.detach().reshape(len(part), -1).numpy(), self.pixels, p.x[0], first)
         for layer in self.layers[:layers]:
             layer.forward(p)
+            if layer.dst in self.bends:
+                p.after(layer.dst)
 
     def backward(self, p: Pass, grad: np.ndarray | None, layers: int | None = None, of_input: bool = False) -> None:
         """Carry the gradient at the output of the last of `layers` back, and add those of the values to `grad`, unless it is None."""
@@ -559,6 +602,10 @@ class Rows:
             if self.readers[place] > 1:
                 p.gradient(place)[:] = 0
         for layer in reversed(self.layers[:layers]):
+            if layer.dst in self.bends:
+                p.before(layer.dst)
+            if self.slope[layer.dst] < 1:
+                p.pull(layer.dst, layer.dst)
             layer.backward(p, grad)
 
     def update_statistics(self, p: Pass) -> None:
@@ -604,6 +651,7 @@ class Rows:
     def _apply_activations_at_once(self) -> None:
         """Let a product or BatchNorm apply the activation that alone reads it."""
         self.slope = [1.0] * len(self.shapes)
+        self.bends = {layer.dst: layer.below for layer in self.layers if isinstance(layer, Activation)}
         readers, makers = self._count(), {layer.dst: layer for layer in self.layers}
         for layer in list(self.layers):
             maker = makers.get(layer.src[0])
@@ -847,6 +895,22 @@ def margins_backward_in_torch(h: Tensor, weight: Tensor, y: Tensor, n: int, gz: 
     gb = (gz.sum(0) - gm.sum(0)).index_add_(0, y, gm.sum(1))
     return torch.cat([gz @ weight, centre + radius, centre - radius]), gw, gb
 
+
+def merged(h: np.ndarray, weight: np.ndarray, bias: np.ndarray, y: Tensor, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """`merged_margins` by what this machine has."""
+    if with_numba():
+        return merged_margins(h, weight, bias, y.numpy(), n)
+    z, lb = margins_in_torch(*map(torch.from_numpy, (h, weight, bias)), y, n)
+    return z.numpy(), lb.numpy()
+
+
+def merged_backward(h: np.ndarray, weight: np.ndarray, y: Tensor, n: int, gz: np.ndarray, gm: np.ndarray) -> tuple[np.ndarray, ...]:
+    """`merged_margins_backward` by what this machine has."""
+    if with_numba():
+        return merged_margins_backward(h, weight, y.numpy(), n, gz, gm)
+    h, weight, gz, gm = map(torch.from_numpy, (h, weight, gz, gm))
+    return tuple(part.numpy() for part in margins_backward_in_torch(h, weight, y, n, gz, gm))
+
 # %% ../../nbs/learn/21_rows.ipynb #2d95d891
 class Margins:
     """One pass of clean images and boxes: logits `z` (n, K), least margins `lb` (m, K) of the labels, 0 at the label, and their gradients.
@@ -855,10 +919,12 @@ class Margins:
     for. `update`: whether BatchNorm moves its running averages.
     """
 
+    kind = Pass
+
     def __init__(self, net: "Rows", x: Tensor, y: Tensor, lower: Tensor | None = None, upper: Tensor | None = None, eps: float | None = None,
                  every: bool = False, update: bool = True):
         self.net, self.y, head = net, y, net.layers[-1]
-        self.p = p = net.lend(len(x), len(y))
+        self.p = p = net.lend(len(x), len(y), self.kind)
         net.forward(p, x, lower, upper, -1, eps)
         if update:
             net.update_statistics(p)
@@ -868,21 +934,12 @@ class Margins:
         self.weight.reshape(-1)[net.values.kept[head.weight]] = net.values.of(head.weight)
         self.weight = self.weight[:, self.read]
         self.bias = net.values.of(head.bias) if head.bias else np.zeros(len(self.weight), np.float32)
-        if with_numba():
-            self.z, self.lb = merged_margins(self.h, self.weight, self.bias, y.numpy(), p.n)
-        else:
-            found = margins_in_torch(*map(torch.from_numpy, (self.h, self.weight, self.bias)), y, p.n)
-            self.z, self.lb = (part.numpy() for part in found)
+        self.z, self.lb = merged(self.h, self.weight, self.bias, y, p.n)
 
     def backward(self, gz: np.ndarray, gm: np.ndarray, grad: np.ndarray, keep: dict | None = None) -> None:
         """Add the gradients of the values to `grad`, given those of `z` and `lb`; `keep`: see `dense_gradients`."""
         net, p, head = self.net, self.p, self.net.layers[-1]
-        if with_numba():
-            gh, gw, gb = merged_margins_backward(self.h, self.weight, self.y.numpy(), p.n, gz, gm)
-        else:
-            given = (torch.from_numpy(a) for a in (gz, gm))
-            found = margins_backward_in_torch(torch.from_numpy(self.h), torch.from_numpy(self.weight), self.y, p.n, *given)
-            gh, gw, gb = (a.numpy() for a in found)
+        gh, gw, gb = self.head_gradients(gz, gm)
         whole = np.zeros((len(gw), len(head.product.reads)), np.float32)
         whole[:, self.read] = gw
         net.values.of(head.weight, grad)[:] += whole.reshape(-1)[net.values.kept[head.weight]]
@@ -895,7 +952,11 @@ class Margins:
         if keep is None:
             net.take_back(p)
         else:
-            keep |= {"pass": p, head.weight: torch.from_numpy(whole)}
+            keep |= {"passes": [p], head.weight: torch.from_numpy(whole)}
+
+    def head_gradients(self, gz: np.ndarray, gm: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The gradients of the columns before the last layer, transposed, and of its weight and bias."""
+        return merged_backward(self.h, self.weight, self.y, self.p.n, gz, gm)
 
 
 class Outputs:
@@ -917,7 +978,7 @@ class Outputs:
         torch.from_numpy(p.gradient(net.out)).copy_(g)
         net.backward(p, grad, of_input=of_input)
         gx = torch.from_numpy(p.gradient(0)).T.reshape(self.shape).clone() if of_input else None
-        net.take_back(p) if keep is None else keep.update({"pass": p})
+        net.take_back(p) if keep is None else keep.update({"passes": [p]})
         return gx
 
 
@@ -966,10 +1027,11 @@ def logits(net: Rows, flat: Tensor, x: Tensor, keep: dict | None = None, running
 
 def dense_gradients(net: Rows, kept: dict) -> dict[str, Tensor]:
     """Weight name -> dL/dw of every entry after a backward with `keep`, of a network that was indexed with `every` row."""
-    p, found = kept["pass"], {}
+    passes, found = kept["passes"], {}
     for layer in net.layers:
         if isinstance(layer, Sparse) and layer.weight is not None:
             given = kept.get(layer.weight)
-            found[layer.weight] = layer.dense_gradient(p, net.parameters[layer.weight]) if given is None else given
-    net.take_back(p)
+            found[layer.weight] = layer.dense_gradient(passes, net.parameters[layer.weight]) if given is None else given
+    for p in passes:
+        net.take_back(p)
     return found

@@ -21,6 +21,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..errors import check_known
+from .fusion import Fused, unbounded
 from .losses import Ball, Batch, Objective
 from .rows import Margins, Norm, Outputs, Rows, Sparse, Unsupported, dense_gradients, logits
 from ..program import GLOBAL_HOOKS, Unreadable, class_functions, spared, structure
@@ -250,13 +251,15 @@ class SparseSteps:
         """Whether the coming step on images like `x` is done on the nonzeros; they have been taken up then."""
         if self.sparsifier.busy() or not self._may(progress):
             return False
-        return self._current(x) or self._read(x) and self._take_up()
+        if self._current(x):
+            return self._carries(progress)
+        return self._read(x) and self._carries(progress) and self._take_up()
 
     def grows(self, x: Tensor, progress: float = 1.0) -> bool:
         """Whether the dense gradients of a busy step on images like `x` come from the rows; all rows have been taken up then."""
         if not self.sparsifier.busy() or not self.sparsifier.grows_by_gradients or not self._may(progress):
             return False
-        return self._read(x) and self._take_up(every=True)
+        return self._read(x) and self._carries(progress) and self._take_up(every=True)
 
     def _may(self, progress: float) -> bool:
         """Whether the loss of this moment is one that has sparse kernels."""
@@ -286,6 +289,14 @@ class SparseSteps:
                 self._close(f"the model is not done on rows: {reason}")
                 return False
         return self._pays()
+
+    def _carries(self, progress: float) -> bool:
+        """Whether the network on rows has the bounds that the loss of this moment is made of."""
+        if self.goal.fused_share(self.goal.ramp(progress)) and (reason := unbounded(self.net)):
+            self.reason = reason
+            self._refuse(reason)
+            return False
+        return True
 
     def _watched(self) -> str:
         hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -420,18 +431,18 @@ class SparseSteps:
     def _gradient(self, x: Tensor, y: Tensor, progress: float, kept: list[dict] | None = None) -> float:
         """The loss; its gradient is in `grad`, and in `kept` what `dense_gradients` needs of every pass."""
         goal, moment, net, grad = self.goal, self.goal.ramp(progress), self.net, self.grad
-        shares, batch = goal.shares(moment), Batch(OnRows(net, x), x, y, moment)
+        shares, fused, batch = goal.shares(moment), goal.fused_share(moment), Batch(OnRows(net, x), x, y, moment)
         keep: list[dict] = [{}, {}] if kept is not None else [None, None]
         grad[:] = 0
         labels = self._labels(y)
         boxes = goal.boxes(batch) if shares.boxes else None
-        move = {"update": batch.model.clean is not None}
+        move, bounded = {"update": batch.model.clean is not None}, Fused if fused else Margins
         if boxes is None:
             clean = Outputs(net, x)
         elif isinstance(boxes, Ball) and boxes.x is x:
-            clean = Margins(net, x, y, eps=self._radius(boxes), every=kept is not None, **move)
+            clean = bounded(net, x, y, eps=self._radius(boxes), every=kept is not None, **move)
         else:
-            clean = Margins(net, x, y, *boxes.ends, every=kept is not None, **move)
+            clean = bounded(net, x, y, *boxes.ends, every=kept is not None, **move)
         batch.model.clean = None
         points = goal.points(batch) if shares.points else None
         loss, slope = cross_entropy_slope(clean.z, labels, shares.clean)
@@ -443,8 +454,12 @@ class SparseSteps:
         if boxes is None:
             clean.backward(slope, grad, keep[0])
         else:
-            part, worse = cross_entropy_slope(-clean.lb, labels, shares.boxes)
-            clean.backward(slope, -worse, grad, keep[0])
+            if fused:
+                part, better = clean.cross_entropy(shares.boxes, fused)
+            else:
+                part, worse = cross_entropy_slope(-clean.lb, labels, shares.boxes)
+                better = -worse
+            clean.backward(slope, better, grad, keep[0])
             loss += part
         if kept is not None:
             kept += filter(None, keep)

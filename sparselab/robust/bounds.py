@@ -20,6 +20,7 @@ from .crown import crown_ibp, crown_pass
 from .ibp import check_rows, interval_pass, middle
 from .lirpa import SOUND, always, lirpa_bounds
 from .replay import check_alone, check_bounds, check_point, check_reading, probes
+from .rounding import sound_bounds
 from .rules import FAMILY, ONLY_LIRPA, RULES, SILENT, Statistics, training_norms
 
 # %% ../../nbs/robust/12_bounds.ipynb #27bf0981
@@ -72,6 +73,7 @@ def bounds(
     engine: str | Engine = "native",  # or "auto_lirpa", or an engine that was made for this model
     statistics: Statistics | None = None,  # from recorded_statistics, for BatchNorm in train mode
     program: Program | None = None,  # read(model, x): then the model is neither read nor asked again
+    sound: bool = False,  # bounds, in float64, of the float32 network as it is computed, in every order of summation
 ) -> tuple[Tensor, Tensor]:  # lb, ub: (B, K), or (B, S) with C
     """Lower and upper bounds of the model's output, or of C times it, on the boxes; differentiable, also twice, by "native" and "auto_lirpa".
 
@@ -79,9 +81,11 @@ def bounds(
     train mode it is not asked, for there every batch is another network. A loop that bounds one model many times may read
     it once and pass `program`; it then vouches that nothing but weights and buffers changes.
     Raises Unreadable for a model that cannot be read, UnsupportedLayer for an operation without bounds in the native
-    engine, Contradiction where the model and its bounds disagree, ImportError when auto_LiRPA is asked for and missing,
-    and ValueError for unknown names, bad boxes, a C that does not fit, or a layer in train mode that has no bound there.
-    The gradient is that of the whole computation: `detach` and `torch.no_grad` inside the model do not stop it.
+    engine, or, with `sound`, one whose rounding has no model, Contradiction where the model and its bounds disagree,
+    ImportError when auto_LiRPA is asked for and missing, and ValueError for unknown names, bad boxes, a C that does not
+    fit, or a layer in train mode that has no bound there. The gradient is that of the whole computation: `detach` and
+    `torch.no_grad` inside the model do not stop it. With `sound` bounds are of the network as it is computed
+    (20_rounding), and have no gradient.
     """
     check_known("bound method", method, METHODS + LEARNED)
     check_engine(engine)
@@ -89,7 +93,11 @@ def bounds(
     known = program or read(model, middle(lower, upper))
     if C is not None:
         check_rows(C, (len(lower), *known.value.shape[1:]))
-    if not isinstance(engine, str):
+    if sound:
+        if engine != "native":
+            raise ValueError("sound=True is a mode of the native engine: leave engine out.")
+        lb, ub = sound_bounds(model, lower, upper, method, C, known)
+    elif not isinstance(engine, str):
         if training_norms(known):
             raise ValueError("A BatchNorm is in train mode, and an engine that was made for a model bounds it in eval mode: call model.eval() first.")
         getattr(engine, "check_model", lambda _: None)(model)
@@ -106,9 +114,9 @@ def bounds(
         if engine != "native":  # it reads the model in a way of its own
             centre = middle(lower, upper)
             check_point(known.value, *bounds(model, centre, centre, "ibp", None, engine, statistics, known))
-        check_bounds(known.value, lb, ub, C)  # at the middle of the box, where the model was read
+        check_bounds(known.value, lb, ub, C, exactly=sound)  # at the middle of the box, where the model was read
         for point in probes(lower.detach(), upper.detach()):
-            check_bounds(check_reading(known, model, point), lb, ub, C)
+            check_bounds(check_reading(known, model, point), lb, ub, C, exactly=sound)
         check_alone(model, middle(lower, upper), known.value)
     return lb, ub
 

@@ -99,6 +99,10 @@ class CrownPass(IntervalPass):
             self.exact.add(here)
         return result
 
+    def backward(self, A: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """Bounds of A y at `place`, by one backward pass."""
+        return backward(self, A, place)
+
     def refine(self, place: int, everything: bool) -> Interval:
         """The box at `place`, with its unstable entries, or all of them, bounded by backward passes."""
         x = self.intervals[place]
@@ -107,7 +111,7 @@ class CrownPass(IntervalPass):
         if not (most := int(wanted.sum(1).max())):
             return x
         entries = self._entries(wanted, most)
-        found = [backward(self, one_hot(part, x), place) for part in entries.split(self._rows(place), 1)]
+        found = [self.backward(one_hot(part, x), place) for part in entries.split(self._rows(place), 1)]
         entries = entries.expand(len(lb), -1)
         chosen = wanted.gather(1, entries)
         lb, ub = (

@@ -55,10 +55,14 @@ def check_alone(model: nn.Module, x: Tensor, y: Tensor) -> None:
                  "Bounds are for one image at a time; no bound is given.")
 
 
-def check_bounds(y: Tensor, lb: Tensor, ub: Tensor, C: Tensor | None = None) -> None:
-    """Contradiction where outputs y (B, K), or C y, lie outside of [lb, ub], or lb > ub; all of them in the same box."""
+def check_bounds(y: Tensor, lb: Tensor, ub: Tensor, C: Tensor | None = None, exactly: bool = False) -> None:
+    """Contradiction where outputs y (B, K), or C y, lie outside of [lb, ub], or lb > ub; all of them in the same box.
+
+    By more than rounding; or `exactly`, where only C y is rounded, in float64.
+    """
     with torch.no_grad():
-        slack, y = rounding(y), y.double()
+        slack = 2.0**-50 * flat(y.double()).abs().nan_to_num(0, 0, 0).amax(1, keepdim=True) if exactly else rounding(y)
+        y = y.double()
         y = y if C is None else (C.double() @ y.unsqueeze(2)).squeeze(2)
         slack = slack * (1 if C is None else C.double().abs().sum(2).amax(1, keepdim=True))
         _inside(y, lb.detach().double(), ub.detach().double(), slack)

@@ -21,6 +21,7 @@ from .bounds import LEARNED, METHODS, Engine, bounds, check_engine, input_box, m
 from .boxes import check_dense
 from .modes import check_classes, check_labels, eval_mode, full_precision, worst_margin
 from .replay import ask, check_alone, check_bounds, check_point, check_reading, probes
+from .rounding import check_settings, outer_box
 
 # %% ../../nbs/robust/16_verification.ipynb #36542925
 @dataclass(frozen=True, eq=False)
@@ -162,7 +163,7 @@ def _hunted(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor | None
 
 
 def _lower_margins(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, seen: Tensor, rises: Tensor, method: str, engine: str | Engine
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, seen: Tensor, rises: Tensor, method: str, engine: str | Engine, sound: bool = False
 ) -> Tensor:
     """Lower bound of the worst margin of each sample, -inf where one is not finite; Contradiction where a margin of `seen` is lower.
 
@@ -173,13 +174,13 @@ def _lower_margins(
     check_reading(program, model, torch.where(rises, upper, lower), seen[-1])
     if engine != "native":  # it reads the model in a way of its own
         check_point(seen[0], *bounds(model, x, x, "ibp", None, engine, program=program))
-    lb, ub = bounds(model, lower, upper, method, C, engine, program=program)
+    lb, ub = bounds(model, *(outer_box(x, eps) if sound else (lower, upper)), method, C, engine, program=program, sound=sound)
     lb, ub = lb.masked_fill(~lb.isfinite(), -math.inf), ub.masked_fill(~ub.isfinite(), math.inf)
     for logits in seen:
-        check_bounds(logits, lb, ub, C)
+        check_bounds(logits, lb, ub, C, exactly=sound)
     proved = (lb.amin(1) > 0).nonzero().flatten()[:ATTACKED]
     if (found := _hunted(model, x[proved], y[proved], eps)) is not None:
-        check_bounds(found, lb[proved], ub[proved], C[proved])
+        check_bounds(found, lb[proved], ub[proved], C[proved], exactly=sound)
     return lb.amin(1)
 
 # %% ../../nbs/robust/16_verification.ipynb #fc24a70a
@@ -231,13 +232,15 @@ def verify(
     batch_size: int = 500,  # at most; fewer where the model is large
     robust: Tensor | None = None,  # (B,) bool: samples that no attack broke; others are not worth a proof
     budget: float | None = None,  # seconds for each sample: then `decide` runs, complete verification, and gives its Verdicts
+    sound: bool = False,  # proofs of the float32 network as it is computed, in every order of summation
 ) -> Verification:
     """Which samples the model, in eval mode, provably classifies as `y` on all of input_box(x, eps).
 
     Methods run from the cheapest on, each on the clean samples that are not proved yet. The model is read anew for every
-    batch, and the real model is asked at points of every box. Raises ValueError for unknown names and bad input, Unreadable
-    and UnsupportedLayer for a model without bounds, Contradiction where the model and its bounds disagree, AssertionError
-    when a bound and `robust` do.
+    batch, and the real model is asked at points of every box. With `sound` a proof holds for the float32 arithmetic of the
+    network, and for every point within eps of x in exact numbers (20_rounding); without, rounding is left out.
+    Raises ValueError for unknown names and bad input, Unreadable and UnsupportedLayer for a model without bounds,
+    Contradiction where the model and its bounds disagree, AssertionError when a bound and `robust` do.
     """
     order = _order(methods)
     check_engine(engine)
@@ -246,8 +249,12 @@ def verify(
 
         if robust is not None:
             raise ValueError("robust= and budget= do not go together: with a budget the samples are attacked anyway.")
+        if sound:
+            raise ValueError("sound=True and budget= do not go together: branch and bound proves in real arithmetic. Leave one of them out.")
         return decide(model, x, y, eps, budget, METHODS + LEARNED if methods is METHODS else order, engine, batch_size=batch_size)
     check_task(model, x, y, eps, batch_size, robust)
+    if sound:
+        check_settings(x.device)
     with eval_mode(model), restored(model), full_precision(x.device), torch.no_grad():
         program = read(model, x[:1])
         size = _batch(program, 1, "ibp", engine, batch_size)
@@ -255,7 +262,7 @@ def verify(
         check_classes(logits, y)
         parts = [_witnesses(model, *part, eps, z) for *part, z in zip(x.split(size), y.split(size), logits.split(size), strict=True)]
         seen, rises = torch.cat([outputs for outputs, _ in parts], 1), torch.cat([mask for _, mask in parts])
-        clean, scale = worst_margin(logits, y) > 0, logits.abs().amax(1).clamp(min=1)
+        clean, scale = worst_margin(logits, y) > 0, (logits.double() if sound else logits).abs().amax(1).clamp(min=1)
         unbroken = torch.stack([worst_margin(z, y) > 0 for z in seen]).all(0)
         worth = clean if robust is None else clean & robust
         provable = worth & unbroken
@@ -266,8 +273,8 @@ def verify(
             left, found = tried[method].nonzero().flatten(), torch.full_like(scale, -math.inf)
             for rows in left.split(_batch(program, logits.shape[1], method, engine, batch_size)):
                 if len(rows):
-                    found[rows] = _lower_margins(model, x[rows], y[rows], eps, seen[:, rows], rises[rows], method, engine)
-            check_order(clean, provable, found > 1e-4 * scale)  # less is rounding: scale is the largest logit
+                    found[rows] = _lower_margins(model, x[rows], y[rows], eps, seen[:, rows], rises[rows], method, engine, sound)
+            check_order(clean, provable, found > (0 if sound else 1e-4) * scale)  # less is rounding: scale is the largest logit
             found = torch.where(provable, found, found.clamp(max=0))  # a broken point outweighs rounding
             by_method[method], margins = found > 0, torch.maximum(margins, found)
     return Verification(clean, margins, tried, by_method)

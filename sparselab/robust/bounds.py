@@ -96,6 +96,8 @@ def bounds(
     if sound:
         if engine != "native":
             raise ValueError("sound=True is a mode of the native engine: leave engine out.")
+        if method not in METHODS:
+            raise ValueError(f"sound=True has no {method}: choose one of {', '.join(METHODS)}.")
         lb, ub = sound_bounds(model, lower, upper, method, C, known)
     elif not isinstance(engine, str):
         if training_norms(known):

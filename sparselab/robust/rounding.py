@@ -261,8 +261,8 @@ class AsComputed(Graph):
         super().__post_init__()
         self.norms, self.folded = {}, set()
 
-    def constants(self, model: nn.Module) -> dict[fx.Node, Any]:
-        """As of every graph, in float64."""
+    def constants(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[fx.Node, Any]:
+        """As of every graph, computed in float32 as the network computes them, and given in float64."""
         for node, tensor in fetch(self.program, model).items():
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 raise ValueError(f"'{self.program.state.get(node, node.name)}' is {tensor.dtype}, but sound=True is for networks of float32 alone: "

@@ -445,6 +445,13 @@ def test_default_verify_is_what_it_was():
     assert list(alpha.by_method) == ["crown", "alpha_crown"] and (alpha.margins >= result.margins - 1e-5).all()
 
 
+def test_auto_lirpa_says_that_it_learns_no_slopes_here():
+    net = network(2)
+    x, y = right(net, 2)
+    with pytest.raises(ValueError, match="native engine"):
+        bounds(net, *input_box(x, 0.1), "alpha_crown", margin_matrix(y, 3), "auto_lirpa")
+
+
 def test_alpha_crown_is_differentiable_and_leaves_no_gradients():
     net = network(2)
     x, y = right(net, 4)

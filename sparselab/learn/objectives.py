@@ -98,7 +98,8 @@ class STAPS(Latent, SABR):
 
 # %% ../../nbs/learn/17_objectives.ipynb #dfde0b4f
 OBJECTIVES: dict[str, type[Objective]] = {"natural": Natural, "pgd": PGD, "ibp": IBP, "crown_ibp": CrownIBP,
-                                          "sabr": SABR, "mtl_ibp": MTLIBP, "cc_ibp": CCIBP, "exp_ibp": ExpIBP, "taps": TAPS, "staps": STAPS}
+                                          "sabr": SABR, "mtl_ibp": MTLIBP, "cc_ibp": CCIBP, "exp_ibp": ExpIBP,
+                                          "taps": TAPS, "staps": STAPS}
 
 
 def objective(name: str, eps: float, engine: str = "native", seed: int = 0, **options: object) -> Objective:

@@ -105,6 +105,8 @@ def bounds(
         getattr(engine, "check_model", lambda _: None)(model)
         lb, ub = engine.bounds(lower, upper, method, C)
     elif engine == "auto_lirpa":
+        if method in LEARNED:
+            raise ValueError(f"Slopes are learned by the native engine: use engine=\"native\" for {method}, or auto_LiRPA for {', '.join(METHODS)}.")
         lb, ub = lirpa_bounds(model, lower, upper, method, C, statistics, known)
     elif method in ("crown", "alpha_crown"):
         pass_ = crown_pass(model, lower, upper, statistics, known)

@@ -189,7 +189,7 @@ class _Cascade:
         return decided
 
     def _bounded(self, method: str, rows: Tensor) -> dict[int, tuple[str, None]]:
-        engine = self.engine if method in METHODS or isinstance(self.engine, str) else "native"
+        engine = self.engine if method in METHODS else "native"
         found = verify(self.model, self.x[rows], self.y[rows], self.eps, method, engine, self.batch_size)
         for i, margin in zip(rows.tolist(), found.margins.tolist(), strict=True):
             self.bound[i] = max(self.bound[i], margin)

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from sparselab.learn.costs import layer_flops, without_fast_path
 from sparselab.learn.footprint import resources
+from sparselab.robust import bounds
 from sparselab.sparse import METHODS, compact, effective, layer_budgets, prunable, sparsify
 from sparselab.sparse.attention import by_head, projections
 from sparselab.sparse.fan_in import scale_to_fan_in_
@@ -116,6 +117,20 @@ def test_projections_and_linear_layers_are_prunable_and_embeddings_biases_and_no
     decoder = nn.TransformerDecoderLayer(DIM, HEADS, 16)
     assert list(prunable(decoder)) == [*LAYER[:2], "multihead_attn.in_proj_weight", "multihead_attn.out_proj.weight", *LAYER[2:]]
     assert len(prunable(Blocks())) == 9 and "embedding.weight" not in prunable(Blocks())
+
+
+def test_a_decoder_that_shares_the_embedding_is_one_weight_with_it_and_may_be_kept_whole():
+    def tied():
+        net = Encoder()
+        net.head = nn.Linear(DIM, 20, bias=False)
+        net.head.weight = net.embedding.weight
+        return net
+
+    for dense, kept in (((), False), (("head.weight",), True)):
+        net, *_, sparsifier = made(tied, "static", 0.5, dense=dense)
+        assert list(sparsifier.masks)[-1] == "head.weight" and net.embedding.weight is sparsifier.masks.weights["head.weight"]
+        assert bool(sparsifier.masks["head.weight"].all()) == kept and sparsifier.masks.nnz == round(0.5 * sparsifier.masks.total)
+        assert torch.equal(net.embedding.weight != 0, sparsifier.masks["head.weight"] & (torch.arange(20) > 0)[:, None])
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "er", "erk"])
@@ -345,3 +360,6 @@ def test_what_cannot_be_done_is_said_in_a_sentence():
             sparsify(net, optimizer, "static", 0.5, 1)
     with pytest.raises(ValueError, match="no MultiheadAttention, so there is nothing to prune"):
         prunable(nn.Embedding(5, 3))
+    block, x = nn.Sequential(nn.Unflatten(1, (6, DIM)), nn.TransformerEncoderLayer(DIM, HEADS, 16, batch_first=True)).eval(), torch.rand(2, 48)
+    with pytest.raises(ValueError, match="self_attn.*softmax.* has no bound rule"):
+        bounds(block, x, x + 0.1)

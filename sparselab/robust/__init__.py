@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 from .._surface import lazy
 
 _HOME = {  # public name -> the module that defines it
+    "Certificate": "certificates",
     "Contradiction": "replay",
     "ENGINES": "bounds",
     "Engine": "bounds",
@@ -13,6 +14,7 @@ _HOME = {  # public name -> the module that defines it
     "UnsupportedLayer": "rules",
     "Verification": "verification",
     "bounds": "bounds",
+    "certify": "certificates",
     "check_order": "verification",
     "crown_ibp": "crown",
     "engine_table": "bounds",
@@ -35,6 +37,7 @@ _HOME = {  # public name -> the module that defines it
     "written_out": "grafting",
 }
 __all__ = [
+    "Certificate",
     "Contradiction",
     "ENGINES",
     "Engine",
@@ -44,6 +47,7 @@ __all__ = [
     "UnsupportedLayer",
     "Verification",
     "bounds",
+    "certify",
     "check_order",
     "crown_ibp",
     "engine_table",
@@ -70,6 +74,7 @@ __getattr__, __dir__ = lazy(__name__, _HOME)
 if TYPE_CHECKING:
     from .attacks import fgsm, pgd, survivors
     from .boxes import input_box, margin_matrix
+    from .certificates import Certificate, certify
     from .crown import crown_ibp, fused_upper
     from .bounds import ENGINES, METHODS, Engine, bounds, engine_table
     from .grafting import Grafted, graft, grafted_like, sites, written_out

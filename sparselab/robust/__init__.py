@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 from .._surface import lazy
 
 _HOME = {  # public name -> the module that defines it
+    "Certificate": "certificates",
     "Contradiction": "replay",
     "ENGINES": "bounds",
     "Engine": "bounds",
@@ -17,6 +18,7 @@ _HOME = {  # public name -> the module that defines it
     "Verdicts": "cascade",
     "Verification": "verification",
     "bounds": "bounds",
+    "certify": "certificates",
     "check_order": "verification",
     "crown_ibp": "crown",
     "decide": "cascade",
@@ -40,6 +42,7 @@ _HOME = {  # public name -> the module that defines it
     "written_out": "grafting",
 }
 __all__ = [
+    "Certificate",
     "Contradiction",
     "ENGINES",
     "Engine",
@@ -53,6 +56,7 @@ __all__ = [
     "Verdicts",
     "Verification",
     "bounds",
+    "certify",
     "check_order",
     "crown_ibp",
     "decide",
@@ -80,6 +84,7 @@ __getattr__, __dir__ = lazy(__name__, _HOME)
 if TYPE_CHECKING:
     from .attacks import fgsm, pgd, survivors
     from .boxes import input_box, margin_matrix
+    from .certificates import Certificate, certify
     from .crown import crown_ibp, fused_upper
     from .bounds import ENGINES, LEARNED, METHODS, Engine, bounds, engine_table
     from .cascade import VERDICTS, Verdict, Verdicts, decide

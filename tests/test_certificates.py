@@ -1,0 +1,337 @@
+"""A certificate follows from its own files, on a machine with NumPy alone, and no change to them goes unseen."""
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from sparselab.robust import bounds, certify, margin_matrix, verify
+from sparselab.robust.certificates import exported, refuted
+from sparselab.robust.recheck import Wrong, box_of, convolution, property_of, recheck, sha256, tail
+from sparselab.robust.rounding import outer_box
+
+
+class Normalised(nn.Module):
+    def forward(self, x):
+        return (x - 0.3) / 0.37
+
+
+class Residual(nn.Module):
+    """Normalisation, BatchNorm, groups, a sum of two branches, a leaky ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalised, self.first, self.norm = Normalised(), nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6)
+        self.second, self.last = nn.Conv2d(6, 6, 3, padding=1, groups=2), nn.Linear(96, 10)
+
+    def forward(self, x):
+        x = self.norm(self.first(self.normalised(x))).relu()
+        x = nn.functional.leaky_relu(x + self.second(x), 0.1)
+        return self.last(x.flatten(1))
+
+
+def mlp():
+    return nn.Sequential(Normalised(), nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 10))
+
+
+def digits():
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(data.target)
+
+
+def trained(net, sparsity=0.0):
+    torch.manual_seed(0)
+    (x, y), optimizer = digits(), torch.optim.Adam(net.parameters(), 0.005)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x[:1200]), y[:1200]).backward()
+        optimizer.step()
+    for layer in net.modules():
+        if sparsity and isinstance(layer, nn.Linear):
+            layer.weight.data *= layer.weight.abs() > layer.weight.abs().flatten().quantile(sparsity)
+    return net.eval()
+
+
+@pytest.fixture(scope="module", params=["mlp", "sparse", "residual"])
+def made(request, tmp_path_factory):
+    """(network, certificate) of 60 images."""
+    torch.manual_seed(0)
+    net = trained({"mlp": mlp, "sparse": mlp, "residual": Residual}[request.param](), 0.5 if request.param == "sparse" else 0.0)
+    x, y = (part[1300:1360] for part in digits())
+    folder = tmp_path_factory.mktemp(request.param) / "certificate"
+    return net, certify(net, x, y, 0.03, folder, indices=range(1300, 1360), name=request.param, data="Digits of scikit-learn.")
+
+
+def test_a_certificate_follows_from_its_files(made):
+    _, certificate = made
+    counts = recheck(certificate.folder)
+    assert counts == certificate.summary and counts["verified"] > 30 and counts["falsified"] > 0
+    assert counts["verified"] + counts["falsified"] + counts["unknown"] == counts["samples"] == 60
+
+
+def test_verdicts_are_those_of_verify_on_the_exported_network(made):
+    net, certificate = made
+    x, y = (part[1300:1360] for part in digits())
+    proved = verify(exported(net, x), x, y, 0.03, sound=True)
+    for row, found, margin in zip(certificate.rows, proved.verified.tolist(), proved.margins.tolist(), strict=True):
+        assert (row["verdict"] == "verified") == found
+        if found:
+            assert 0 < float(row["margin"]) == pytest.approx(margin, rel=1e-3, abs=1e-3)
+
+
+def test_a_counterexample_breaks_the_model_itself(made):
+    net, certificate = made
+    data = load_file(certificate.folder / "samples.safetensors")
+    points, labels = torch.tensor(data["counterexamples"]), torch.tensor(data["labels"])[data["falsified"]]
+    assert len(points) and (net(points).argmax(1) != labels).all()
+    images = torch.tensor(data["images"])[data["falsified"]]
+    assert ((points - images).abs() <= 0.03 + 1e-7).all() and (points >= 0).all() and (points <= 1).all()
+
+
+def test_recheck_runs_alone_with_numpy_and_nothing_of_this_package(made, tmp_path):
+    """The copy in the folder, in a Python that finds neither torch nor sparselab."""
+    _, certificate = made
+    probe = f"""
+import sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('torch', 'sparselab', 'scipy', 'safetensors', 'pandas'):
+            raise ImportError(name)
+sys.meta_path.insert(0, Nothing())
+sys.argv = ['recheck.py', {str(certificate.folder)!r}]
+exec(compile(open({str(certificate.folder / "recheck.py")!r}).read(), 'recheck.py', 'exec'), {{'__name__': '__main__'}})
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", probe], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("every verdict follows: 60 samples"), done.stderr
+    lines = (certificate.folder / "recheck.py").read_text().splitlines()
+    assert len(lines) < 300
+    imports = {line.split()[1].split(".")[0] for line in lines if re.match(r"(import|from) ", line)}
+    assert imports - set(sys.stdlib_module_names) == {"numpy"}
+
+
+# ---------------------------------------------------------------- tampering
+
+
+def edit_tensor(name, key, change):
+    def edit(folder):
+        tensors = {k: t.copy() for k, t in load_file(folder / name).items()}
+        tensors[key] = change(tensors[key])
+        save_file(tensors, folder / name)
+
+    return edit
+
+
+def edit_rows(change):
+    def edit(folder):
+        with (folder / "results.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        rows = change(rows) or rows
+        with (folder / "results.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    return edit
+
+
+def edit_json(name, change):
+    def edit(folder):
+        value = json.loads((folder / name).read_text())
+        change(value)
+        (folder / name).write_text(json.dumps(value))
+
+    return edit
+
+
+def edit_text(name, old, new):
+    def edit(folder):
+        text = (folder / name).read_text()
+        assert re.search(old, text)
+        (folder / name).write_text(re.sub(old, new, text, count=1))
+
+    return edit
+
+
+def first(rows, verdict):
+    return next(row for row in rows if row["verdict"] == verdict)
+
+
+def put(array, place, value):
+    array[place] = value
+    return array
+
+
+def flip(name, verdict):
+    return edit_rows(lambda rows: first(rows, name).update(verdict=verdict))
+
+
+TAMPERINGS = {
+    "a weight": edit_tensor("network.safetensors", "2.weight", lambda w: w * np.float32(1.01)),
+    "one weight": edit_tensor("network.safetensors", "2.weight", lambda w: put(w, (0, 27), w[0, 27] + 1)),
+    "a bias": edit_tensor("network.safetensors", "6.bias", lambda b: b + np.arange(10, dtype=np.float32)),
+    "a slope of a ReLU": edit_json("network.json", lambda net: net["layers"][3].update(slope=0.5)),
+    "an image": edit_tensor("samples.safetensors", "images", lambda x: put(x, (3, 0, 4, 4), 1 - x[3, 0, 4, 4])),
+    "the images' order": edit_tensor("samples.safetensors", "images", lambda x: x[::-1].copy()),
+    "a label in the data": edit_tensor("samples.safetensors", "labels", lambda y: put(y, 0, (y[0] + 1) % 10)),
+    "an index": edit_tensor("samples.safetensors", "indices", lambda i: put(i, 0, 1)),
+    "a counterexample": edit_tensor("samples.safetensors", "counterexamples", lambda x: x * 0 + 0.5),
+    "a lower bound": edit_tensor("proofs.safetensors", "3.lb", lambda lb: lb + np.float32(0.01)),
+    "an upper bound": edit_tensor("proofs.safetensors", "5.ub", lambda ub: ub - np.float32(0.01)),
+    "one bound of one neuron": edit_tensor("proofs.safetensors", "5.ub", lambda ub: put(ub, (5, 7), ub[5, 7] - np.float32(1e-3))),
+    "a box that is empty": edit_tensor("proofs.safetensors", "5.lb", lambda lb: -lb + 100),
+    "slopes": edit_tensor("proofs.safetensors", "3.steep", lambda steep: 1 - steep),
+    "a proof of another sample": edit_tensor("proofs.safetensors", "rows", lambda rows: rows[::-1].copy()),
+    "a row left out": edit_rows(lambda rows: rows[1:]),
+    "a row twice": edit_rows(lambda rows: [rows[0], *rows[:-1]]),
+    "the rows' order": edit_rows(lambda rows: rows[::-1]),
+    "a margin": edit_rows(lambda rows: first(rows, "verified").update(margin="99")),
+    "a margin made smaller": edit_rows(lambda rows: first(rows, "verified").update(margin="1e-9")),
+    "a hash": edit_rows(lambda rows: rows[0].update(hash="0" * 64)),
+    "a label": edit_rows(lambda rows: rows[0].update(label=str((int(rows[0]["label"]) + 1) % 10))),
+    "an eps": edit_rows(lambda rows: rows[0].update(eps="0.01")),
+    "the eps of all": lambda folder: [edit_json("manifest.json", lambda m: m.update(eps=0.01))(folder),
+                                      edit_rows(lambda rows: [{**row, "eps": "0.01"} for row in rows])(folder)],
+    "a method": edit_rows(lambda rows: [{**row, "method": "ibp"} for row in rows]),
+    "falsified made verified": flip("falsified", "verified"),
+    "verified made unknown": flip("verified", "unknown"),
+    "a verdict with a new name": flip("verified", "proved"),
+    "a count": edit_json("summary.json", lambda s: s.update(verified=s["verified"] + 1)),
+    "an interval": edit_json("summary.json", lambda s: s.update(interval=[0.5, 0.6])),
+    "a share": edit_json("summary.json", lambda s: s.update(share="99.9%")),
+    "a figure of the report": edit_text("report.html", r'<data value="verified">\d+', '<data value="verified">60'),
+    "a row of the report": edit_text("report.html", "<td>verified</td>", "<td>falsified</td>"),
+    "a bound of a property": edit_text("vnnlib/001303.vnnlib", r"\(<= X_9 [\d.]+\)", "(<= X_9 0.5)"),
+    "the output of a property": edit_text("vnnlib/001303.vnnlib", r"Y_0 Y_", "Y_1 Y_"),
+    "a property left out": lambda folder: (folder / "vnnlib/001303.vnnlib").unlink(),
+    "a file more": lambda folder: (folder / "extra.txt").write_text("more"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    torch.manual_seed(0)
+    x, y = (part[1300:1330] for part in digits())
+    folder = certify(trained(mlp()), x, y, 0.05, tmp_path_factory.mktemp("whole") / "certificate", indices=range(1300, 1330)).folder
+    counts = recheck(folder)
+    assert counts["verified"] > 5 and counts["falsified"] > 0
+    return folder
+
+
+@pytest.mark.parametrize("hashes", ["old", "new"])
+@pytest.mark.parametrize("what", TAMPERINGS)
+def test_tampering_is_found(whole, tmp_path, what, hashes):
+    """With the hashes of the manifest as they were, and with hashes made to fit: then what the files say must contradict."""
+    folder = tmp_path / "certificate"
+    shutil.copytree(whole, folder)
+    TAMPERINGS[what](folder)
+    if hashes == "new":
+        names = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+        fitting = {path.relative_to(folder).as_posix(): sha256(path.read_bytes()) for path in names}
+        edit_json("manifest.json", lambda manifest: manifest.update(sha256=fitting))(folder)
+        if what in ("a file more", "slopes"):
+            return  # another file proves nothing, and other slopes may prove as much
+    with pytest.raises((Wrong, ValueError, KeyError, OSError)):
+        recheck(folder)
+
+
+def test_there_are_more_than_twenty_tamperings():
+    assert len(TAMPERINGS) > 20
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_a_convolution_as_a_matrix_is_torch_s():
+    for stride, padding, dilation, groups in [((1, 1), (0, 0), (1, 1), 1), ((2, 1), (1, 2), (1, 1), 2), ((1, 2), (2, 0), (2, 1), 4)]:
+        conv = nn.Conv2d(4, 8, (3, 2), stride, padding, dilation, groups, bias=False)
+        x = torch.rand(5, 4, 7, 6)
+        y = conv(x).detach()
+        matrix = convolution(conv.weight.detach().numpy(), [4, 7, 6], list(y.shape[1:]), stride, padding, dilation, groups)
+        np.testing.assert_allclose(x.flatten(1).numpy() @ matrix.T, y.flatten(1).numpy(), atol=1e-5)
+
+
+def test_the_box_is_that_of_the_bounds():
+    x = torch.rand(1, 1000)
+    for eps in (0.03, 8 / 255, 0.0, 1.0):
+        for mine, theirs in zip(box_of(x.numpy(), eps), outer_box(x, eps), strict=True):
+            np.testing.assert_array_equal(mine, theirs[0].numpy())
+
+
+def test_a_property_is_read_back_as_it_was_meant():
+    """By a reader of the two forms that VNN-LIB 1.0 has here."""
+    lb, ub = box_of(np.random.default_rng(0).random(50).astype(np.float32), 1e-9)
+    text = property_of((lb, ub), 2, 4)
+    for sign, end in (("<=", ub), (">=", lb)):
+        found = {int(i): float(number) for i, number in re.findall(rf"\(assert \({sign} X_(\d+) ([\d.]+)\)\)", text)}
+        assert [found[i] for i in range(50)] == end.tolist()
+    assert re.findall(r"\(and \(>= Y_(\d) Y_(\d)\)\)", text) == [("0", "2"), ("1", "2"), ("3", "2")]
+    assert text.count("declare-const") == 54 and text.count("(") == text.count(")")
+
+
+def test_the_tail_of_a_binomial():
+    assert tail(3, 3, 0.5) == pytest.approx(1 / 8) and tail(1, 2, 0.1) == pytest.approx(0.19)
+    assert tail(500, 1000, 0.5) == pytest.approx(0.5126, abs=1e-4)
+
+
+def test_a_point_within_rounding_is_no_counterexample():
+    net = nn.Sequential(nn.Linear(2, 2, bias=False))
+    net[0].weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    part = exported(net, torch.rand(2, 2))
+    points = torch.tensor([[0.5, 0.5], [0.5, 0.5 + 2**-24], [0.5, 0.6]])
+    assert refuted(part, points, torch.zeros(3, dtype=torch.long)).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("net, sentence", [
+    (nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Sigmoid()), "has no place in a certificate"),
+    (nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 10)), "has no place in a certificate"),
+])
+def test_what_a_certificate_cannot_hold_is_refused(net, sentence, tmp_path):
+    x, y = (part[:2] for part in digits())
+    with pytest.raises(ValueError, match=sentence):
+        certify(net, x, y, 0.1, tmp_path / "certificate")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_refused_with_a_sentence(tmp_path):
+    net, (x, y) = mlp(), (part[:3] for part in digits())
+    (tmp_path / "there").mkdir()
+    for call, sentence in [(lambda: certify(net, x, y, 0.1, tmp_path / "there"), "exists"),
+                           (lambda: certify(net.double(), x.double(), y, 0.1, tmp_path / "new"), "float32"),
+                           (lambda: certify(net.float(), x, y, 0.1, tmp_path / "new", indices=[1, 1, 2]), "different indices")]:
+        with pytest.raises(ValueError, match=sentence):
+            call()
+    with pytest.raises((Wrong, OSError)):
+        recheck(tmp_path / "there")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_the_report_is_a_page_whose_figures_are_those_of_the_summary(made):
+    _, certificate = made
+    text = Path(certificate.folder / "report.html").read_text(encoding="utf-8")
+    shown = dict(re.findall(r'<data value="(\w+)">([^<]*)</data>', text))
+    assert shown == {name: str(certificate.summary[name]) for name in ("samples", "verified", "falsified", "unknown", "clean", "share", "between")}
+    heads = re.findall(r"<h2>\d\. (.*?)</h2>", text)
+    assert heads == ["Identity", "Operational domain", "Property", "Method and soundness", "Results by class", "What is not covered", "Samples"]
+    assert text.count('<tr class="sample">') == 60
+
+
+def test_bounds_of_the_proof_are_sound_bounds(made):
+    """The boxes of the proof contain those that float64 CROWN gives for the margins: one sample by hand."""
+    net, certificate = made
+    x, y = (part[1300:1360] for part in digits())
+    k = next(k for k, row in enumerate(certificate.rows) if row["verdict"] == "verified")
+    part = exported(net, x).double()
+    box = [end.double() for end in ((x[k : k + 1] - 0.03).clamp(min=0), (x[k : k + 1] + 0.03).clamp(max=1))]
+    C = margin_matrix(y[k : k + 1], 10, dtype=torch.float64)
+    exact = max(bounds(part, *box, method, C)[0].min().item() for method in ("ibp", "crown_ibp", "crown"))
+    assert float(certificate.rows[k]["margin"]) <= exact + 1e-6

@@ -7,7 +7,7 @@ __all__ = ['LINK', 'cut', 'rest', 'Linked', 'latent_margins', 'Latent']
 
 # %% ../../nbs/learn/16b_taps.ipynb #47d770c5
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .expressive import log_losses
 from .losses import Batch, Objective
 from ..robust.boxes import Interval
 from ..robust.ibp import IntervalPass, apply_rows, interval_pass
+from ..robust.layers import Reshape
 from ..sparse.scores import generator_for
 
 # %% ../../nbs/learn/16b_taps.ipynb #217cd4f1
@@ -36,10 +37,18 @@ def cut(passed: IntervalPass, tail: int) -> int:
 
 
 def rest(passed: IntervalPass, place: int, z: Tensor) -> Tensor:
-    """The outputs (N, K) of the layers behind `place` for its activations z (N, ...); the layers are those that were bounded."""
+    """The outputs (N, K) of the layers behind `place` for its activations z (N, ...); the layers are those that were bounded, on B images.
+
+    N may be a multiple of B. Raises ValueError for a layer that takes B alone.
+    """
     boxes = {place: Interval.ends(z, z)}
     for at, step in enumerate(passed.steps[place:], place + 1):
-        boxes[at] = step.layer.interval(*(boxes[each] for each in step.inputs))
+        layer = replace(step.layer, after=(len(z), *step.layer.after[1:])) if isinstance(step.layer, Reshape) else step.layer
+        try:
+            boxes[at] = layer.interval(*(boxes[each] for each in step.inputs))
+        except RuntimeError as error:
+            raise ValueError(f"Layer '{step.name}' ({type(layer).__name__}) cannot be attacked at several points for an image: it takes "
+                             "batches of one size. Take another objective.") from error
     return boxes[len(passed.steps)].mid
 
 # %% ../../nbs/learn/16b_taps.ipynb #b508d22f

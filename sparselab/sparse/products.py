@@ -521,10 +521,10 @@ def product_kind() -> type[Product]:
 
 def columns_to_rows(x: np.ndarray, rows: np.ndarray, y: np.ndarray, first: int) -> None:
     """Write the images x (B, pixels) as columns of y, from column `first` on; only the given rows."""
-    if with_numba():
+    if with_numba() and (len(rows) < len(y) or len(x) < y.shape[1]):
         _transposed(x, rows, y, first)
-    else:
-        y[:, first : first + len(x)] = x.T
+    else:  # PyTorch goes through a whole matrix in blocks
+        torch.from_numpy(y)[:, first : first + len(x)].copy_(torch.from_numpy(x).T)
 
 
 def ball_to_rows(x: np.ndarray, eps: float, rows: np.ndarray, y: np.ndarray) -> None:

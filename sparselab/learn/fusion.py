@@ -59,17 +59,17 @@ def follow(x, a, ends, rows, slope, side):
     for r in rows:
         to, coefficient, low, up, sign = x[r], a[r], ends[r, :m], ends[r, m:], side[r]
         for b in range(m):
-            l, u, q = low[b], up[b], to[b]
-            chord = _chord(l, u, slope, zero, half, one, tiny)
+            lb, ub, q = low[b], up[b], to[b]
+            chord = _chord(lb, ub, slope, zero, half, one, tiny)
             share = half * (one - sign[b])
             below = one if chord > steep else slope
-            to[b] = (share * chord + (one - share) * below) * q + share * max(u, zero) * (one - chord)
-            on_chord, turns = (sign[b] < 0) & (chord > zero), (l < zero) & (u > zero)
+            to[b] = (share * chord + (one - share) * below) * q + share * max(ub, zero) * (one - chord)
+            on_chord, turns = (sign[b] < 0) & (chord > zero), (lb < zero) & (ub > zero)
             negative = coefficient[b] / (chord if on_chord else one) if on_chord else zero
-            width = u - l if turns else one
-            turn = ((q - half * (l + u)) / width) * ((one - slope) / width) if turns else zero  # as the chord turns
-            low[b] = negative * (half * ((one if l > zero else slope) - chord) + turn * u)
-            up[b] = negative * (half * ((one if u > zero else slope) - chord) - turn * l)
+            width = ub - lb if turns else one
+            turn = ((q - half * (lb + ub)) / width) * ((one - slope) / width) if turns else zero  # as the chord turns
+            low[b] = negative * (half * ((one if lb > zero else slope) - chord) + turn * ub)
+            up[b] = negative * (half * ((one if ub > zero else slope) - chord) - turn * lb)
 
 # %% ../../nbs/learn/21b_fusion.ipynb #13d4a116
 def keep_in_torch(x, rows, n, slope, ends):

@@ -43,7 +43,7 @@ class CrownIBP(IBP):
         return 1 - moment.ramped if self.fused and moment.kappa < 1 else 0.0
 
     def dense_because(self, moment: Moment) -> str:
-        rising = f"the objective {type(self).__name__} without loss fusion bounds every margin backward while eps rises, which needs the dense network"
+        rising = f"the objective {type(self).__name__} without loss fusion bounds all margins backward while eps rises, which needs the dense network"
         return super().dense_because(moment) or (rising if not self.fused and moment.ramped < 1 and moment.kappa < 1 else "")
 
     def box_loss(self, batch: Batch) -> Tensor:

@@ -969,7 +969,7 @@ class Outputs:
         net.forward(p, x)
         if update and not running:
             net.update_statistics(p)
-        self.z = p.x[net.out].T.copy().reshape(len(x), *net.shapes[net.out])
+        self.z = p.tensor(net.out).T.clone(memory_format=torch.contiguous_format).view(len(x), *net.shapes[net.out]).numpy()
 
     def backward(self, gz: np.ndarray, grad: np.ndarray | None, keep: dict | None = None, of_input: bool = False) -> Tensor | None:
         """Add the gradients of the values to `grad`, unless it is None, and return that of the images if it is wanted."""
@@ -977,7 +977,7 @@ class Outputs:
         g = through(torch.from_numpy(gz).reshape(len(gz), -1).T, p.tensor(net.out), net.slope[net.out])
         torch.from_numpy(p.gradient(net.out)).copy_(g)
         net.backward(p, grad, of_input=of_input)
-        gx = torch.from_numpy(p.gradient(0)).T.reshape(self.shape).clone() if of_input else None
+        gx = torch.from_numpy(p.gradient(0)).T.clone(memory_format=torch.contiguous_format).view(self.shape) if of_input else None
         net.take_back(p) if keep is None else keep.update({"passes": [p]})
         return gx
 

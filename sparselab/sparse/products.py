@@ -65,8 +65,15 @@ def without_numba() -> Iterator[None]:
 
 # %% ../../nbs/sparse/34_products.ipynb #f78d75ca
 @inlined
+def _ends(r, v, n, m):
+    """The columns of r that act on the lower and on the upper ends: they change places where v < 0."""
+    i = n if v > 0 else n + m
+    return r[i : i + m], r[2 * n + m - i : 2 * n + 2 * m - i]
+
+
+@inlined
 def _add(acc, r, v, n, m):
-    """acc += v r; where v < 0 the ends change places. n clean columns, m lower ones, m upper ones."""
+    """acc += v r; n clean columns, m lower ones, m upper ones."""
     if v > 0:
         for b in range(n + 2 * m):
             acc[b] += v * r[b]
@@ -81,17 +88,45 @@ def _add(acc, r, v, n, m):
 
 
 @inlined
-def _add_two(acc, r, v, s, w, n, m):
+def _add_two(acc, r, s, v, w, n, m):
     """acc += v r + w s, see `_add`."""
-    i, j = n if v > 0 else n + m, n if w > 0 else n + m
-    ri, rj, si, sj = r[i : i + m], r[2 * n + m - i : 2 * n + 2 * m - i], s[j : j + m], s[2 * n + m - j : 2 * n + 2 * m - j]
-    al, au = acc[n : n + m], acc[n + m :]
     for b in range(n):
         acc[b] += v * r[b] + w * s[b]
-    for b in range(m):
-        al[b] += v * ri[b] + w * si[b]
-    for b in range(m):
-        au[b] += v * rj[b] + w * sj[b]
+    if m:
+        (rl, ru), (sl, su), al, au = _ends(r, v, n, m), _ends(s, w, n, m), acc[n : n + m], acc[n + m :]
+        for b in range(m):
+            al[b] += v * rl[b] + w * sl[b]
+        for b in range(m):
+            au[b] += v * ru[b] + w * su[b]
+
+
+@inlined
+def _add_four(acc, r, s, t, u, v, w, p, q, n, m):
+    """acc += v r + w s + p t + q u, see `_add`: acc is loaded and stored once for four entries."""
+    for b in range(n):
+        acc[b] += v * r[b] + w * s[b] + p * t[b] + q * u[b]
+    if m:
+        (rl, ru), (sl, su), (tl, tu), (ul, uu) = _ends(r, v, n, m), _ends(s, w, n, m), _ends(t, p, n, m), _ends(u, q, n, m)
+        al, au = acc[n : n + m], acc[n + m :]
+        for b in range(m):
+            al[b] += v * rl[b] + w * sl[b] + p * tl[b] + q * ul[b]
+        for b in range(m):
+            au[b] += v * ru[b] + w * su[b] + p * tu[b] + q * uu[b]
+
+
+@inlined
+def _add_all(acc, x, col, weight, values, first, end, n, m):
+    """acc += the sum over the entries first : end of value times row of x."""
+    k = first
+    while k + 3 < end:
+        _add_four(acc, x[col[k]], x[col[k + 1]], x[col[k + 2]], x[col[k + 3]], values[weight[k]], values[weight[k + 1]], values[weight[k + 2]],
+                  values[weight[k + 3]], n, m)
+        k += 4
+    if k + 1 < end:
+        _add_two(acc, x[col[k]], x[col[k + 1]], values[weight[k]], values[weight[k + 1]], n, m)
+        k += 2
+    if k < end:
+        _add(acc, x[col[k]], values[weight[k]], n, m)
 
 
 @compiled
@@ -103,41 +138,101 @@ def multiply(x, ptr, col, weight, values, bias, channel, y, rows, n, slope):
         start = bias[channel[i]] if len(bias) else x.dtype.type(0)
         for b in range(n + 2 * m):
             acc[b] = start
-        k, end = ptr[i], ptr[i + 1]
-        while k + 2 <= end:
-            _add_two(acc, x[col[k]], values[weight[k]], x[col[k + 1]], values[weight[k + 1]], n, m)
-            k += 2
-        if k < end:
-            _add(acc, x[col[k]], values[weight[k]], n, m)
+        _add_all(acc, x, col, weight, values, ptr[i], ptr[i + 1], n, m)
         if slope < 1:
             for b in range(n + 2 * m):
                 acc[b] = max(acc[b], slope * acc[b])
 
 # %% ../../nbs/sparse/34_products.ipynb #98f91717
 @inlined
-def _add_and_dot(acc, g, x, v, n, m):
+def _dot_at_zero(low, up, xl, xu, m):
+    """What is missing in <g, x> where v = 0: there |v| has slope 0, and only the centres count."""
+    t = xl.dtype.type(0)
+    for b in range(m):
+        t += xl.dtype.type(0.5) * (low[b] - up[b]) * (xu[b] - xl[b])
+    return t
+
+
+@inlined
+def _add_and_dot(acc, x, g, v, n, m):
     """acc += v g, and the gradient of v: <g, x> with the ends changed where v < 0."""
     t = x.dtype.type(0)
-    if v > 0:
-        for b in range(n + 2 * m):
-            acc[b] += v * g[b]
-            t += g[b] * x[b]
-        return t
     for b in range(n):
         acc[b] += v * g[b]
         t += g[b] * x[b]
-    al, au, gl, gu, xl, xu = acc[n : n + m], acc[n + m :], g[n : n + m], g[n + m :], x[n : n + m], x[n + m :]
-    if v < 0:
+    if m:
+        (low, up), al, au, xl, xu = _ends(g, v, n, m), acc[n : n + m], acc[n + m :], x[n : n + m], x[n + m :]
         for b in range(m):
-            au[b] += v * gl[b]
-            t += gl[b] * xu[b]
+            al[b] += v * low[b]
+            t += low[b] * xl[b]
         for b in range(m):
-            al[b] += v * gu[b]
-            t += gu[b] * xl[b]
-    else:
-        for b in range(m):
-            t += x.dtype.type(0.5) * (gl[b] + gu[b]) * (xl[b] + xu[b])
+            au[b] += v * up[b]
+            t += up[b] * xu[b]
+        if v == 0:
+            t += _dot_at_zero(low, up, xl, xu, m)
     return t
+
+
+@inlined
+def _add_and_dot_two(acc, x, g, h, v, w, n, m):
+    """acc += v g + w h, and the gradients of both values, see `_add_and_dot`."""
+    s, t = x.dtype.type(0), x.dtype.type(0)
+    for b in range(n):
+        acc[b] += v * g[b] + w * h[b]
+        s += g[b] * x[b]
+        t += h[b] * x[b]
+    if m:
+        (gl, gu), (hl, hu), al, au, xl, xu = _ends(g, v, n, m), _ends(h, w, n, m), acc[n : n + m], acc[n + m :], x[n : n + m], x[n + m :]
+        for b in range(m):
+            al[b] += v * gl[b] + w * hl[b]
+            s += gl[b] * xl[b]
+            t += hl[b] * xl[b]
+        for b in range(m):
+            au[b] += v * gu[b] + w * hu[b]
+            s += gu[b] * xu[b]
+            t += hu[b] * xu[b]
+        if v == 0:
+            s += _dot_at_zero(gl, gu, xl, xu, m)
+        if w == 0:
+            t += _dot_at_zero(hl, hu, xl, xu, m)
+    return s, t
+
+
+@inlined
+def _add_and_dot_four(acc, x, g, h, i, j, v, w, p, q, n, m):
+    """acc += v g + w h + p i + q j, and the gradients of the four values, see `_add_and_dot`."""
+    zero = x.dtype.type(0)
+    s, t, u, z = zero, zero, zero, zero
+    for b in range(n):
+        acc[b] += v * g[b] + w * h[b] + p * i[b] + q * j[b]
+        s += g[b] * x[b]
+        t += h[b] * x[b]
+        u += i[b] * x[b]
+        z += j[b] * x[b]
+    if m:
+        (gl, gu), (hl, hu), (il, iu), (jl, ju) = _ends(g, v, n, m), _ends(h, w, n, m), _ends(i, p, n, m), _ends(j, q, n, m)
+        al, au, xl, xu = acc[n : n + m], acc[n + m :], x[n : n + m], x[n + m :]
+        for b in range(m):
+            al[b] += v * gl[b] + w * hl[b] + p * il[b] + q * jl[b]
+            s += gl[b] * xl[b]
+            t += hl[b] * xl[b]
+            u += il[b] * xl[b]
+            z += jl[b] * xl[b]
+        for b in range(m):
+            au[b] += v * gu[b] + w * hu[b] + p * iu[b] + q * ju[b]
+            s += gu[b] * xu[b]
+            t += hu[b] * xu[b]
+            u += iu[b] * xu[b]
+            z += ju[b] * xu[b]
+        if v == 0:
+            s += _dot_at_zero(gl, gu, xl, xu, m)
+        if w == 0:
+            t += _dot_at_zero(hl, hu, xl, xu, m)
+        if p == 0:
+            u += _dot_at_zero(il, iu, xl, xu, m)
+        if q == 0:
+            z += _dot_at_zero(jl, ju, xl, xu, m)
+    return s, t, u, z
 
 
 @compiled
@@ -150,9 +245,25 @@ def pull_back(g, ptr, col, weight, values, x, gx, rows, n, slope, add, dvalues):
         out, acc = x[rows[i]], spare if add else gx[rows[i]]
         for b in range(n + 2 * m):
             acc[b] = 0
-        for k in range(ptr[i], ptr[i + 1]):
-            w = weight[k]
-            dvalues[w] += _add_and_dot(acc, g[col[k]], out, values[w], n, m)
+        k, end = ptr[i], ptr[i + 1]
+        while k + 3 < end:
+            a, c, d, e = weight[k], weight[k + 1], weight[k + 2], weight[k + 3]
+            s, t, u, z = _add_and_dot_four(acc, out, g[col[k]], g[col[k + 1]], g[col[k + 2]], g[col[k + 3]],
+                                           values[a], values[c], values[d], values[e], n, m)
+            dvalues[a] += s
+            dvalues[c] += t
+            dvalues[d] += u
+            dvalues[e] += z
+            k += 4
+        if k + 1 < end:
+            a, c = weight[k], weight[k + 1]
+            s, t = _add_and_dot_two(acc, out, g[col[k]], g[col[k + 1]], values[a], values[c], n, m)
+            dvalues[a] += s
+            dvalues[c] += t
+            k += 2
+        if k < end:
+            a = weight[k]
+            dvalues[a] += _add_and_dot(acc, out, g[col[k]], values[a], n, m)
         if slope == 0:  # apart from other slopes, as the product keeps the compiler from vectors
             for b in range(n + 2 * m):
                 acc[b] = acc[b] if out[b] > 0 else zero
@@ -175,12 +286,7 @@ def pull_to_input(g, ptr, col, weight, values, x, gx, rows, n, slope, add):
         acc = spare if add else to
         for b in range(n + 2 * m):
             acc[b] = 0
-        k, end = ptr[i], ptr[i + 1]
-        while k + 2 <= end:
-            _add_two(acc, g[col[k]], values[weight[k]], g[col[k + 1]], values[weight[k + 1]], n, m)
-            k += 2
-        if k < end:
-            _add(acc, g[col[k]], values[weight[k]], n, m)
+        _add_all(acc, g, col, weight, values, ptr[i], ptr[i + 1], n, m)
         if slope < 1:
             for b in range(n + 2 * m):
                 acc[b] *= one if out[b] > 0 else slope
@@ -415,10 +521,10 @@ def product_kind() -> type[Product]:
 
 def columns_to_rows(x: np.ndarray, rows: np.ndarray, y: np.ndarray, first: int) -> None:
     """Write the images x (B, pixels) as columns of y, from column `first` on; only the given rows."""
-    if with_numba():
+    if with_numba() and (len(rows) < len(y) or len(x) < y.shape[1]):
         _transposed(x, rows, y, first)
-    else:
-        y[:, first : first + len(x)] = x.T
+    else:  # PyTorch goes through a whole matrix in blocks
+        torch.from_numpy(y)[:, first : first + len(x)].copy_(torch.from_numpy(x).T)
 
 
 def ball_to_rows(x: np.ndarray, eps: float, rows: np.ndarray, y: np.ndarray) -> None:

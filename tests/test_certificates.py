@@ -119,6 +119,19 @@ exec(compile(open({str(certificate.folder / "recheck.py")!r}).read(), 'recheck.p
     assert imports - set(sys.stdlib_module_names) == {"numpy"}
 
 
+def test_an_onnx_runtime_gives_the_same_logits(made):
+    """And instances.csv names files that are there. Skipped where the packages are not installed: `pip install onnx onnxruntime`."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    net, certificate = made
+    onnx.checker.check_model(onnx.load(certificate.folder / "network.onnx"), full_check=True)
+    session = runtime.InferenceSession(certificate.folder / "network.onnx", providers=["CPUExecutionProvider"])
+    x = digits()[0][:200]
+    with torch.no_grad():
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], net(x).numpy(), atol=1e-5, rtol=1e-5)
+    for line in (certificate.folder / "instances.csv").read_text().splitlines():
+        assert all((certificate.folder / name).is_file() for name in line.split(",")[:2])
+
+
 # ---------------------------------------------------------------- tampering
 
 

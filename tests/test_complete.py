@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from test_external import EPS, mnist, task, weights  # noqa: F401
+from test_external import EPS, task  # noqa: F401
 from torch import nn
 
 from sparselab.program import read

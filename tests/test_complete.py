@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from test_external import EPS, mnist, task, weights  # noqa: F401
+from test_external import EPS, task  # noqa: F401
 from torch import nn
 
 from sparselab.program import read
@@ -341,7 +341,7 @@ def test_a_split_half_is_bounded_by_its_own_points():
     domains = Domains.whole(small, torch.zeros(1, dtype=torch.long))
     for neuron in (0, small.neurons // 2, small.neurons - 1):
         domains = domains.split(torch.full((len(domains),), neuron))
-    found, _ = climb(small, domains, 40, stop=math.inf)
+    found = climb(small, domains, 40, stop=math.inf)
     seen = 0
     for sign, value in zip(found.sign, found.value.tolist(), strict=True):
         inside = (z * sign >= 0).all(1)

@@ -16,7 +16,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from .reduced import Reduced
-from .splits import Bound, Domains, Lines, bounded, climb, joined, margins_of, picked
+from .splits import Bound, Domains, Lines, attained, bounded, climb, joined, margins_of, picked
 
 # %% ../../nbs/robust/22_branching.ipynb #a0654741
 TRIED = 3  # neurons that are tried, of each score
@@ -37,7 +37,7 @@ def chosen(net: Reduced, domains: Domains, found: Bound, tried: int = TRIED) -> 
     candidates = torch.cat([score.topk(most, 1).indices for score in scores(found, lines, domains.alpha)], 1)
     count = candidates.shape[1]
     halves = picked(domains, torch.arange(len(domains)).repeat_interleave(count)).split(candidates.flatten())
-    value = bounded(net, margins_of(net, halves.row), Lines.of(net, halves.sign), halves.alpha, halves.sign * halves.beta).value
+    value = attained(net, halves).value
     worse, better = (torch.stack(value.chunk(2)).aminmax(dim=0)[i].view(-1, count) for i in (0, 1))
     worth = worse + 1e-3 * (better - worse)  # of equal ones that which closes the other half
     worth = worth.masked_fill(~lines.free.gather(1, candidates), -torch.inf)
@@ -96,12 +96,12 @@ def search(net: Reduced, until: float, wrong: Callable[[Tensor], Tensor], tried:
 
     `wrong` tells which of some points x (B, P) the real network gets wrong, (B,) bool.
     """
-    domains, found = climb(net, Domains.whole(net, torch.arange(len(net.c))), ROOT)
+    domains = climb(net, Domains.whole(net, torch.arange(len(net.c))), ROOT)
     bound, count, undecided, pace = torch.inf, len(domains), [], 0.0
     while True:
         done = domains.value > 0
         bound = min([bound, *domains.value[done].tolist()])
-        domains, found = picked(domains, ~done), picked(found, ~done)
+        domains = domains[~done]
         lowest = min([bound, *undecided, *domains.value.tolist()])
         if not len(domains):
             return Found(not undecided, lowest, count, reason="a part lies within rounding of zero" if undecided else "")
@@ -110,7 +110,8 @@ def search(net: Reduced, until: float, wrong: Callable[[Tensor], Tensor], tried:
             return Found(False, lowest, count, reason="time" if left <= 0 else "memory")
         most = min(BATCH, FLOATS // (8 * (net.neurons + len(net.lower)) + 1), int(left / pace / 2) if pace else 32)
         begun, (first, later) = time.monotonic(), domains.value.argsort().tensor_split([max(1, most)])
-        batch, at = picked(domains, first), picked(found, first)
+        batch = domains[first]
+        at = attained(net, batch)
         if (x := _counterexample(net, at.x, wrong)) is not None:
             return Found(False, lowest, count, x)
         full = ~(batch.sign == 0).any(1)
@@ -122,10 +123,10 @@ def search(net: Reduced, until: float, wrong: Callable[[Tensor], Tensor], tried:
                 return Found(False, lowest, count, point)
             else:
                 undecided.append(value)
-        batch, at = picked(batch, ~full), picked(at, ~full)
-        halves, halves_at = climb(net, batch.split(chosen(net, batch, at, tried)), steps) if len(batch) else (batch, at)
+        batch, at = batch[~full], picked(at, ~full)
+        halves = climb(net, batch.split(chosen(net, batch, at, tried)), steps) if len(batch) else batch
         count += len(halves)
-        domains, found = joined([picked(domains, later), halves]), joined([picked(found, later), halves_at])
+        domains = joined([domains[later], halves])
         pace = (time.monotonic() - begun) / max(1, len(batch))
 
 

@@ -201,7 +201,7 @@ class _Cascade:
             self._net = self._reduced(i)
         except (Unreduced, UnsupportedLayer):  # slopes can be learned in the whole network too
             return self._bounded("alpha_crown", rows)
-        found, _ = climb(self._net, Domains.whole(self._net, torch.arange(len(self._net.c))), SLOPES)
+        found = climb(self._net, Domains.whole(self._net, torch.arange(len(self._net.c))), SLOPES)
         return self._proved(i, float(found.value.min()))
 
     def _branch_and_bound(self, rows: Tensor) -> dict[int, tuple[str, Tensor | None]]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATES', 'DECAY', 'Domains', 'picked', 'joined', 'Bound', 'Lines', 'Margins', 'bounded', 'margins_of', 'climb',
-           'before', 'tightened']
+           'attained', 'before', 'tightened']
 
 # %% ../../nbs/robust/21_splits.ipynb #cbde9b99
 from collections.abc import Callable
@@ -140,29 +140,32 @@ class _Adam:
         self.mean, self.square = self.mean[which], self.square[which]
 
 
-def climb(net: Reduced, domains: Domains, steps: int, stop: float = 0.0) -> tuple[Domains, Bound]:
-    """The domains with better multipliers and bounds, and the best bound that was met; those with a bound above `stop` are left alone."""
-    n, D = net.neurons, len(domains)
-    best = Bound(net.h.new_full((D,), -torch.inf), *(net.h.new_zeros(D, size) for size in (len(net.lower), n, n)))
-    alpha, beta = domains.alpha.clone(), domains.beta.clone()
-    at, now, of, lines = torch.arange(D), domains, margins_of(net, domains.row), Lines.of(net, domains.sign)
-    sign, up, out, length = domains.sign.to(net.h), _Adam(alpha), _Adam(beta), 1.0
+def climb(net: Reduced, domains: Domains, steps: int, stop: float = 0.0) -> Domains:
+    """The domains with the best multipliers and bounds that were met; those with a bound above `stop` are left alone."""
+    alpha, beta, value = domains.alpha.clone(), domains.beta.clone(), domains.value.clone()
+    at, now, of, lines = torch.arange(len(domains)), domains, margins_of(net, domains.row), Lines.of(net, domains.sign)
+    sign, best, up, out, length = domains.sign.to(net.h), torch.full_like(value, -torch.inf), _Adam(alpha), _Adam(beta), 1.0
     for taken in range(steps + 1):
         found = bounded(net, of, lines, now.alpha, sign * now.beta)
-        better = found.value > best.value[at]
-        for record, new in ((best.value, found.value), (best.x, found.x), (best.z, found.z), (best.a, found.a), (alpha, now.alpha), (beta, now.beta)):
+        better = found.value > best[at]
+        for record, new in ((best, found.value), (alpha, now.alpha), (beta, now.beta)):
             record[at[better]] = new[better]
-        left = best.value[at] <= stop
+        left = best[at] <= stop
         if taken == steps or not bool(left.any()):
             break
         if 4 * int(left.sum()) <= 3 * len(left):
             at, now, of, lines, found, sign = at[left], now[left], picked(of, left), picked(lines, left), picked(found, left), sign[left]
             up.keep(left), out.keep(left)
-        size = RATES[1] * found.a.abs().mean(1, keepdim=True)
+        size = RATES[1] * length * found.a.abs().mean(1, keepdim=True)
         now = replace(now, alpha=(now.alpha + RATES[0] * length * up.step(torch.where(lines.free, found.a.clamp(min=0) * found.z, 0.0))).clamp_(0, 1),
-                      beta=(now.beta + size * length * out.step(-sign * found.z)).clamp_(min=0))
+                      beta=(now.beta + size * out.step(-sign * found.z)).clamp_(min=0))
         length *= DECAY
-    return replace(domains, alpha=alpha, beta=beta, value=torch.maximum(domains.value, best.value)), best
+    return replace(domains, alpha=alpha, beta=beta, value=torch.maximum(value, best))
+
+
+def attained(net: Reduced, domains: Domains) -> Bound:
+    """The bounds of the domains by their own multipliers, and where they are attained."""
+    return bounded(net, margins_of(net, domains.row), Lines.of(net, domains.sign), domains.alpha, domains.sign * domains.beta)
 
 # %% ../../nbs/robust/21_splits.ipynb #11fcb7bb
 def before(net: Reduced, group: slice) -> Reduced:
@@ -180,7 +183,6 @@ def tightened(net: Reduced, steps: int = 20, late: Callable[[], bool] = lambda: 
         if late():
             break
         part = before(net, group)
-        found, _ = climb(part, Domains.whole(part, torch.arange(len(part.c))), steps, stop=torch.inf)
-        low, up = found.value.chunk(2)
+        low, up = climb(part, Domains.whole(part, torch.arange(len(part.c))), steps, stop=torch.inf).value.chunk(2)
         net.lb[group], net.ub[group] = torch.maximum(net.lb[group], low), torch.minimum(net.ub[group], -up)
     return without_stable(net)

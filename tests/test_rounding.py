@@ -404,6 +404,14 @@ def test_other_arithmetic_and_other_engines_are_refused():
             torch.set_float32_matmul_precision("highest")
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
             call()
+        onednn = getattr(torch.backends.mkldnn, "conv", None)
+        if hasattr(onednn, "fp32_precision"):
+            before, onednn.fp32_precision = onednn.fp32_precision, "bf16"
+            try:
+                with pytest.raises(ValueError, match="bfloat16"):
+                    call()
+            finally:
+                onednn.fp32_precision = before
     with pytest.raises(ValueError, match="native engine"):
         bounds(net, x, x, engine="auto_lirpa", sound=True)
 

@@ -38,7 +38,7 @@ from .modes import check_labels, eval_mode, full_precision, worst_margin
 from .recheck import property_of, sha256
 from .relu import ReLU
 from .replay import Contradiction, ask, rounding
-from .rounding import AsComputed, RoundedReLU, SoundCrownPass, outer_box, sound_backward, sound_bounds
+from .rounding import AsComputed, RoundedReLU, SoundCrownPass, check_settings, outer_box, sound_backward, sound_bounds
 from .verification import verify
 from .windows import Conv
 
@@ -288,7 +288,7 @@ def certify(
         raise ValueError(f"{folder} exists: name a new folder, so that no certificate is lost.")
     if x.dtype != torch.float32:
         raise ValueError(f"The images are {x.dtype}, but a certificate is about float32: give x.float().")
-    check_labels(x, y)
+    check_labels(x, y), check_settings(x.device)
     indices = list(range(len(x))) if indices is None else [int(i) for i in indices]
     if len(indices) != len(x) or len(set(indices)) != len(x):
         raise ValueError(f"{len(x)} images need {len(x)} different indices, not {len(set(indices))} of {len(indices)}.")
@@ -340,8 +340,10 @@ class Findings:
         if not len(left):
             return
         started, (x, y) = time.perf_counter(), (x[left], y[left])
-        torch.manual_seed(seed)
-        points = torch.where((worst_margin(net(x), y) <= 0).view(-1, *(1,) * (x.dim() - 1)), x, pgd(net, x, y, eps)).detach()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            attacked = pgd(net, x, y, eps)
+        points = torch.where((worst_margin(net(x), y) <= 0).view(-1, *(1,) * (x.dim() - 1)), x, attacked).detach()
         broken, shared = refuted(net, points, y), (time.perf_counter() - started) / len(left)
         for i, place in enumerate(left.tolist()):
             self.seconds[rows[place]] += shared

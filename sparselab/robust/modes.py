@@ -63,7 +63,8 @@ def full_precision(device: torch.device | str) -> Iterator[None]:
 def short_products(device: torch.device) -> bool:
     """May products of float32 on `device` be computed in TF32 or bfloat16 now?"""
     switches = (_matmul(), _convolution()) if device.type == "cuda" else (_matmul(),)
-    return any(before not in (full, "none") for before, _, full in switches)
+    onednn = [getattr(getattr(torch.backends.mkldnn, kind, None), "fp32_precision", "none") for kind in ("matmul", "conv")]
+    return any(before not in (full, "none") for before, _, full in switches) or device.type == "cpu" and bool({"bf16", "tf32"} & set(onednn))
 
 # %% ../../nbs/robust/13_modes.ipynb #43856ca8
 def worst_margin(logits: Tensor, y: Tensor) -> Tensor:

@@ -420,6 +420,42 @@ def test_workers_and_records_change_nothing(tmp_path):
             assert point.shape == x[0].shape and worst_margin(net(point.unsqueeze(0)), y[i : i + 1]).item() <= 0
 
 
+class Shifted(nn.Module):
+    """A network, and a constant that no state_dict has."""
+
+    def __init__(self, net, shift):
+        super().__init__()
+        self.net, self.shift = net, torch.full((3,), shift)
+
+    def forward(self, x):
+        return self.net(x) + self.shift * torch.arange(3)
+
+
+def test_a_record_of_the_same_weights_in_another_network_is_refused(tmp_path):
+    """Its verdicts would be false proofs: another activation, another constant, a hook."""
+    net, file = network(3), tmp_path / "verdicts.jsonl"
+    x, y = right(net, 3)
+    decide(net, x, y, 0.02, budget=5, record=file)
+    decide(network(3), x, y, 0.02, budget=5, record=file)  # the same network, built again
+    hooked, other = network(3), nn.Sequential(*(nn.LeakyReLU(0.9) if isinstance(layer, nn.ReLU) else layer for layer in network(3)))
+    hooked[-1].register_forward_hook(lambda module, args, z: -z)
+    for changed in (other, hooked):
+        assert all((a == b).all() for a, b in zip(net.parameters(), changed.parameters(), strict=True))
+        with pytest.raises(ValueError, match="its model is"):
+            decide(changed, x, y, 0.02, budget=5, record=file)
+    decide(Shifted(net, 0.0), x, y, 0.02, budget=5, record=tmp_path / "shifted.jsonl")
+    with pytest.raises(ValueError, match="its model is"):
+        decide(Shifted(net, 100.0), x, y, 0.02, budget=5, record=tmp_path / "shifted.jsonl")
+
+
+def test_what_progress_cannot_be_is_a_sentence():
+    net = network(3)
+    with pytest.raises(ValueError, match="progress=3"):
+        decide(net, *right(net, 2), 0.02, progress=3)
+    with pytest.raises(ValueError, match="thousands of digits"):
+        decide(net, *right(net, 2), 0.02, budget=10**400)
+
+
 def test_a_record_of_something_else_is_refused(tmp_path):
     net, file = network(2), tmp_path / "verdicts.jsonl"
     x, y = right(net, 3)

@@ -316,6 +316,30 @@ def test_lines_of_a_relu_lie_around_it(slope):
             assert Fraction(low) * Fraction(at) <= f <= Fraction(high) * Fraction(at) + Fraction(value)
 
 
+@pytest.mark.parametrize("slope", [1e-46, 1e-45, 1e-40])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_slope_that_float32_has_not_or_flushes_is_bounded(slope, method):
+    """1e-46 is 0 in float32, 1e-45 is 1.4e-45, and 1e-40 is 0 on a machine without subnormal numbers."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.LeakyReLU(slope), nn.Linear(2, 2))
+    with torch.no_grad():
+        for layer, scale in ((net[0], -1e20), (net[2], 1e25)):
+            layer.weight.copy_(scale * torch.eye(2))
+            layer.bias.zero_()
+    lower, upper = torch.full((1, 2), 0.4), torch.full((1, 2), 0.6)
+    lb, ub = bounds(net, lower, upper, method, sound=True)
+    for share in torch.linspace(0, 1, 11):
+        x = lower + share * (upper - lower)
+        for y in (net(x), torch.zeros(1, 2), net.double()(x.double())):
+            assert (lb <= y).all() and (y <= ub).all()
+        net.float()
+
+
+def test_a_division_by_a_subnormal_number_is_refused():
+    net, x = Calls(lambda x: x / 1e-40), torch.full((1, 2), 1e-4)
+    with pytest.raises(ValueError, match="divides by a number so small"):
+        bounds(net, x, x, sound=True)
+
+
 def test_batch_norm_is_bounded_in_both_forms():
     """A BatchNorm whose mean is far from zero cancels: its two forms differ by more than the plain bounds are wide."""
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..cards import Card, Share, Table
 from ..checksums import digest, read_json, sealed_json
 from ..errors import unknown
-from ..program import read, restored
+from ..program import fetch, read, restored
 from .attacks import pgd
 from .bounds import LEARNED, METHODS, Engine, check_engine
 from .boxes import input_box, margin_matrix, shortened
@@ -268,11 +268,13 @@ class _Cascade:
                                 "Please report the model.")
 
 # %% ../../nbs/robust/23_cascade.ipynb #70da4bd2
-def fingerprint(model: nn.Module) -> str:
-    """A digest of the names and values of all parameters and buffers."""
-    parts = []
-    for name, value in model.state_dict().items():
-        parts += [name.encode(), *_octets(value)]
+def fingerprint(model: nn.Module, x: Tensor) -> str:
+    """A digest of what the model, in eval mode, computes from an image of x: its operations, and the values of parameters, buffers and constants."""
+    with eval_mode(model), restored(model), torch.no_grad():
+        program = read(model, x[:1])
+    parts = [str(program).encode()]
+    for node, value in fetch(program, model).items():
+        parts += [program.state.get(node, node.name).encode(), *_octets(value)]
     return digest(*parts)
 
 
@@ -344,7 +346,7 @@ CHUNK = 32  # samples that go through the stages together
 
 
 def _check_budget(budget: float, workers: int, x: Tensor) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf:
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= sys.float_info.max:
         raise ValueError(f"budget={shortened(budget)}, but a verdict takes time: give the seconds that one sample may take, more than 0.")
     if type(workers) is not int or workers < 1:
         raise ValueError(f"workers={shortened(workers)}, but it is the number of processes, at least 1.")
@@ -410,9 +412,12 @@ def decide(
     up to time and rounding (arXiv 2103.06624). Raises what `verify` raises, and OSError where `record` cannot be written.
     """
     check_engine(engine), check_task(model, x, y, eps, batch_size, None), _check_budget(budget, workers, x)
+    if not (isinstance(progress, bool) or callable(progress)):
+        raise ValueError(f"progress={shortened(progress)}, but it is True, False, or a function that is called with (done, total, verdict).")
     options = (model, x, y, eps, float(budget), _methods(methods), engine, batch_size)
     name = engine if isinstance(engine, str) else type(engine).__name__
-    header = {"format": "sparselab verdicts 1", "model": fingerprint(model), "images": digest(*_octets(x)), "labels": digest(*_octets(y)),
+    what = fingerprint(model, x) if record is not None and len(x) else ""
+    header = {"format": "sparselab verdicts 1", "model": what, "images": digest(*_octets(x)), "labels": digest(*_octets(y)),
               "eps": float(eps), "budget": float(budget), "methods": options[5], "engine": name}
     kept = _Record(record, header, x[:1][0]) if record is not None and len(x) else None
     verdicts: list[Verdict] = kept.verdicts if kept else []

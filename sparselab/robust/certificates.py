@@ -13,6 +13,7 @@ import html
 import io
 import json
 import math
+import operator
 import platform
 import shutil
 import time
@@ -31,7 +32,7 @@ from ..program import read
 from . import recheck as recheck_file
 from .attacks import pgd
 from .bounds import METHODS
-from .boxes import Interval, margin_matrix
+from .boxes import Interval, margin_matrix, shortened
 from .ibp import IntervalPass, Step, carry, interval_pass
 from .layers import Add, Linear, Reshape, Scale
 from .modes import check_labels, eval_mode, full_precision, worst_margin
@@ -155,6 +156,9 @@ def exported(model: nn.Module, x: Tensor) -> Exported:
         parts = [part_of(step, shapes[step.inputs[0]], shapes[i + 1]) for i, step in enumerate(pass_.steps)]
         net = Exported(parts, [step.inputs for step in pass_.steps], [tuple(shape[1:]) for shape in shapes]).eval().to(x.device)
         y, z = ask(model, x), net(x)
+    last = next((part for part in reversed(parts) if not isinstance(part, nn.Flatten | nn.Unflatten)), None)
+    if last is None or isinstance(last, nn.ReLU | nn.LeakyReLU):
+        raise ValueError(f"The network ends with {type(last).__name__}, but a certificate is about logits: leave its last layer out.")
     if bool(((y - z).abs() > rounding(y)).any()):
         raise Contradiction(f"The exported network differs from the model by up to {(y - z).abs().max():.3g}; no certificate is given.")
     return net
@@ -289,7 +293,16 @@ def certify(
     if x.dtype != torch.float32:
         raise ValueError(f"The images are {x.dtype}, but a certificate is about float32: give x.float().")
     check_labels(x, y), check_settings(x.device)
-    indices = list(range(len(x))) if indices is None else [int(i) for i in indices]
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}, but at least 1 image goes through the network at once.")
+    if type(seed) is not int:
+        raise ValueError(f"seed={seed!r}, but the seed of the attack is a whole number.")
+    indices = list(range(len(x))) if indices is None else list(indices)
+    if not all(hasattr(i, "__index__") for i in indices):
+        raise ValueError(f"The indices are {shortened(indices)}, but the number of a sample is a whole one.")
+    indices = [operator.index(i) for i in indices]
+    if indices and not 0 <= min(indices) <= max(indices) < 2**63:
+        raise ValueError(f"The indices reach from {min(indices)} to {max(indices)}, but they number the samples of a data set: 0, 1, ...")
     if len(indices) != len(x) or len(set(indices)) != len(x):
         raise ValueError(f"{len(x)} images need {len(x)} different indices, not {len(set(indices))} of {len(indices)}.")
     net, made = exported(model, x[:batch_size]), folder.with_name(f"{folder.name}.part")

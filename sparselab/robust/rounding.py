@@ -150,7 +150,7 @@ class RoundedReLU(Computed):
     def _error(self, x: Interval, slope: Tensor) -> Tensor:
         """What the product with the slope is rounded."""
         product = slope * (-x.lb).clamp(min=0)
-        return (slope > 0) * (gamma(3) * product + 4 * TINY) * (1 + KAPPA)
+        return (slope > 0) * (gamma(3) * product + 2 * TINY * (2 + (-x.lb).clamp(min=0))) * (1 + KAPPA)  # a slope may be flushed to zero
 
     def interval(self, x: Interval) -> Interval:
         slope = self._slope(x)
@@ -244,6 +244,8 @@ def modelled(what: str, layer: Any, scalars: Sequence[float]) -> Any:
         return Rounded(layer)
     if what in PRODUCTS and isinstance(layer, Linear | Conv | MatMul):
         return Rounded(layer, lambda x: terms(layer, x))
+    if what == "div" and bool((torch.as_tensor(layer.scale).abs() > 1 / TINY).any()):
+        raise Refused("it divides by a number so small that a machine without subnormal numbers divides by zero")
     if what in ENTRYWISE and layer.linear:
         if any(abs(number) > TOP for number in scalars):
             raise Refused(f"one of its numbers, {max(scalars, key=abs):g}, is beyond the largest number of the network's type")

@@ -336,5 +336,5 @@ def main() -> None:
     print("every verdict follows:", ", ".join(f"{summary[name]} {name}" for name in ("samples", "verified", "falsified", "unknown")))
 
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
+if __name__ == "__main__" and "IPython" not in sys.modules:
     main()

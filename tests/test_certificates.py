@@ -391,6 +391,20 @@ def test_more_terms_than_the_theory_allows_are_refused():
         many.slack([(np.zeros(2**20 + 1), np.ones(2**20 + 1))])
 
 
+def test_files_beside_the_folder_are_not_deleted(tmp_path):
+    net, (x, y) = mlp(), (part[:3] for part in digits())
+    part = tmp_path / "certificate.part"
+    part.mkdir()
+    (part / "recheck.py").write_text("of a call that was killed")
+    certify(net, x, y, 0.1, tmp_path / "certificate")
+    part = tmp_path / "other.part"
+    part.mkdir()
+    (part / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        certify(net, x, y, 0.1, tmp_path / "other")
+    assert (part / "mine.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("weight", [math.nan, math.inf, 1e38])
 def test_a_network_that_overflows_has_a_certificate_that_claims_nothing(weight, tmp_path):
     net, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.ReLU(), nn.Linear(10, 10)), (part[:4] for part in digits())

@@ -36,7 +36,7 @@ from .boxes import Interval, margin_matrix, shortened
 from .ibp import IntervalPass, Step, carry, interval_pass
 from .layers import Add, Linear, Reshape, Scale
 from .modes import check_labels, eval_mode, full_precision, worst_margin
-from .recheck import property_of, sha256
+from .recheck import FILES, property_of, sha256
 from .relu import ReLU
 from .replay import Contradiction, ask, rounding
 from .rounding import AsComputed, RoundedReLU, SoundCrownPass, check_settings, outer_box, sound_backward, sound_bounds
@@ -306,7 +306,9 @@ def certify(
     if len(indices) != len(x) or len(set(indices)) != len(x):
         raise ValueError(f"{len(x)} images need {len(x)} different indices, not {len(set(indices))} of {len(indices)}.")
     net, made = exported(model, x[:batch_size]), folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(made, ignore_errors=True)
+    if any(path.name not in {*FILES, "manifest.json", "vnnlib"} for path in (made.iterdir() if made.is_dir() else ())):
+        raise ValueError(f"{made}, where the certificate would be made, holds other files: move them, or name another folder.")
+    shutil.rmtree(made, ignore_errors=True)  # what a killed call left
     (made / "vnnlib").mkdir(parents=True)
     with full_precision(x.device):
         found = Findings(net, x, y, eps, methods, batch_size, seed)

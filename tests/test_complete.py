@@ -394,7 +394,7 @@ def test_a_counterexample_that_the_model_gets_right_is_no_counterexample(monkeyp
     net = network(1, width=12)
     x, y = right(net, 5)
     monkeypatch.setattr(module, "search", lambda small, *_: module_branching.Found(False, -1.0, 1, small.centre))
-    found = decide(net, x, y, 0.01, budget=10, methods=[])
+    found = decide(net, x, y, 1e-6, budget=10, methods=[])
     assert set(found.verdicts) == {"unknown"} and {record.reason for record in found.records} == {"a counterexample was lost in rounding"}
 
 

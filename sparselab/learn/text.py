@@ -11,6 +11,7 @@ __all__ = ['TEXTS', 'ENCODERS', 'Sentences', 'package_file', 'held_out', 'from_c
 import csv
 import importlib.util
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -185,19 +186,19 @@ def as_texts(pairs: tuple[Sequence[str], Sequence[int]], tokenizer: Words | Piec
     return Texts(tokens, torch.tensor([pairs[1][fits[i]] for i in chosen]), tokenizer.pad)
 
 # %% ../../nbs/learn/63_text.ipynb #e7ae9755
-class TextModel(nn.Module):
+class TextModel(nn.Module, ABC):
     """A classifier of tokens (B, L); a subclass says how to `embed` and to `encode`."""
 
     pad: int
     head: nn.Linear
 
+    @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
         """The word embeddings (B, L, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, embedded: Tensor, there: Tensor) -> Tensor:
         """The last states (B, L, E); `there` (B, L): where a token is no padding."""
-        raise NotImplementedError
 
     def forward(self, tokens: Tensor, embedded: Tensor | None = None) -> Tensor:
         """Logits (B, K), of `embedded` in place of the tokens' own embeddings where it is given."""

@@ -349,37 +349,30 @@ sparsifier = sparsify(model, torch.optim.SGD(model.parameters(), 0.1), method="r
 x = torch.rand(20, 1, 8, 8)"""
 
 
-@pytest.fixture(scope="module")
-def cards(lab, runs):
-    """A notebook of what a name in a cell shows, and of an explorer."""
-    root, open_notebook = lab
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+def test_cards_and_panels_can_be_read_in_light_and_dark(theme, tmp_path, chrome, runs):
+    """What a name in a cell shows, and the explorer: every text stands out from the page, at least 4.5 to 1."""
+    root, scratch = tmp_path / "notebooks", tmp_path / "lab"
+    root.mkdir()
     notebook(root / "cards.ipynb", CARDS, "sparsifier.masks", "sparsifier", f"Run({str(runs[0].path)!r})",
              "verify(model, x, model(x).argmax(1), 0.001)", f"Explorer({str(runs[0].path)!r})")
-    return open_notebook("cards.ipynb")
-
-
-@pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
-def test_cards_and_panels_can_be_read_in_light_and_dark(theme, cards, runs):
-    """What a name in a cell shows, and the explorer: every text stands out from the page, at least 4.5 to 1."""
-    page = cards.page
-    page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
-    until(lambda: page.evaluate("() => document.body.dataset.jpThemeName") == theme)
-    page.evaluate("() => jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
-    cards.run_all()
-    wait_for_figures(cards, 5, 2)
-    titles = page.locator(".jp-RenderedHTMLCommon > div > div:first-child > b")
-    assert titles.all_text_contents() == ["Masks", "RigL", runs[0].path.name, "Verification"]
-    pictures = page.locator(".jp-RenderedHTMLCommon img").evaluate_all("all => all.map(each => each.naturalWidth)")
-    assert pictures == [32, 32, 32, 32]
-    for title in titles.all():
-        title.scroll_into_view_if_needed()
-        assert title.is_visible()
-    texts = ".jp-RenderedHTMLCommon b, .jp-RenderedHTMLCommon td, .sparselab-line, .sparselab-note, .sparselab-heading, " \
-            ".sparselab-plot .xtick text, .sparselab-plot .legendtext"
-    seen = page.locator(texts).evaluate_all(f"all => all.map({CONTRAST})")
-    assert len(seen) > 60 and min(contrast for contrast, _ in seen) > 4.5
-    assert all((behind < 0.1) == (theme == "JupyterLab Dark") for _, behind in seen)
-    assert cards.errors == [] and cards.tracebacks() == []
+    with server(root, scratch, theme) as url:
+        book = Notebook(chrome, url, "cards.ipynb", scratch)
+        book.run_all()
+        wait_for_figures(book, 5, 2)
+        cards = book.page.locator(".jp-RenderedHTMLCommon > div > div:first-child > b")
+        assert cards.all_text_contents() == ["Masks", "RigL", runs[0].path.name, "Verification"]
+        pictures = book.page.locator(".jp-RenderedHTMLCommon img").evaluate_all("all => all.map(each => each.naturalWidth)")
+        assert pictures == [32, 32, 32, 32]
+        for card in cards.all():
+            card.scroll_into_view_if_needed()
+            assert card.is_visible()
+        texts = ".jp-RenderedHTMLCommon b, .jp-RenderedHTMLCommon td, .sparselab-line, .sparselab-note, .sparselab-heading, " \
+                ".sparselab-plot .xtick text, .sparselab-plot .legendtext"
+        seen = [text.evaluate(CONTRAST) for text in book.page.locator(texts).all()]
+        assert len(seen) > 60 and min(contrast for contrast, _ in seen) > 4.5
+        assert all((behind < 0.1) == (theme == "JupyterLab Dark") for _, behind in seen)
+        assert book.errors == [] and book.tracebacks() == []
 
 
 # seconds from a click on pause, by the page's clock, until the kernel's snapshot says so

@@ -70,6 +70,8 @@ class Grafting(FineTuned):
         if self.choose == "score" and self.share and not self.config.eps:
             raise ValueError("The score asks which neurons are unstable on boxes of radius eps, and eps is 0: give eps, or choose 'random'.")
         check_known("method to prune with", self.source, METHODS)
+        if not isinstance(self.source_options, dict):
+            raise ValueError(f'source_options holds options by name, for example {{"end": 0.5}}; got {self.source_options!r}.')
         super().check()
         if not sites(new_model(self.config, self.data, self.config.seed), to_float(self.data.train.images[:1])):
             raise ValueError(f"The model {self.config.model!r} has no ReLU that could be grafted.")

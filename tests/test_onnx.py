@@ -77,7 +77,8 @@ def convolutions():
              NODE("Conv", ["r2", "C", "c"], ["c3"], pads=[2, 0, 1, 1], dilations=[2, 1]),
              NODE("MaxPool", ["c3"], ["p1"], kernel_shape=[2, 2]), NODE("AveragePool", ["p1"], ["p2"], kernel_shape=[2, 2], pads=[1, 1, 1, 1]),
              NODE("GlobalAveragePool", ["p2"], ["g"]), NODE("Flatten", ["g"], ["f"]), NODE("Gemm", ["f", "W", "b"], ["y"], transB=1)]
-    weights = {"A": floats(4, 2, 3, 3), "a": floats(4), "B": floats(4, 2, 3, 3), "v": 1 + floats(4) ** 2, **dict.fromkeys("stm", floats(4)),
+    norm = {key: floats(4, seed=i) for i, key in enumerate("stm")}
+    weights = {"A": floats(4, 2, 3, 3), "a": floats(4), "B": floats(4, 2, 3, 3), **norm, "v": 1 + floats(4) ** 2,
                "C": floats(6, 4, 2, 2), "c": floats(6), "W": floats(3, 6), "b": floats(3)}
     return nodes, weights, (1, 2, 9, 9)
 

@@ -212,7 +212,7 @@ class _Names:
             elif head in ("declare-const", "declare-fun"):
                 self._variable(rest[0])
         if self.networks > 1 or sorted(self.kinds.values()) != ["X", "Y"] and self.networks:
-            raise ValueError(f"it declares {self.networks} networks with {len(self.kinds)} inputs and outputs, but one with one of each is known here")
+            raise ValueError(f"it declares {self.networks} networks with {len(self.kinds)} inputs and outputs, but one with one of each is known")
         if not self.networks and not all(self.flat.values()):
             raise ValueError("it declares no inputs X_0, X_1, ... or no outputs Y_0, Y_1, ...")
 

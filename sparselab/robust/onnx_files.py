@@ -82,7 +82,7 @@ class Applied(nn.Module):
         return self.function(*(next(left) if value is None else value for value in held))
 
     def extra_repr(self) -> str:
-        return getattr(self.function, "__name__", str(getattr(self.function, "func", self.function)))
+        return getattr(getattr(self.function, "func", self.function), "__name__", "")
 
 
 def _with(module: nn.Module, **tensors: Tensor | None) -> nn.Module:

@@ -12,7 +12,6 @@ __all__ = ['RULES', 'KINDS', 'FUNCTIONS', 'FLOATING', 'Node', 'rule', 'Applied',
 import gzip
 import math
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -377,9 +376,7 @@ def _parsed(path: Path) -> Any:
         if not isinstance(error, gzip.BadGzipFile):
             raise OSError(f"{path} cannot be read ({error.strerror or error}).") from error
         raise ValueError(f"{path} is cut or damaged: {error}.") from error
-    except (EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{path} is no ONNX file, or is cut ({type(error).__name__}): fetch it again.") from error
-    except Exception as error:  # of protobuf and of onnx, whose errors have no common class
+    except Exception as error:  # of gzip, protobuf and onnx, whose errors have no common class
         raise ValueError(f"{path} is no ONNX file, or is cut ({type(error).__name__}): fetch it again.") from error
     if not model.graph.node or not model.graph.output:
         raise ValueError(f"{path} is no ONNX file, or is cut: it has {len(model.graph.node)} nodes and {len(model.graph.output)} outputs.")

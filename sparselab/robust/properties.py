@@ -280,9 +280,12 @@ def _times(factor: float, term: Linear) -> Linear:
 def _linear(expression: str | list, names: _Names) -> Linear:
     if isinstance(expression, str):
         try:
-            return {}, float(expression)
+            value = float(expression)
         except ValueError:
             return {names(expression): 1.0}, 0.0
+        if not math.isfinite(value):
+            raise ValueError(f"it holds the number {expression}, which bounds nothing")
+        return {}, value
     head, *rest = expression or [""]
     terms = [_linear(part, names) for part in rest]
     if head == "+" and terms:
@@ -385,7 +388,8 @@ def read_vnnlib(path: str | Path) -> Property:
     except (ValueError, IndexError, RecursionError) as error:
         if str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path} is no property that can be read: {error or type(error).__name__}.") from error
+        what = {IndexError: "an expression in it is incomplete", RecursionError: "its expressions are nested too deep"}.get(type(error), error)
+        raise ValueError(f"{path} is no property that can be read: {what}.") from error
 
 # %% ../../nbs/robust/27_properties.ipynb #c4588e39
 def _outward(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -574,7 +578,18 @@ def answer(verdict: Verdict, outputs: Sequence[float] = ()) -> str:
     pairs = [*((f"X_{i}", v) for i, v in enumerate(verdict.counterexample.flatten().tolist())), *((f"Y_{i}", v) for i, v in enumerate(outputs))]
     return f"{word}\n({chr(10).join(f'({name} {value!r})' for name, value in pairs)})\n"
 
-# %% ../../nbs/robust/27_properties.ipynb #c9de1364
+# %% ../../nbs/robust/27_properties.ipynb #dc7ed25d
+def _finished(results: Path) -> dict[tuple[str, ...], str]:
+    """(network, property) -> word, of a table of results; half a line, which a killed call left, is taken off."""
+    if not results.exists():
+        return {}
+    text = _text(results)
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        results.write_text(whole)
+    return {tuple(row[:2]): row[2] for row in csv.reader(io.StringIO(whole)) if len(row) == 5}
+
+
 def decide_instances(
     path: str | Path,  # of an instances.csv
     results: str | Path,  # a table of network, property, verdict and seconds: it is gone on with where it exists
@@ -583,9 +598,7 @@ def decide_instances(
 ) -> dict[str, int]:
     """Decide every instance of a benchmark; returns how often each word was said. A property that cannot be read is an `error`."""
     results, instances, counts, network = Path(results), read_instances(path), {}, (None, None)
-    known = {tuple(row[:2]): row[2] for row in csv.reader(io.StringIO(_text(results))) if len(row) == 5} if results.exists() else {}
-    if results.exists() and not _text(results).endswith("\n"):  # a killed call left half a line
-        results.write_text(_text(results).rpartition("\n")[0] + "\n" * ("\n" in _text(results)))
+    known = _finished(results)
     for done, instance in enumerate(instances, 1):
         word = known.get(instance.line)
         if word is None:
@@ -596,7 +609,7 @@ def decide_instances(
                 verdict = decide_property(network[1], read_vnnlib(instance.claim), instance.seconds if budget is None else budget)
                 word, reason = answer(verdict).split()[0], verdict.reason or verdict.stage
             except (ValueError, OSError) as error:
-                word, reason = "error", str(error)
+                word, reason = "error", " ".join(str(error).split())
             with open(results, "a", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerow([*instance.line, word, f"{time.monotonic() - begun:.3f}", reason])
         counts[word] = counts.get(word, 0) + 1

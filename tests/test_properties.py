@@ -114,6 +114,12 @@ def test_what_is_written_is_read_as_what_it_was(seed, version, tmp_path):
     assert (claim.inputs, claim.outputs) == (again.inputs, again.outputs)
 
 
+def test_alternatives_are_written_as_others_read_them():
+    """vibecheck-nn and the competition's scripts ask for an `and` in each alternative."""
+    lines = written(robustness(torch.rand(2), 1, 0.1, 3)).splitlines()
+    assert lines[-1] == "(assert (or (and (<= Y_1 Y_0)) (and (<= Y_1 Y_2))))"
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_parser_of_others_reads_what_is_written(seed):
     """Skipped where the package vnnlib, which reads version 2.0, is not installed."""

@@ -142,7 +142,10 @@ def _names(claim: Property, version: str) -> Callable[[Variable], str]:
 
 def _written(condition: Condition, name: Callable[[Variable], str]) -> str:
     if isinstance(condition, Compound):
-        return f"({condition.kind} {' '.join(_written(part, name) for part in condition.parts)})"
+        parts = [_written(part, name) for part in condition.parts]
+        if condition.kind == "or":  # other readers expect an "and" in each alternative, also of one part
+            parts = [f"(and {text})" if isinstance(part, Atom) else text for part, text in zip(condition.parts, parts, strict=True)]
+        return f"({condition.kind} {' '.join(parts)})"
     sign = "<" if condition.strict else "<="
     pairs = list(condition.weights.items())
     if sorted(weight for _, weight in pairs) == [-1, 1] and not condition.constant:

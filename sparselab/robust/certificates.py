@@ -53,7 +53,18 @@ from .recheck import BOUNDS, SEARCHES, VERDICTS, figures, property_of
 from .reduced import Unreduced, reduced
 from .relu import ReLU
 from .replay import Contradiction, ask, rounding
-from .rounding import KAPPA, TINY, AsComputed, RoundedReLU, SoundCrownPass, check_settings, outer_box, size, sound_backward, sound_bounds
+from sparselab.robust.rounding import (
+    KAPPA,
+    TINY,
+    AsComputed,
+    RoundedReLU,
+    SoundCrownPass,
+    check_settings,
+    outer_box,
+    size,
+    sound_backward,
+    sound_bounds,
+)
 from .rules import Graph
 from .splits import Domains, attained
 from .verification import verify
@@ -143,7 +154,8 @@ def extend(net: Exported, step: Step, inputs: list[int], before: list[tuple[int,
     if isinstance(layer, Linear) and len(before[0]) == 1:
         return net.add(linear(layer.weight, layer.bias), *inputs)
     if isinstance(layer, Conv) and not layer.transposed and layer.weight.dim() == 4:
-        made = nn.Conv2d(before[0][0], after[0], layer.weight.shape[2:], layer.stride, layer.padding, layer.dilation, layer.groups, layer.bias is not None)
+        options = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.bias is not None)
+        made = nn.Conv2d(before[0][0], after[0], layer.weight.shape[2:], *options)
         return net.add(with_weights(made, layer.weight, layer.bias), *inputs)
     if isinstance(layer, Reshape) and (flattened or len(before[0]) == 1):
         return net.add(nn.Flatten() if flattened else nn.Unflatten(1, after), *inputs)
@@ -456,7 +468,7 @@ MOST = 2**26  # slopes of the leaves of one sample
 
 @torch.no_grad()
 def searched(net: Exported, x: Tensor, y: Tensor, eps: float, budget: float) -> tuple[ProofPass, Leaves, float] | Tensor | str:
-    """Search the box of one image (1, ...) for `budget` seconds: the pass, the leaves and a margin; or a counterexample; or why there is neither."""
+    """Search the box of one image (1, ...) for `budget` seconds: pass, leaves and margin; or a counterexample; or why there is neither."""
     until, pass_ = time.monotonic() + budget, ProofPass.of(net, x, eps, crown=True)
     place = len(pass_.steps)
     C = margin_matrix(y, pass_.at(place).shape[1], dtype=torch.float64)
@@ -475,7 +487,10 @@ def searched(net: Exported, x: Tensor, y: Tensor, eps: float, budget: float) -> 
     def images(points: Tensor) -> Tensor:
         return small.image(points).to(x).view(-1, *x.shape[1:]).clamp(*input_box(x, eps))
 
-    found = search(replace(small, c=small.c - lost), until, lambda points: (worst_margin(net(images(points)), y.expand(len(points))) <= 0).cpu(), keep=True)
+    def wrong(points: Tensor) -> Tensor:
+        return (worst_margin(net(images(points)), y.expand(len(points))) <= 0).cpu()
+
+    found = search(replace(small, c=small.c - lost), until, wrong, keep=True)
     if found.x is not None:
         return images(found.x.unsqueeze(0))[0]
     if not found.proved:
@@ -489,7 +504,7 @@ def searched(net: Exported, x: Tensor, y: Tensor, eps: float, budget: float) -> 
 # %% ../../nbs/robust/24_certificates.ipynb #d5dceab7
 @dataclass
 class Sample:
-    """What is known of one sample; `open`: a search may still prove it. `claims`: of each ReLU (lb, ub, steep), `leaves`: (other, sign, alpha, beta)."""
+    """What is known of one sample; `open`: a search may still prove it. `arrays`: the boxes of its proof, the leaves, or the counterexample."""
 
     clean: bool
     verdict: str = "unknown"
@@ -528,8 +543,8 @@ def write_whole(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     part.replace(path)
 
-# %% ../../nbs/robust/24_certificates.ipynb #e2fc4130
-RADII = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the certified-radius curve, in units of eps
+# %% ../../nbs/robust/24_certificates.ipynb #1736f258
+RADII = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the certified-radius curve, in units of eps
 
 
 @dataclass
@@ -620,14 +635,23 @@ class Findings:
         sample.open, sample.seconds = False, sample.seconds + time.perf_counter() - started
 
     def _reach(self, x: Tensor, y: Tensor, samples: list[Sample]) -> None:
-        """How far bounds alone verify each sample: each radius of the curve is tried on those that are verified at the one before."""
-        rows = torch.tensor([k for k, sample in enumerate(samples) if sample.clean], dtype=torch.long)
-        for radius in sorted(self.radii) if self.eps else ():
-            if not len(rows):
-                break
-            rows = rows[verify(self.net, x[rows], y[rows], radius * self.eps, self.methods, sound=True).verified]
-            for k in rows.tolist():
+        """How far bounds alone verify each sample, among the radii of the curve."""
+        def verified(rows: list[int], radius: float) -> list[int]:
+            proved = verify(self.net, x[rows], y[rows], radius * self.eps, self.methods, sound=True).verified if rows else torch.zeros(0)
+            found = [k for k, holds in zip(rows, proved.tolist(), strict=True) if holds]
+            for k in found:
                 samples[k].reaches = radius
+            return found
+
+        within = [k for k, sample in enumerate(samples) if sample.method]
+        beyond = [k for k, sample in enumerate(samples) if sample.clean and not sample.method]
+        for k in within:
+            samples[k].reaches = 1.0
+        radii = sorted(self.radii) if self.eps else []
+        for radius in (radius for radius in radii if radius > 1):  # those that are verified at the radius before
+            within = verified(within, radius)
+        for radius in (radius for radius in reversed(radii) if radius < 1):  # those that are not at the radius above
+            beyond = sorted({*beyond} - {*verified(beyond, radius)})
 
 # %% ../../nbs/robust/24_certificates.ipynb #85cf19bc
 @dataclass
@@ -709,8 +733,9 @@ def check_samples(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> None:
     if x.dim() < 2 or not len(x):
         raise ValueError(f"A certificate is about images (B, ...), at least one, not about a tensor of shape {tuple(x.shape)}.")
     check_labels(x, y), input_box(x, eps)
-    if other := next((f"'{name}' is {t.dtype}" for name, t in model.state_dict().items() if t.is_floating_point() and t.dtype != torch.float32), None):
-        raise ValueError(f"{other}, but a certificate is about float32: give model.float().")
+    given = {name: t.dtype for name, t in model.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
+    if other := next((name for name, dtype in given.items() if dtype != torch.float32), None):
+        raise ValueError(f"'{other}' is {given[other]}, but a certificate is about float32: give model.float().")
 
 
 def check_options(methods: Sequence[str], batch_size: int, seed: int, budget: float | None, radii: Sequence[float], progress) -> None:
@@ -722,7 +747,7 @@ def check_options(methods: Sequence[str], batch_size: int, seed: int, budget: fl
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r}, but the seed of the attack is a whole number from 0 on.")
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf):
-        raise ValueError(f"budget={shortened(budget)}, but a search takes time: give the seconds for each sample, more than 0, or None for bounds alone.")
+        raise ValueError(f"budget={shortened(budget)}, but a search takes time: give seconds for each sample, more than 0, or None for bounds alone.")
     if isinstance(radii, str) or not all(isinstance(r, int | float) and 0 < r < math.inf for r in radii):
         raise ValueError(f"radii={shortened(radii)}, but they are positive numbers, in units of eps.")
     if not isinstance(progress, bool) and not callable(progress):
@@ -754,7 +779,8 @@ def begun(folder: Path, net: Exported, x: Tensor, y: Tensor, eps: float, indices
         (work / "samples").mkdir(parents=True, exist_ok=True)
         if not path.exists():
             if left := sorted(p.name for p in work.iterdir() if p.name != "samples" and not p.name.startswith(".inputs")):
-                raise ValueError(f"{work}, where the certificate would be made, holds other files ({shortened(left)}): move them, or name another folder.")
+                raise ValueError(f"{work}, where the certificate would be made, holds other files ({shortened(left)}): move them away, or choose "
+                                 "another folder.")
             write_whole(path, sealed_json(inputs))
         data = path.read_bytes()
     except OSError as error:
@@ -814,7 +840,8 @@ def proofs_of(found: list[Sample], switches: list[int]) -> dict[str, np.ndarray]
     return proofs
 
 
-def write(folder: Path, net: Exported, x: Tensor, y: Tensor, eps: float, found: list[Sample], indices: list[int], about: dict, more: Sequence) -> None:
+def write(folder: Path, net: Exported, x: Tensor, y: Tensor, eps: float, found: list[Sample], indices: list[int], about: dict,
+          more: Sequence) -> None:
     """Every file of a certificate but none outside of `folder`."""
     import sparselab
 
@@ -911,7 +938,8 @@ def reasons(found: list[Sample]) -> list[tuple[str, int]]:
 
 # %% ../../nbs/robust/24_certificates.ipynb #d049e1a0
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ccc}h3{font-size:1rem}table{border-collapse:collapse;font-size:.85rem}
+h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ccc}h3{font-size:1rem}
+table{border-collapse:collapse;font-size:.85rem}
 td,th{padding:.15rem .6rem;text-align:left;border-bottom:1px solid #eee;font-variant-numeric:tabular-nums}
 .sample td:nth-child(2){max-width:9rem;overflow:hidden;text-overflow:ellipsis}.outside{border-left:3px solid #c90;padding-left:1rem}
 data{font-weight:600}figure{margin:1rem 0}svg{max-width:24rem;width:100%}svg text{font-size:11px;fill:#444}
@@ -921,7 +949,8 @@ PROMISES = {  # method: what it is, and what its proof rests on
     "crown_ibp": "Linear bounds of the margins; the boxes of neurons by intervals (arXiv 1906.06316). Incomplete, sound in floating point.",
     "crown": "Linear bounds of the margins and of the boxes of neurons (arXiv 1811.00866). Incomplete, sound in floating point.",
     "alpha_crown": "Linear bounds with learned slopes (arXiv 2011.13824). Incomplete, sound in floating point.",
-    "branch_and_bound": "A search that splits neurons (arXiv 2103.06624); its leaves are all of the box. Complete up to time and rounding, sound in floating point.",
+    "branch_and_bound": "A search that splits neurons (arXiv 2103.06624); its leaves are all of the box. Complete up to time and rounding, "
+                        "sound in floating point.",
 }
 
 
@@ -938,11 +967,10 @@ def table(rows: Sequence[Sequence], head: Sequence[str] = ()) -> str:
 
 def plot(points: Sequence[tuple[float, float]], x: str, y: str, top: float, bars: bool = False, diagonal: bool = False) -> str:
     """A drawing of shares over [0, top], as a line or as bars."""
-    place = lambda a, b: (40 + 260 * a / top, 180 - 160 * b)  # noqa: E731
+    at = [(40 + 260 * a / top, 180 - 160 * b) for a, b in points]
     if bars:
-        drawn = "".join(f'<rect x="{place(a, b)[0] - 11:.1f}" y="{place(a, b)[1]:.1f}" width="22" height="{160 * b:.1f}" fill="#4878a8"/>' for a, b in points)
+        drawn = "".join(f'<rect x="{a - 11:.1f}" y="{b:.1f}" width="22" height="{180 - b:.1f}" fill="#4878a8"/>' for a, b in at)
     else:
-        at = [place(a, b) for a, b in points]
         drawn = f'<polyline points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in at)}" fill="none" stroke="#4878a8" stroke-width="2"/>'
         drawn += "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="#4878a8"/>' for a, b in at)
     drawn += '<line x1="40" y1="180" x2="300" y2="20" stroke="#888" stroke-dasharray="4"/>' if diagonal else ""
@@ -962,7 +990,8 @@ def identity(about: dict, layers: list[dict], tensors: dict[str, np.ndarray]) ->
     """Section 1."""
     weights = {i: tensors[f"{i}.weight"] for i in range(len(layers)) if f"{i}.weight" in tensors}
     total, live = sum(t.size for t in weights.values()), sum(int(np.count_nonzero(t)) for t in weights.values())
-    facts = [("network", about["name"]), ("made", about["made"]), ("weights", f"{total:,}, of which {live:,} are not zero ({1 - live / max(1, total):.1%} sparse)"),
+    facts = [("network", about["name"]), ("made", about["made"]),
+             ("weights", f"{total:,}, of which {live:,} are not zero ({1 - live / max(1, total):.1%} sparse)"),
              ("seed of the attack", about["seed"]), *about["versions"].items()]
     return (table(facts) + table([(i, layers[i]["op"], f"{t.size:,}", f"{np.count_nonzero(t):,}") for i, t in weights.items()],
                                  ("layer", "kind", "weights", "not zero")) + "<p>SHA-256 of every file: manifest.json.</p>")
@@ -972,17 +1001,21 @@ def outside(trust: dict, states: list[tuple], curved: list[tuple[float, float]],
     """Section 6: what was measured and is not rechecked."""
     text = "<h3>Certified radius</h3>"
     if curved:
-        text += ("<p>The share of all samples that bounds alone verify at each radius, without a search.</p>" + plot(curved, "radius", "verified", curved[-1][0])
-                 + table([(f"{radius:.6g}", share(part)) for radius, part in curved], ("radius", "verified")))
+        text += "<p>The share of all samples that bounds alone verify at each radius, without a search.</p>"
+        text += plot(curved, "radius", "verified", curved[-1][0])
+        text += table([(f"{radius:.6g}", share(part)) for radius, part in curved], ("radius", "verified"))
     else:
         text += "<p>Not measured.</p>"
     middles = [((i + 0.5) / BINS, right) for i, (n, _, right) in enumerate(trust["bins"]) if n]
-    text += (f"<h3>Calibration</h3><p>On the samples of this folder: negative log-likelihood {trust['nll']:.4f}, expected calibration error {trust['ece']:.4f} "
-             f"over {BINS} bins of confidence. On the dashed line confidence is accuracy.</p>" + plot(middles, "confidence", "classified right", 1.0, True, True)
-             + table([(f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}", n, f"{sure:.3f}", share(right)) for i, (n, sure, right) in enumerate(trust["bins"]) if n],
-                     ("confidence", "samples", "mean confidence", "classified right")))
-    text += "<h3>Neurons</h3><p>The inputs of ReLUs on the boxes of the verified samples, by the boxes of proofs.safetensors. Dead: inactive on all of them.</p>"
-    text += table([(name, count, *map(share, shares)) for name, count, *shares in states], ("layer", "neurons", "active", "inactive", "unstable", "dead"))
+    text += (f"<h3>Calibration</h3><p>On the samples of this folder: negative log-likelihood {trust['nll']:.4f}, expected calibration error "
+             f"{trust['ece']:.4f} over {BINS} bins of confidence. On the dashed line confidence is accuracy.</p>")
+    binned = [(f"{i / BINS:.1f} to {(i + 1) / BINS:.1f}", n, f"{sure:.3f}", share(right)) for i, (n, sure, right) in enumerate(trust["bins"]) if n]
+    text += plot(middles, "confidence", "classified right", 1.0, True, True)
+    text += (table(binned, ("confidence", "samples", "mean confidence", "classified right")))
+    text += ("<h3>Neurons</h3><p>The inputs of ReLUs on the boxes of the verified samples, by proofs.safetensors. Dead: inactive on all of "
+             "them.</p>")
+    text += table([(name, count, *map(share, shares)) for name, count, *shares in states],
+                  ("layer", "neurons", "active", "inactive", "unstable", "dead"))
     for title, sentence, rows in more:
         text += f"<h3>{html.escape(title)}</h3><p>{html.escape(sentence)}</p>{table(rows[1:], rows[0]) if rows else ''}"
     return text
@@ -999,7 +1032,8 @@ def report(about: dict, summary: dict, rows: list[dict], layers: list[dict], ten
     by_method = [(method, PROMISES[method], value(f"by.{method}")) for method in BOUNDS + SEARCHES]
     name, data, eps = (html.escape(str(about[key])) for key in ("name", "data", "eps"))
     samples = "".join(f'<tr class="sample">{"".join(f"<td>{cell}</td>" for cell in row.values())}</tr>' for row in rows)
-    searched_for = "No search was made." if about["budget"] is None else f"A search of up to {about['budget']:g} s was made for each sample that bounds left open."
+    budget = about["budget"]
+    searched_for = "No search was made." if budget is None else f"For what bounds left open there was a search of up to {budget:g} s a sample."
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Certificate of {name}</title><style>{STYLE}</style>
 <h1>Certificate of {name}</h1>
 <p>{value('verified')} of {value('samples')} samples are verified ({value('share')}; 95 % interval {value('between')}),

@@ -54,8 +54,7 @@ class Affine:
         self.bias = np.zeros(len(weights[0])) if bias is None else bias.astype(np.float64)
 
     def product(self, xs: list[np.ndarray], absolute: bool = False) -> np.ndarray:
-        pairs = zip(map(abs, self.weights) if absolute else self.weights, xs, strict=True)
-        return sum(w * x if w.ndim == 1 else w @ x for w, x in pairs)
+        return sum(w * x if w.ndim == 1 else w @ x for w, x in zip(map(abs, self.weights) if absolute else self.weights, xs, strict=True))
 
     def slack(self, boxes: list[tuple]) -> np.ndarray:
         """By how much y, as float32 computes it, may differ from the exact one, and float64 sums of bounds from theirs."""
@@ -118,8 +117,7 @@ def network(folder: Path) -> list:
         if op == "conv":
             weight = convolution(weight, *(layer[key] for key in ("shape", "after", "stride", "padding", "dilation", "groups")))
             bias = None if bias is None else np.repeat(bias, math.prod(layer["after"][1:]))
-        known = len(inputs) == 1 if op == "relu" else op in ("linear", "conv", "scale") and weight.ndim == 2
-        demand(known, f"layer {i} is {layer}, which recheck does not know")
+        demand(len(inputs) == 1 if op == "relu" else op in ("linear", "conv", "scale") and weight.ndim == 2, f"recheck does not know layer {i}, {op}")
         layers.append(ReLU(inputs) if op == "relu" else Affine(inputs, [*weight] if op == "scale" else [weight], bias))
     demand(isinstance(layers[-1], Affine) and len(layers[-1].bias) > 1, "the last layer gives no logits")
     return layers
@@ -155,8 +153,8 @@ def propagate(layers: list, box: tuple, claims: dict[int, tuple] | None = None, 
         if isinstance(layer, ReLU):
             lb, ub = boxes[layer.inputs[0]]
             low, up, steep = claim = (lb, ub, 0 * lb) if claims is None else claims[k]
-            none = not all(part.shape == lb.shape and np.isfinite(part).all() for part in claim) or (low > up).any()
-            demand(not none, f"a claimed box of layer {k} is empty, or none")
+            none = any(part.shape != lb.shape or not np.isfinite(part).all() for part in claim)
+            demand(not none and (low <= up).all(), f"a claimed box of layer {k} is empty, or none")
             for sign, neurons in ((1, np.flatnonzero(low > lb)), (-1, np.flatnonzero(up < ub))):  # what IBP does not give, CROWN must
                 demand(crown or not len(neurons), f"{len(neurons)} boxes of layer {k} are smaller than those of IBP")
                 for some in np.array_split(neurons, len(neurons) // 256 + 1):
@@ -181,13 +179,12 @@ def margin(layers: list, box: tuple, label: int, claims: dict[int, tuple], metho
     demand(method == SEARCHES[int(sign.any())], f"the method is {method}, but the leaves say otherwise")
     for j in {*range(len(rows))} - {label}:
         on, off = ((side * sign[other == j] > 0).astype(np.float32) for side in (1, -1))
-        shares = sum(2 ** int(sign.shape[1] - splits) for splits in (on + off).sum(1))
-        demand(shares == 2 ** sign.shape[1] and not np.tril(on @ off.T + off @ on.T == 0, -1).any(), f"the leaves for class {j} are not all of the box")
+        whole = sum(2 ** int(sign.shape[1] - splits) for splits in (on + off).sum(1)) == 2 ** sign.shape[1]
+        demand(whole and not np.tril(on @ off.T + off @ on.T == 0, -1).any(), f"the leaves for class {j} are not all of the box")
     for some in np.array_split(np.arange(len(other)), len(other) // 256 + 1):
         for k, neurons in unstable:
-            parts = np.zeros((3, len(some), len(claims[k][0])))
-            parts[:, :, neurons] = [given[some, at : at + len(neurons)] for given in (alpha, sign, beta)]
-            (layers[k].alpha, layers[k].sign, layers[k].beta), at = parts, at + len(neurons)
+            layers[k].alpha, layers[k].sign, layers[k].beta = parts = np.zeros((3, len(some), len(claims[k][0])))
+            parts[:, :, neurons], at = [given[some, at : at + len(neurons)] for given in (alpha, sign, beta)], at + len(neurons)
         found, at = min(found, lowest(layers, boxes, rows[other[some]], last).min(initial=math.inf)), 0
     return float(found)
 
@@ -204,30 +201,28 @@ def property_of(box: tuple, label: int, classes: int) -> str:
     lines = [f"(declare-const X_{i} Real)" for i in range(len(box[0]))] + [f"(declare-const Y_{j} Real)" for j in range(classes)]
     for sign, end in (("<=", box[1]), (">=", box[0])):  # without exponents, and read back as the same number
         lines += [f"(assert ({sign} X_{i} {np.format_float_positional(number, trim='0')}))" for i, number in enumerate(end)]
-    wrong = "".join(f"\n  (and (>= Y_{j} Y_{label}))" for j in range(classes) if j != label)
-    return "\n".join([*lines, f"(assert (or{wrong}\n))", ""])
+    return "\n".join([*lines, "(assert (or", *(f"  (and (>= Y_{j} Y_{label}))" for j in range(classes) if j != label), "))", ""])
 
 # %% ../../nbs/robust/25_recheck.ipynb #0077ea6e
 def check_sample(row: dict, k: int, layers: list, data: dict, proofs: dict, folder: Path, eps: float) -> None:
     """One row of results.csv, the k-th."""
     image, label, verdict, method, box = data["images"][k], int(data["labels"][k]), row["verdict"], row["method"], box_of(data["images"][k], eps)
-    demand(row["index"] == str(data["indices"][k]), f"row {k} is sample {row['index']}, but its image is that of {int(data['indices'][k])}")
+    demand(row["index"] == str(data["indices"][k]), f"the row is of sample {row['index']}, but the image that of {int(data['indices'][k])}")
     demand(hashlib.sha256(image.tobytes()).hexdigest() == row["hash"], "the image has another hash")
     demand(row["label"] == str(label) and row["eps"] == repr(float(eps)), "label or eps differs from that of the image and the manifest")
-    file = folder / f"vnnlib/{int(row['index']):06}.vnnlib"
-    demand(file.read_text() == property_of(box, label, len(layers[-1].bias)), "its VNN-LIB file says something else")
-    demand(verdict in VERDICTS and row["clean"] in ("yes", "no"), f"verdict {verdict!r} is none of {', '.join(VERDICTS)}, or clean is neither yes nor no")
+    text = (folder / f"vnnlib/{int(row['index']):06}.vnnlib").read_text()
+    demand(text == property_of(box, label, len(layers[-1].bias)), "its VNN-LIB file says something else")
+    demand(verdict in VERDICTS and row["clean"] in ("yes", "no"), f"verdict {verdict!r} or clean {row['clean']!r} is no word of a certificate")
     if row["clean"] == "yes":
         lb, ub = propagate(layers, (image.astype(np.float64).ravel(),) * 2)[-1]
         demand(lb[label] > np.delete(ub, label).max(), "the image may be classified wrong, but is called clean")
     demand(method in BOUNDS + SEARCHES if verdict == "verified" else not method + row["margin"], f"a margin is claimed, but it is {verdict}")
     if verdict == "verified":
         at = proofs["rows"].tolist().index(k)
-        switches = [i for i, layer in enumerate(layers) if isinstance(layer, ReLU)]
-        claims = {i: [proofs[f"{i}.{part}"][at].astype(np.float64) for part in ("lb", "ub", "steep")] for i in switches}
+        claims = {i: [proofs[f"{i}.{part}"][at].astype(float) for part in ("lb", "ub", "steep")] for i in range(len(layers)) if f"{i}.lb" in proofs}
         leaves = [proofs[f"leaves.{k}.{part}"] for part in ("other", "sign", "alpha", "beta")] if method in SEARCHES else []
         found, claimed = margin(layers, box, label, claims, method, leaves), float(row["margin"])
-        demand(0 < claimed <= found <= claimed + 1e-3 * (1 + abs(found)), f"the claimed margin is {claimed:.9g}, and {found:.9g} is proved")
+        demand(0 < claimed <= found <= claimed + 1e-3 * (1 + found), f"the claimed margin is {claimed:.9g}, and {found:.9g} is proved")
     elif verdict == "falsified":
         point = data["counterexamples"][data["falsified"].tolist().index(k)].astype(np.float64).ravel()
         demand(((box[0] <= point) & (point <= box[1])).all(), "its counterexample lies outside of the box")
@@ -237,8 +232,7 @@ def check_sample(row: dict, k: int, layers: list, data: dict, proofs: dict, fold
 # %% ../../nbs/robust/25_recheck.ipynb #1cd4dd3f
 def lower_end(k: int, n: int) -> float:
     """The share at which k or more of n have a probability of 2.5 %: where the 95 % interval of Clopper and Pearson begins."""
-    low, high = 0.0, float(k > 0)
-    ways = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k, n + 1)]
+    low, high, ways = 0.0, float(k > 0), [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k, n + 1)]
     while high - low > 1e-9:
         p = (low + high) / 2
         enough = math.fsum(math.exp(way + i * math.log(p) + (n - i) * math.log1p(-p)) for i, way in enumerate(ways, k)) > 0.025
@@ -251,9 +245,8 @@ def figures(rows: list[dict]) -> dict[str, int | str]:
     found: dict[str, int | str] = {f"by.{method}": sum(row["method"] == method for row in rows) for method in BOUNDS + SEARCHES}
     for label in ("", *sorted({row["label"] for row in rows}, key=int)):
         group, chosen = f"class.{label}." if label else "", [row for row in rows if label in ("", row["label"])]
-        n, words = len(chosen), [word for row in chosen for word in (row["verdict"], "clean" if row["clean"] == "yes" else "wrong")]
-        found |= {f"{group}samples": n} | {f"{group}{word}": words.count(word) for word in (*VERDICTS, "clean")}
-        k = words.count("verified")
+        n, words = len(chosen), [row["verdict"] for row in chosen] + ["clean" for row in chosen if row["clean"] == "yes"]
+        k, found = words.count("verified"), found | {f"{group}samples": n} | {f"{group}{word}": words.count(word) for word in (*VERDICTS, "clean")}
         found |= {f"{group}share": f"{k / n:.1%}", f"{group}between": f"{lower_end(k, n):.1%} to {1 - lower_end(n - k, n):.1%}"}
     return found
 
@@ -261,25 +254,23 @@ def figures(rows: list[dict]) -> dict[str, int | str]:
 @np.errstate(over="ignore", invalid="ignore")  # infinite numbers and NaN pass no demand
 def recheck(folder: Path | str) -> dict:
     """Derive everything in a certificate folder again; Wrong where it does not follow. Returns the figures."""
-    folder = Path(folder)
-    demand((folder / "manifest.json").is_file(), f"{folder} has no manifest.json: it is no certificate, or one that was not finished")
-    manifest = json.loads((folder / "manifest.json").read_text())
+    demand((Path(folder) / "manifest.json").is_file(), f"{folder} has no manifest.json: it is no certificate, or one that was not finished")
+    folder, manifest = Path(folder), json.loads((Path(folder) / "manifest.json").read_text())
     paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts and path != folder / "manifest.json"]
     files = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-    changed = sorted({name for name, _ in files.items() ^ manifest["sha256"].items()})
+    changed = sorted(name for name, _ in files.items() ^ manifest["sha256"].items())
     demand(not changed, f"files are missing, new, or changed since their hashes were written: {changed[:5]}")
     rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
     demand({tuple(row) for row in rows} == {COLUMNS}, "results.csv has other columns, or no rows")
     demand(0 <= manifest["eps"] < math.inf and manifest["norm"] == "linf" and manifest["domain"] == [0, 1], "the manifest states no property")
     layers, data, proofs = network(folder), tensors(folder / "samples.safetensors"), tensors(folder / "proofs.safetensors")
     x, y, indices = (data[name] for name in ("images", "labels", "indices"))
-    demand(x.dtype == data["counterexamples"].dtype == np.float32, "an image is not float32")
-    demand(((x >= 0) & (x <= 1)).all(), "an image has pixels outside of [0, 1]")
+    demand(x.dtype == data["counterexamples"].dtype == np.float32 and x.min() >= 0 and x.max() <= 1, "an image is not float32, or outside of [0, 1]")
     demand(y.dtype == np.int64 and ((y >= 0) & (y < len(layers[-1].bias))).all(), "a label is none of the classes")
     demand(indices.dtype == np.int64 and (indices >= 0).all() and len(x) == len(y) == len(rows) == len(set(indices.tolist())) == len(indices),
            "a sample is there twice, or has no index, or no row")
-    unknown = set(files) - FILES - {f"{kind}/{i:06}.vnnlib" for kind in ("vnnlib", "vnnlib2") for i in indices.tolist()}
-    demand(not unknown, f"files that no certificate has: {sorted(unknown)[:5]}")
+    strange = set(files) - FILES - {f"{kind}/{i:06}.vnnlib" for kind in ("vnnlib", "vnnlib2") for i in indices.tolist()}
+    demand(not strange, f"files that no certificate has: {sorted(strange)[:5]}")
     for k, row in enumerate(rows):
         try:
             check_sample(row, k, layers, data, proofs, folder, manifest["eps"])
@@ -287,11 +278,11 @@ def recheck(folder: Path | str) -> dict:
             raise Wrong(f"sample {row.get('index')} (row {k}): {error}") from error
     found, summary, report = figures(rows), json.loads((folder / "summary.json").read_text()), (folder / "report.html").read_text("utf-8")
     demand(summary == found, f"summary.json has other figures than those that follow: {sorted(summary.items() ^ found.items(), key=str)[:4]}")
-    shown, true = set(re.findall(r'<data value="([^"]*)">([^<]*)</data>', report)), {(name, str(value)) for name, value in found.items()}
-    demand(shown == true, f"the report leaves figures out, or has others: {sorted(shown ^ true)[:4]}")
+    wrong = set(re.findall(r'<data value="([^"]*)">([^<]*)</data>', report)) ^ {(name, str(value)) for name, value in found.items()}
+    demand(not wrong, f"the report leaves figures out, or has others: {sorted(wrong)[:4]}")
     demand(f"eps = {rows[0]['eps']} and" in report, "the report states another property")
-    table = ["".join(f"<td>{cell}</td>" for cell in row.values()) for row in rows]
-    demand(re.findall(r'<tr class="sample">(.*?)</tr>', report, re.S) == table, "the report's table is not that of results.csv")
+    lines = re.findall(r'<tr class="sample"><td>(.*?)</td></tr>', report, re.S)
+    demand(lines == ["</td><td>".join(row.values()) for row in rows], "the report's table is not that of results.csv")
     return found
 
 
@@ -299,9 +290,9 @@ def main() -> None:
     """`recheck FOLDER`: ends with 0 where every verdict follows, and with 1 and a sentence where one does not."""
     try:
         found = recheck(*sys.argv[1:])
+        print("every verdict follows:", ", ".join(f"{found[name]} {name}" for name in ("samples", *VERDICTS)))
     except FAULTS as error:
         sys.exit(f"WRONG: {error}")
-    print("every verdict follows:", ", ".join(f"{found[name]} {name}" for name in ("samples", *VERDICTS)))
 
 
 if __name__ == "__main__" and "IPython" not in sys.modules:

@@ -67,8 +67,8 @@ class Reduced:
     """The margins m = M y + g x + c of n unstable neurons z = L y + G x + h, y = ReLU(z), on the box [lower, upper] of P pixels; float64.
 
     `groups`: the neurons of each layer, as slices, in order; L has entries only left of the group. [lb, ub] contain z. `pixels`: which of the
-    flattened input the P are; the others stand still on the box, or nothing depends on them. `rest` is the whole flattened input, which gives them. `units`: which of all inputs of ReLUs
-    in the network, in its order, the n neurons are.
+    flattened input the P are; the others stand still on the box, or nothing depends on them. `rest` is the whole flattened input, which gives them.
+    `units`: which of all inputs of ReLUs in the network, in its order, the n neurons are.
     """
 
     lower: Tensor  # (P,)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from sparselab.robust import bounds, certify, margin_matrix, verify
-from sparselab.robust.certificates import exported, property_2, refuted, sha256
+from sparselab.robust.certificates import exported, refuted, sha256
 from sparselab.robust.recheck import FAULTS, SEARCHES, Affine, Wrong, box_of, convolution, lower_end, property_of, recheck
 from sparselab.robust.rounding import outer_box
 
@@ -222,7 +222,7 @@ def brighten(folder):
     data["images"][k, 0, 4, 4] = 1.5
     save_file(data, folder / "samples.safetensors")
     rows[k]["hash"] = sha256(data["images"][k].tobytes())
-    (folder / f"vnnlib/{int(rows[k]['index']):06}.vnnlib").write_text(property_of(box_of(data["images"][k], 0.05), int(data["labels"][k]), 10))
+    (folder / f"vnnlib/{int(rows[k]['index']):06}.vnnlib").write_text(property_of(box_of(data["images"][k], 0.08), int(data["labels"][k]), 10))
     rewrite(folder, rows)
 
 
@@ -232,7 +232,7 @@ def shift_labels(folder, by):
     data["labels"] += by
     save_file(data, folder / "samples.safetensors")
     for image, label, index in zip(data["images"], data["labels"], data["indices"], strict=True):
-        (folder / f"vnnlib/{index:06}.vnnlib").write_text(property_of(box_of(image, 0.05), int(label), 10))
+        (folder / f"vnnlib/{index:06}.vnnlib").write_text(property_of(box_of(image, 0.08), int(label), 10))
     rewrite(folder, [{**row, "label": str(int(row["label"]) + by)} for row in read_rows(folder)])
 
 
@@ -259,7 +259,8 @@ def edit_leaves(change):
         k = max((name.split(".")[1] for name in proofs if name.endswith(".sign")), key=lambda k: len(proofs[f"leaves.{k}.sign"]))
         assert np.count_nonzero(proofs[f"leaves.{k}.sign"]) and proofs[f"leaves.{k}.beta"].any()
         found = change(*(proofs[f"leaves.{k}.{part}"] for part in parts))
-        save_file(proofs | {f"leaves.{k}.{part}": np.ascontiguousarray(t) for part, t in zip(parts, found, strict=True)}, folder / "proofs.safetensors")
+        proofs |= {f"leaves.{k}.{part}": np.ascontiguousarray(t) for part, t in zip(parts, found, strict=True)}
+        save_file(proofs, folder / "proofs.safetensors")
 
     return edit
 
@@ -414,7 +415,7 @@ TAMPERINGS = {
 def whole(tmp_path_factory):
     torch.manual_seed(0)
     x, y = (part[1300:1330] for part in digits())
-    folder = certify(trained(mlp()), x, y, 0.05, tmp_path_factory.mktemp("whole") / "certificate", indices=range(1300, 1330), budget=60).folder
+    folder = certify(trained(mlp()), x, y, 0.08, tmp_path_factory.mktemp("whole") / "certificate", indices=range(1300, 1330), budget=60).folder
     counts = recheck(folder)
     assert counts["verified"] > 5 and counts["falsified"] > 0 and counts["by.branch_and_bound"] > 0 and counts["by.crown_ibp"] > 1
     return folder

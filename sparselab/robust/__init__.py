@@ -32,6 +32,7 @@ _HOME = {  # public name -> the module that defines it
     "input_box": "boxes",
     "interval_pass": "ibp",
     "margin_matrix": "boxes",
+    "opinion": "opinions",
     "pgd": "attacks",
     "recorded_statistics": "ibp",
     "sites": "grafting",
@@ -70,6 +71,7 @@ __all__ = [
     "input_box",
     "interval_pass",
     "margin_matrix",
+    "opinion",
     "pgd",
     "recorded_statistics",
     "sites",
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
     from .ibp import interval_pass, recorded_statistics
     from .modes import eval_mode, full_precision, worst_margin
     from .neurons import LayerStability, stability
+    from .opinions import opinion
     from .replay import Contradiction
     from .rules import UnsupportedLayer
     from .verification import Verification, check_order, verify

@@ -300,6 +300,16 @@ def with_method(folder, method):
     rewrite(folder, rows)
 
 
+def shrink_one(folder):
+    """The upper bound of one unstable neuron, by a thousandth: of a stable one, for which IBP was enough, CROWN may prove that much."""
+    proofs = {name: t.copy() for name, t in load_file(folder / "proofs.safetensors").items()}
+    lb, ub = proofs["5.lb"], proofs["5.ub"]
+    place = np.unravel_index(np.where(lb < 0, ub, 0).argmax(), ub.shape)
+    assert lb[place] < 0 < ub[place]
+    ub[place] -= np.float32(1e-3)
+    save_file(proofs, folder / "proofs.safetensors")
+
+
 TAMPERINGS = {
     "a leaf left out": edit_leaves(every(lambda n: np.arange(1, n))),
     "the last leaf left out": edit_leaves(every(lambda n: np.arange(n - 1))),
@@ -350,7 +360,7 @@ TAMPERINGS = {
     "a counterexample": edit_tensor("samples.safetensors", "counterexamples", lambda x: x * 0 + 0.5),
     "a lower bound": edit_tensor("proofs.safetensors", "3.lb", lambda lb: lb + np.float32(0.01)),
     "an upper bound": edit_tensor("proofs.safetensors", "5.ub", lambda ub: ub - np.float32(0.01)),
-    "one bound of one neuron": edit_tensor("proofs.safetensors", "5.ub", lambda ub: put(ub, (5, 7), ub[5, 7] - np.float32(1e-3))),
+    "one bound of one neuron": lambda folder: shrink_one(folder),
     "a box that is empty": edit_tensor("proofs.safetensors", "5.lb", lambda lb: -lb + 100),
     "slopes": edit_tensor("proofs.safetensors", "3.steep", lambda steep: 1 - steep),
     "a proof of another sample": edit_tensor("proofs.safetensors", "rows", lambda rows: rows[::-1].copy()),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_certificates import digits, mlp, trained
+from test_complete import network, right
 from torch import nn
 
 import sparselab
@@ -142,7 +143,7 @@ def test_a_damaged_list_of_inputs_is_refused(tmp_path, monkeypatch):
     (lambda p, n, x, y: certify(n, (255 * x).to(torch.uint8), y, 0.1, p / "c"), ValueError, "are torch.uint8"),
     (lambda p, n, x, y: certify(mlp().double(), x, y, 0.1, p / "c"), ValueError, "give model.float()"),
     (lambda p, n, x, y: certify(n, x, y.int(), 0.1, p / "c"), ValueError, "torch.int64"),
-    (lambda p, n, x, y: certify(n, x, y + 8, 0.1, p / "c"), ValueError, "tells 10 classes apart"),
+    (lambda p, n, x, y: certify(n, x, y + 9, 0.1, p / "c"), ValueError, "tells 10 classes apart"),
     (lambda p, n, x, y: certify(n, x[:0], y[:0], 0.1, p / "c"), ValueError, "at least one"),
     (lambda p, n, x, y: certify(n, x, y, -0.1, p / "c"), ValueError, "eps"),
     (lambda p, n, x, y: certify(n, x, y, float("nan"), p / "c"), ValueError, "eps"),
@@ -192,15 +193,11 @@ def test_a_search_is_as_complete_as_decide_and_never_contradicts_it():
     """Small networks, sparse and dense: the leaves of a certificate prove what branch and bound proves, in floating point too."""
     counted = 0
     for seed in range(6):
-        torch.manual_seed(seed)
-        net = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
-        for layer in net[::2]:
-            layer.weight.data *= 1.5 * (torch.rand_like(layer.weight) > 0.4 * (seed % 2))
-        x = torch.rand(8, 5)
-        y = net(x).argmax(1)
+        net = network(seed, 4, 10, 2, 3, 0.4 * (seed % 2))
+        x, y = right(net, 8)
         part = exported(net, x)
-        for k, record in enumerate(decide(net, x, y, 0.12, budget=60.0, methods=()).records):
-            found = module.searched(part, x[k : k + 1], y[k : k + 1], 0.12, 60.0)
+        for k, record in enumerate(decide(net, x, y, 0.25, budget=60.0, methods=()).records):
+            found = module.searched(part, x[k : k + 1], y[k : k + 1], 0.25, 60.0)
             if record.verdict == "verified" and record.bound > 1e-3:
                 assert isinstance(found, tuple) and 0 < found[2] <= record.seen + 1e-6
                 counted += int(found[1].sign.any())
@@ -211,17 +208,15 @@ def test_a_search_is_as_complete_as_decide_and_never_contradicts_it():
 
 def test_points_of_the_box_never_go_below_a_leaf(tmp_path):
     """Each leaf's bound is below the margin at every point of the box that lies in the leaf."""
-    torch.manual_seed(3)
-    net = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
-    x, tried = torch.rand(40, 3), 0
-    y = net(x).argmax(1)
+    net, tried = network(3, 3, 16, 2, 3), 0
+    x, y = right(net, 40, 3)
     part = exported(net, x)
     for k in range(40):
-        found = module.searched(part, x[k : k + 1], y[k : k + 1], 0.1, 20.0)
+        found = module.searched(part, x[k : k + 1], y[k : k + 1], 0.2, 20.0)
         if not isinstance(found, tuple) or not found[1].sign.any():
             continue
         pass_, leaves, _ = found
-        points = x[k] + (2 * torch.rand(20000, 3) - 1) * 0.1
+        points = x[k] + (2 * torch.rand(20000, 3) - 1) * 0.2
         points = points.clamp(0, 1)
         with torch.no_grad():
             z1 = net[0](points)

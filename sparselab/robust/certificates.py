@@ -48,7 +48,7 @@ from .crown import one_hot
 from .curves import Leaky, per_channel
 from .ibp import IntervalPass, Step, carry, interval_pass
 from .layers import Add, Linear, Reshape, Scale
-from .modes import check_labels, eval_mode, full_precision, worst_margin
+from .modes import check_classes, check_labels, eval_mode, full_precision, worst_margin
 from .recheck import BOUNDS, SEARCHES, VERDICTS, figures, property_of
 from .reduced import Unreduced, reduced
 from .relu import ReLU
@@ -240,7 +240,7 @@ def as_matrices(net: Exported, layer, inputs: list[int], before: list[tuple[int,
         x = x if len(before[i]) == 1 else net.add(nn.Flatten(), x)
         product = net.add(linear(flat(weight, 2)[0], None if i else y.mid.flatten()), x)
         made = product if made is None else net.add(Plus(), made, product)
-    return made if len(after) == 1 else net.add(nn.Unflatten(1, after), made)
+    return made if len(after) < 2 else net.add(nn.Unflatten(1, after), made)
 
 
 def unsupported(step: Step) -> int:
@@ -696,6 +696,7 @@ def certify(
     indices = check_indices(indices, len(x))
     with full_precision(x.device):
         net = exported(model, x[:batch_size])
+        check_classes(net(x[:1]).detach(), y)
         work, inputs = begun(folder, net, x, y, eps, indices, {"methods": list(methods), "budget": budget, "batch_size": batch_size, "seed": seed,
                                                               "radii": list(radii)})
         found = Findings(net, x, y, eps, methods, budget, batch_size, seed, radii, work / "samples").all(telling(progress))

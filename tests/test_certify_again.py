@@ -1,4 +1,5 @@
 """A certification that is killed goes on where it was, refuses to mix with another one, and every refusal is a sentence."""
+import itertools
 import json
 import os
 import signal
@@ -206,35 +207,36 @@ def test_a_search_is_as_complete_as_decide_and_never_contradicts_it():
     assert counted > 2  # searches with splits
 
 
-def test_points_of_the_box_never_go_below_a_leaf(tmp_path):
-    """Each leaf's bound is below the margin at every point of the box that lies in the leaf."""
-    net, tried = network(3, 3, 16, 2, 3), 0
-    x, y = right(net, 60, 3)
-    part = exported(net, x)
-    for k in range(60):
-        found = module.searched(part, x[k : k + 1], y[k : k + 1], 0.1, 20.0)
-        if not isinstance(found, tuple) or not found[1].sign.any():
-            continue
-        pass_, leaves, _ = found
-        points = x[k] + (2 * torch.rand(5000, 3) - 1) * 0.1
-        points = points.clamp(0, 1)
+def searches():
+    """(network, image, label, pass, leaves) of searches with splits."""
+    for seed in range(6):
+        net = network(seed, 4, 10, 2, 3, 0.4 * (seed % 2))
+        x, y = right(net, 20)
+        part = exported(net, x)
+        for k in range(20):
+            found = module.searched(part, x[k : k + 1], y[k : k + 1], 0.12, 10.0)
+            if isinstance(found, tuple) and found[1].sign.any():
+                yield net, x[k], y[k : k + 1], *found[:2]
+
+
+def test_points_of_the_box_never_go_below_a_leaf():
+    """Each leaf's bound is below the margin at every point of the box that lies in the leaf, and every point lies in one for each class."""
+    found = list(itertools.islice(searches(), 3))
+    assert len(found) == 3
+    for net, x, y, pass_, leaves in found:
+        points = (x + (2 * torch.rand(5000, 4) - 1) * 0.12).clamp(0, 1)
         with torch.no_grad():
             z1 = net[0](points)
             z2 = net[2](z1.relu())
             out = net[4](z2.relu())
-        claims = pass_.claims()
-        unstable = [(lb[0] < 0) & (ub[0] > 0) for lb, ub, _ in claims]
-        z = torch.cat([z1[:, unstable[0]], z2[:, unstable[1]]], 1)
-        bound, total = leaves.bound(pass_, y[k : k + 1]), torch.zeros(len(points), 3)
-        for leaf in range(len(leaves.other)):
-            inside, j = (leaves.sign[leaf] * z >= 0).all(1), int(leaves.other[leaf])
+        unstable = [(lb[0] < 0) & (ub[0] > 0) for lb, ub, _ in pass_.claims()]
+        z, bound, total = torch.cat([z1[:, unstable[0]], z2[:, unstable[1]]], 1), leaves.bound(pass_, y), torch.zeros(len(points), 3)
+        for leaf, j in enumerate(leaves.other.tolist()):
+            inside = (leaves.sign[leaf] * z >= 0).all(1)
             total[inside, j] += 1
-            margins = (out[:, y[k]] - out[:, j])[inside]
+            margins = (out[:, y[0]] - out[:, j])[inside]
             assert not len(margins) or float(margins.min()) >= float(bound[leaf])
-        others = [j for j in range(3) if j != y[k]]
-        assert (total[:, others] >= 1).all()  # every point lies in a leaf for each class
-        tried += 1
-    assert tried > 1
+        assert (total[:, [j for j in range(3) if j != y[0]]] >= 1).all()
 
 
 class Everything(nn.Module):

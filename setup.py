@@ -35,6 +35,6 @@ setup(
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("lab", "hub", "text", "fast", "onnx", "lirpa", "dev")},
     entry_points={
         "nbdev": ["sparselab=sparselab._modidx:d"],
-        "console_scripts": ["recheck=sparselab.robust.recheck:main", "sparselab-verify=sparselab.robust.properties:main"],
+        "console_scripts": ["recheck=sparselab.robust.opinions:main", "sparselab-verify=sparselab.robust.properties:main"],
     },
 )

@@ -36,6 +36,7 @@ _HOME = {  # public name -> the module that defines it
     "input_box": "boxes",
     "interval_pass": "ibp",
     "margin_matrix": "boxes",
+    "opinion": "opinions",
     "pgd": "attacks",
     "read_instances": "properties",
     "read_vnnlib": "properties",
@@ -82,6 +83,7 @@ __all__ = [
     "input_box",
     "interval_pass",
     "margin_matrix",
+    "opinion",
     "pgd",
     "read_instances",
     "read_vnnlib",
@@ -110,6 +112,7 @@ if TYPE_CHECKING:
     from .neurons import LayerStability, stability
     from .onnx_files import from_onnx
     from .properties import Property, decide_instances, decide_property, read_instances, read_vnnlib, robustness, write_vnnlib
+    from .opinions import opinion
     from .replay import Contradiction
     from .rules import UnsupportedLayer
     from .verification import Verification, check_order, verify

@@ -37,17 +37,19 @@ def seconds(runs: Mapping[str, Sequence[Run]]) -> float:
 
 # %% ../../nbs/learn/45_papers.ipynb #7d054272
 def claims_table(folder: str | Path) -> str:
-    """A Markdown table of every record in `folder`: paper, claim, verdict here and what failed, evidence."""
-    lines = ["| paper | claim | verdict here | evidence |", "| --- | --- | --- | --- |"]
+    """A Markdown table of every record in `folder`: paper, claim and whose, verdict here and what failed, setting, dense row, other rows."""
+    lines = ["| paper | claim | whose | verdict here | setting | dense | other rows (training FLOPs, dense = 1) |", "| --- " * 7 + "|"]
     for path in sorted(Path(folder).glob("*.json"), key=lambda path: path.stem):
         claim = Claim.load(path)
         paper = f"[{claim.name}](nbs/papers/{claim.paper}.ipynb) ([{claim.arxiv}](https://arxiv.org/abs/{claim.arxiv}))"
         failed = [f"{each}{'' if verdict == claim.verdict else ' ' + verdict}" for each, verdict in claim.verdicts.items()
                   if verdict != "holds"]
         verdict = f"**{claim.verdict}**{': ' * bool(failed)}{'; '.join(failed)}"
-        found = "; ".join(f"{name} {claim.shown(name)}" for name in claim.values)
-        evidence = f"{claim.metric}, {claim.setting}, {counted(len(claim.seeds), 'seed')}: {found}"
-        lines.append(f"| {paper} | {claim.claim} | {verdict} | {evidence} |")
+        costs = {name: f" ({share:.2g})" for name, share in claim.flops.items()}
+        rows = "; ".join(f"{name} {claim.shown(name)}{costs.get(name, '')}" for name in claim.values if name != "dense")
+        dense = claim.shown("dense") if "dense" in claim.values else "-"
+        setting = f"{claim.metric}, {claim.setting}, {counted(len(claim.seeds), 'seed')}"
+        lines.append(f"| {paper} | {claim.claim} | {claim.whose} | {verdict} | {setting} | {dense} | {rows} |")
     return "\n".join(lines) + "\n"
 
 

@@ -158,3 +158,41 @@ def test_every_layer_is_cold_before_the_mask_is_fixed(structure):
     sparsifier.draw()
     for name, mask in sparsifier.masks.items():
         assert abs(hot[name] - 0.5) < 0.25 and abs(float(mask.double().mean()) - 0.25) < 0.02, name
+
+
+@pytest.mark.parametrize("method, options", [("vlr_projection", {"rounds": 3}), ("gibbs", {"structure": "kernel"}),
+                                             ("gibbs", {"structure": "filter", "sweeps": 3}), ("gmp", {"structure": "filter", "update_every": 3})])
+@pytest.mark.parametrize("stopped", [4, 6])  # vlr_projection: projected, and between two projections
+def test_a_training_that_was_stopped_resumes_to_the_same_bits(method, options, stopped):
+    x, y = torch.rand(16, 2, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 4
+
+    def begun(seed):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4))
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        return net, optimizer, sparsify(net, optimizer, method, 0.6, 12, distribution="uniform", **options)
+
+    def train(net, optimizer, sparsifier, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            sparsifier.step()
+
+    whole, first, second = begun(0), begun(0), begun(1)
+    train(*whole, 12)
+    train(*first, stopped)
+    for part, state in zip(second, [part.state_dict() for part in first], strict=True):
+        part.load_state_dict(state)
+    train(*second, 12 - stopped)
+    for one, other in zip(whole[0].state_dict().values(), second[0].state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    moments = [[t for state in optimizer.state.values() for t in state.values()] for _, optimizer, _ in (whole, second)]
+    assert all(map(torch.equal, *moments))
+
+
+def test_sweeps_and_betas_that_cannot_be_are_refused():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3))
+    for options, sentence in (({"sweeps": 0}, "sweeps is a whole number of at least 1; got 0"), ({"beta_start": 2e4}, "beta rises from")):
+        with pytest.raises(ValueError, match=sentence):
+            sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "gibbs", 0.5, 10, **options)

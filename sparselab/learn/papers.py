@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import counted, unknown
-from .claims import Claim
+from .claims import OURS, Claim
 from .config import Config
 from .runs import Run
 
@@ -67,17 +67,22 @@ VERDICTS = ("holds", "undecided", "does not hold")
 
 
 def papers_table(papers: Sequence[Mapping], folder: str | Path) -> str:
-    """A Markdown table of `papers`, with how many of their claims in `folder` came out how.
+    """A Markdown table of `papers`, with how many of their claims in `folder`, and of our questions about them, came out how.
 
     A paper has `arxiv`, `name`, `methods`, `notebooks`, and, without a claim to test, a sentence `instead`.
     """
     claims = [Claim.load(path) for path in Path(folder).glob("*.json")]
-    lines = ["| paper | methods | notebook | its claims here |", "| --- | --- | --- | --- |"]
+    lines = ["| paper | methods | notebook | its claims here | our questions |", "| --- " * 5 + "|"]
+
+    def counts(found: Sequence[Claim]) -> str:
+        verdicts = [claim.verdict for claim in found]
+        return ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in VERDICTS if verdict in verdicts)
+
     for paper in papers:
-        verdicts = [claim.verdict for claim in claims if claim.arxiv == paper["arxiv"]]
-        found = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in VERDICTS if verdict in verdicts)
+        about = [claim for claim in claims if claim.arxiv == paper["arxiv"]]
+        its, ours = (counts([claim for claim in about if (claim.source == OURS) == is_ours]) for is_ours in (False, True))
         methods = " ".join(f"`{method}`" for method in paper["methods"])
         notebooks = ", ".join(f"[{name}](nbs/papers/{name}.ipynb)" for name in paper["notebooks"])
         name = f"{paper['name']} ([{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']}))"
-        lines.append(f"| {name} | {methods} | {notebooks} | {paper.get('instead') or found} |")
+        lines.append(f"| {name} | {methods} | {notebooks} | {paper.get('instead') or its} | {ours} |")
     return "\n".join(lines) + "\n"

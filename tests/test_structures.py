@@ -196,3 +196,9 @@ def test_sweeps_and_betas_that_cannot_be_are_refused():
     for options, sentence in (({"sweeps": 0}, "sweeps is a whole number of at least 1; got 0"), ({"beta_start": 2e4}, "beta rises from")):
         with pytest.raises(ValueError, match=sentence):
             sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "gibbs", 0.5, 10, **options)
+
+
+def test_a_loop_of_projections_costs_dense_training():
+    net = nn.Sequential(nn.Linear(12, 4))
+    sparsifier = sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "vlr_projection", 0.9, 8, rounds=2)
+    assert [3 * 10.0 + sparsifier.overhead(step, 10.0, 100.0) for step in (1, 4, 5)] == [300.0] * 3, "all weights are trained in every step"

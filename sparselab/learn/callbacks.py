@@ -62,7 +62,7 @@ class StopWhenLost(Callback):
 
 
 class ToTheEnd(Callback):
-    """Beside it a training does not stop when its network has no skill: where it leads to is asked for."""
+    """Among the callbacks of a training it keeps StopWhenLost out: the training goes on to its end, with skill or without."""
 
 
 def collapse(rows: Sequence[Mapping]) -> str:

@@ -239,7 +239,7 @@ def explorer_html(source: Source | str | Path | tuple, layers: tuple[str, ...] =
     parts = parts_of(sources, moments, tuple(layers))
     held = f"{len(moments)} of {len(there)} moments are in this page" if len(moments) < len(there) else f"all {len(there)} moments"
     data = json.dumps({"moments": moments, "films": [part.films for part in parts]}).replace("<", "\\u003c")
-    lines = [f"<p>{html.escape(f'{name}: {each.headline}')}</p>" for name, each in zip(names_of(sources), sources, strict=True)]
+    lines = [f"<p>{html.escape(each.headline)}</p>" for each in sources]
     return PAGE.format(name=html.escape(" and ".join(names_of(sources))), css=asset("page.css"), js=asset("page.js"), plotly=get_plotlyjs(),
                        headlines="".join(lines), parts="".join(map(_section, range(len(parts)), parts)), data=data, held=held,
                        last=len(moments) - 1, start=moments.index(opens))

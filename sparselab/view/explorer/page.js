@@ -3,7 +3,7 @@ const { moments, films } = JSON.parse(document.getElementById("data").textConten
 const [timeline, label, play, speed] = ["timeline", "label", "play", "speed"].map(id => document.getElementById(id));
 const parts = [...document.querySelectorAll("section[data-part]")], last = moments.length - 1;
 const choices = parts.map(part => part.querySelector("select")).filter(Boolean);
-const dark = matchMedia("(prefers-color-scheme: dark)");
+const theme = () => matchMedia("(prefers-color-scheme: dark)");
 const moment = () => Number(timeline.value);
 const filmOf = part => films[part.dataset.part][part.querySelector("select")?.value ?? ""];
 
@@ -14,7 +14,7 @@ function figureAt(film, at) {  // the first figure, with what changed since
   return figure;
 }
 // What a part should have drawn: choice, frame and theme.
-const wanted = part => [part.querySelector("select")?.value, filmOf(part).at[moment()], dark.matches].join();
+const wanted = part => [part.querySelector("select")?.value, filmOf(part).at[moment()], theme().matches].join();
 
 let drawing = false;
 async function draw() {  // the figures, the one that has waited longest first, until all are at the moment of the timeline
@@ -46,7 +46,7 @@ const reach = step => go(moments.findLastIndex(each => each < step + 0.5));
 
 function choose(select) {  // a layer in one part is its layer, and the ReLU behind it, in every other
   const { weight } = select.selectedOptions[0].dataset;
-  for (const other of choices) if (other !== select && (other.selectedOptions[0].dataset.weight !== weight)) {
+  for (const other of choices) if (other !== select && other.selectedOptions[0].dataset.weight !== weight) {
     const found = [...other.options].find(option => option.value === select.value) ||
                   [...other.options].find(option => weight && option.dataset.weight === weight);
     if (found) other.value = found.value;
@@ -77,5 +77,5 @@ document.addEventListener("keydown", event => {
 });
 for (const select of choices) select.onchange = () => choose(select);
 timeline.addEventListener("input", show);
-dark.addEventListener("change", show);
+theme().addEventListener("change", show);  // of a list that nobody reads: one that was read early tells no change
 if (choices.length) choose(choices[0]); else show();

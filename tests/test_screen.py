@@ -193,26 +193,3 @@ def test_a_saved_picture_of_a_mask_has_axes_title_and_legend(book):
     low, high = np.percentile(pixels, 1, axis=0), np.percentile(pixels, 99, axis=0)
     drawn = picture[..., 3] > 100  # text is on all sides but the right
     assert all(part.sum() > 300 for part in (drawn[:int(low[0]) - 8], drawn[int(high[0]) + 12:], drawn[:, :int(low[1]) - 12]))
-
-
-def test_the_explorer_as_a_page_moves_without_kernel_or_network(book, tmp_path):
-    from sparselab.view import save_html
-
-    run = Run(examples() / "sparsevlr")
-    file = save_html(run, tmp_path / "run.html", most=12)
-    page = book.page.context.browser.new_page()
-    failed = []
-    page.on("pageerror", lambda error: failed.append(str(error)))
-    page.context.set_offline(True)
-    page.goto(file.as_uri())
-    marker = "() => document.querySelector('.plotly-graph-div').layout?.shapes?.find(shape => shape.name === 'now')?.x0"
-    picture = "() => document.querySelector('img[data-layer]').src"
-    page.locator("#timeline").focus()
-    seen = []
-    for key, step in (("Home", 0), ("End", run.moments[-1])):
-        page.keyboard.press(key)
-        until(lambda step=step: page.evaluate(marker) == step)
-        seen.append(page.evaluate(picture))
-    assert seen[0] != seen[1] and failed == [] and page.locator(".plotly-graph-div").count() >= 4
-    assert file.read_text().count("plotly.js v") <= 1 and file.stat().st_size < 8_000_000
-    page.close()

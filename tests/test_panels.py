@@ -397,7 +397,7 @@ DRAWN = [*PANELS.values(), masks_panel, neuron_panel]
 @pytest.mark.parametrize("draw", DRAWN, ids=lambda draw: draw.__name__)
 def test_every_panel_takes_the_folder_of_a_run_and_refuses_what_is_no_source_and_no_step(draw):
     run = Run(EXAMPLE / "rigl")
-    assert draw(EXAMPLE / "rigl", 200) .figure == draw(str(run.path), 200).figure == draw(run, 200).figure
+    assert draw(EXAMPLE / "rigl", 200).figure == draw(str(run.path), 200).figure == draw(run, 200).figure
     for wrong in (None, 3, Config()):
         with pytest.raises(ValueError, match=r"^What is drawn is a learn\.Run, the folder of a run, or a learn\.Live; got .*\.$"):
             draw(wrong)

@@ -2,12 +2,12 @@
 import csv
 import io
 import json
-import re
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from re import findall
 from statistics import mean, stdev
 
 import nbformat
@@ -360,7 +360,7 @@ def test_the_browser_filters_sorts_and_hands_out_the_same_call(folder):
     browser.sort.value, browser.falling.value = "verified", True
     values = browser.chosen["verified"].tolist()
     assert len(values) == 5 and values == sorted(values, reverse=True)
-    heads = re.findall("<th[^>]*>([^<]*)</th>", browser.table.value)
+    heads = findall("<th[^>]*>([^<]*)</th>", browser.table.value)
     assert "training FLOPs" in heads and [label for label, _ in browser.sort.options if label != "continues"] == heads
     for name in FIGURES:
         browser.figure.value = name

@@ -85,18 +85,43 @@ def test_a_file_that_is_damaged_is_named_and_the_rest_is_shown(copied, name, har
         assert max(explorer.moments) >= 300, "the epochs that are there are on the timeline"
 
 
-@pytest.mark.parametrize(("part", "without"), [
-    ("masks", dict.fromkeys(("Filters", "Mask", "Updates", "Layers"), "does not hold a readable mask history")),
-    ("metrics.jsonl", {"Metrics": "has no metrics yet"}),
-    ("stability", {"Neurons": "has no recorded neurons"}),
-    ("margins.safetensors", {"Margins": "has no margins.safetensors: margins are computed when training has ended"}),
-    ("weights", {}), ("model.safetensors", {}), ("stability.jsonl", {"Stability": "has no stability"}),
+@pytest.mark.parametrize(("part", "sentence", "without"), [
+    ("masks", "lacks masks, which the training has written",
+     dict.fromkeys(("Filters", "Mask", "Updates", "Layers"), "does not hold a readable mask history")),
+    ("metrics.jsonl", "metrics.jsonl is missing: 30 epochs had a line in it", {"Metrics": "has no metrics, though it has finished"}),
+    ("stability", "stability lacks step-000000021.safetensors, step-000000042.safetensors, step-000000063.safetensors and 27 more, recorded at the "
+     "end of 30 epochs", {"Neurons": "has no recorded neurons"}),
+    ("margins.safetensors", "lacks margins.safetensors", {"Margins": "has no margins.safetensors: margins are computed when training has ended"}),
+    ("weights", "weights lacks step-000000021.safetensors", {}), ("model.safetensors", "lacks model.safetensors", {}),
+    ("stability.jsonl", "stability.jsonl is missing: 30 epochs had a line in it", {"Stability": "has no stability"}),
 ])
-def test_what_was_never_written_is_said_where_it_would_be(copied, part, without):
+def test_what_is_lost_is_named_and_said_where_it_would_be(copied, part, sentence, without):
     shutil.rmtree(copied / part) if (copied / part).is_dir() else (copied / part).unlink()
     state, said, _ = shown(copied)
-    assert state == "run: finished." and set(said) == set(without)
-    assert all(sentence in said[title] for title, sentence in without.items())
+    assert state.startswith("run: finished. ") and sentence in state and sentence in card(copied) and len(Run(copied).damage) == 1
+    assert set(said) == set(without) and all(sentence in said[title] for title, sentence in without.items())
+
+
+@pytest.mark.parametrize("folder", ["weights", "stability"])
+def test_one_file_that_is_lost_is_named(copied, folder):
+    assert Run(copied).damage == []
+    (copied / folder / "step-000000315.safetensors").unlink()
+    assert Run(copied).damage == [f"{copied / folder} lacks step-000000315.safetensors, recorded at the end of 1 epoch."]
+
+
+def test_of_a_run_that_goes_on_the_last_epoch_may_still_be_written(copied):
+    """Rows are written before the recordings of their epoch, and the checkpoint last."""
+    (copied / "summary.json").unlink()
+    (copied / "checkpoint").mkdir()
+    (copied / "checkpoint" / "step-000000609.safetensors").write_bytes((copied / "model.safetensors").read_bytes())
+    for folder in ("weights", "stability"):
+        (copied / folder / LAST).unlink()
+    assert Run(copied).damage == []
+    (copied / "weights" / "step-000000609.safetensors").unlink()
+    shutil.rmtree(copied / "checkpoint")
+    assert [sentence.removeprefix(str(copied)) for sentence in Run(copied).damage] == [
+        "/weights lacks step-000000609.safetensors, recorded at the end of 1 epoch.",
+        "/checkpoint has no checkpoint: the run begins anew when it is trained again."]
 
 
 def test_a_byte_that_was_overwritten_in_the_updates_stops_the_masks_there(copied):
@@ -134,9 +159,10 @@ def test_a_run_that_is_being_written_or_was_killed_is_shown_so_far(copied):
     (copied / "margins.safetensors").unlink()
     state, said, explorer = shown(copied)
     assert state.startswith("run: not finished, 3 of 30 epochs so far; it was stopped, and training the same configuration")
+    assert state.endswith("checkpoint has no checkpoint: the run begins anew when it is trained again.")
     assert set(said) == {"Margins"} and max(explorer.moments) == max(Run(copied).history.steps)
     with locked(copied):
-        assert shown(copied)[0].endswith("so far; it is being written now.")
+        assert "so far; it is being written now." in shown(copied)[0]
 
 
 def test_a_run_that_has_collapsed_says_so_above_its_panels(copied):
@@ -144,9 +170,22 @@ def test_a_run_that_has_collapsed_says_so_above_its_panels(copied):
     assert shown(copied)[:2] == ("run: finished. The network has collapsed.", {})
 
 
-def test_an_empty_folder_and_one_that_is_not_there_are_said_in_every_panel(tmp_path):
+def test_a_run_of_which_no_epoch_has_ended_says_so(copied):
+    (copied / "summary.json").unlink()
+    for name in ("metrics.jsonl", "stability.jsonl"):
+        (copied / name).unlink()
+    _, said, _ = shown(copied)
+    assert said["Metrics"].startswith("No epoch has ended yet") and said["Stability"].startswith("No epoch has ended yet")
+    assert Run(copied).damage == []
+
+
+def test_an_empty_folder_and_one_that_is_not_there_are_one_sentence(tmp_path):
     for folder, sentence in ((tmp_path, "has no config.json: it is not the folder of a run"),
                              (tmp_path / "nowhere", "There is no run folder")):
         state, said, explorer = shown(folder)
         assert sentence in state and set(said) == set(PANELS) and explorer.moments == [0]
         assert all(sentence and "Error(" not in sentence for sentence in said.values())
+        for source in (folder, (EXAMPLE, folder)):
+            alone, = Explorer(source).children
+            assert sentence in unescape(alone.value) and alone.value.count(str(folder)) == 1
+    assert len(Explorer(EXAMPLE).children) > 1

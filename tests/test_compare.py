@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from re import findall
 from statistics import mean, stdev
 
 import nbformat
@@ -360,8 +361,12 @@ def test_the_browser_filters_sorts_and_hands_out_the_same_call(folder):
     browser.sort.value, browser.falling.value = "verified", True
     values = browser.chosen["verified"].tolist()
     assert len(values) == 5 and values == sorted(values, reverse=True)
+    heads = findall("<th[^>]*>([^<]*)</th>", browser.table.value)
+    assert "training FLOPs" in heads and [label for label, _ in browser.sort.options if label != "continues"] == heads
     for name in FIGURES:
         browser.figure.value = name
+        shown = browser.block.heading.value + browser.block.note.value
+        assert shown.count(browser.block.panel.figure.layout.meta["note"]) == 1, name
         call, names = browser.block.panel.call.rsplit("\n", 1), {}
         exec(call[0], names)
         assert not browser.block.problem.value and len(eval(call[1], names).data) == len(browser.block.panel.figure.data), name

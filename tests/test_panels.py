@@ -26,7 +26,10 @@ from sparselab.sparse.cursor import Cursor
 from sparselab.sparse.history import MaskHistory
 from sparselab.view import (
     PANELS,
+    Explorer,
     Report,
+    difference_panel,
+    filters_panel,
     layers_panel,
     margins_panel,
     mask_panel,
@@ -386,3 +389,79 @@ def test_growth_scores_are_there_wherever_the_whole_network_was_saved(tmp_path):
         time.sleep(0.01)
     cursor = Cursor(source.history, cursor.name).seek(-1)  # the same source: it reads again what has changed
     assert cursor.step > 4 and np.array_equal(growth_scores(source, cursor), gradient(source.weights, source.moments[-1]))
+
+
+DRAWN = [*PANELS.values(), masks_panel, neuron_panel]
+
+
+@pytest.mark.parametrize("draw", DRAWN, ids=lambda draw: draw.__name__)
+def test_every_panel_takes_the_folder_of_a_run_and_refuses_what_is_no_source_and_no_step(draw):
+    run = Run(EXAMPLE / "rigl")
+    assert draw(EXAMPLE / "rigl", 200).figure == draw(str(run.path), 200).figure == draw(run, 200).figure
+    for wrong in (None, 3, Config()):
+        with pytest.raises(ValueError, match=r"^What is drawn is a learn\.Run, the folder of a run, or a learn\.Live; got .*\.$"):
+            draw(wrong)
+    with pytest.raises(ValueError, match="There is no run folder no/such/run"):
+        draw("no/such/run")
+    for wrong in (-5, 10**9, float("nan"), "5"):
+        with pytest.raises(ValueError, match=r"^rigl has steps 0 to 630; there is no step .*\.$"):
+            draw(run, wrong)
+    assert draw(run, 0) and draw(run, 630) and draw(run, np.float32(1.5))
+
+
+def test_every_panel_function_is_checked():
+    import sparselab.view as view
+
+    assert {getattr(view, name) for name in view.__all__ if name.endswith("_panel")} == {*DRAWN, difference_panel}
+    assert {filters_panel, mask_panel} < set(DRAWN) and all(hasattr(draw, "__wrapped__") for draw in (*DRAWN, difference_panel))
+
+
+def test_a_second_run_is_checked_as_the_first_and_may_be_longer(tmp_path):
+    short, run = Given(metrics=[{"step": 4, "loss": 1.0}]), Run(EXAMPLE / "rigl")
+    other = EXAMPLE / "sparsevlr"
+    assert difference_panel(run, 200, str(other)).figure == difference_panel(run, 200, Run(other)).figure
+    assert metrics_panel(run, 200, [other]).figure == metrics_panel(run, 200, other).figure == metrics_panel(run, 200, [Run(other)]).figure
+    assert metrics_panel(short, 600, [run])
+    for wrong in (lambda: difference_panel(run, 200, 3), lambda: metrics_panel(run, others=[None]), lambda: Report(None)):
+        with pytest.raises(ValueError, match="^What is drawn is"):
+            wrong()
+    with pytest.raises(ValueError, match="given and rigl has steps 0 to 630; there is no step 631"):
+        metrics_panel(short, 631, [run])
+    with pytest.raises(ValueError, match="one run or several"):
+        Report()
+
+
+def test_an_explorer_refuses_what_it_cannot_show():
+    run = Run(EXAMPLE / "rigl")
+    for wrong in (None, 3, Config(), (run, None)):
+        with pytest.raises(ValueError, match="^What is drawn is"):
+            Explorer(wrong)
+    for wrong, count in (((), 0), ((run, run, run), 3)):
+        with pytest.raises(ValueError, match=f"one run, or two side by side; got {count}"):
+            Explorer(wrong)
+
+
+def test_two_runs_of_different_length_share_a_timeline(tmp_path):
+    """At a moment after the end of the shorter one, its panels are those of its end."""
+    short = Run(shutil.copytree(EXAMPLE / "rigl", tmp_path / "short"))
+    (short.path / "summary.json").unlink()
+    for name in ("metrics.jsonl", "stability.jsonl"):
+        lines = (short.path / name).read_text().splitlines(keepends=True)
+        (short.path / name).write_text("".join(lines[:5]))
+    for name in ("updates.jsonl", "updates.bin"):
+        (short.path / "masks" / name).write_bytes(b"")
+    explorer = Explorer((short, EXAMPLE / "sparsevlr"))
+    explorer.go(1e9)
+    explorer._settle()
+    assert short.reached == 105 and explorer.step == 630
+    assert not [block.problem.value for block in explorer.sides[0].blocks if block.problem.value and block.title != "Neurons"]
+    assert explorer.sides[0].mask.step == 105 and explorer.sides[1].mask.step == 630
+    call, names = explorer.sides[0].mask.code.value.rsplit("\n", 1), {}
+    exec(call[0], names)
+    assert eval(call[1], names).figure
+
+
+def test_a_live_training_refuses_what_it_cannot_train():
+    for wrong in ("x", None, Run(EXAMPLE / "rigl")):
+        with pytest.raises(ValueError, match=r"^Live trains a learn\.Config or a learn\.Learner; got .*learn\.Run\(folder\)"):
+            Live(wrong)

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from sparselab.learn.costs import FlopCount, layer_flops
 from sparselab.sparse.cht import drawn, link_scores
 from sparselab.sparse.distributions import DISTRIBUTIONS, budget, layer_budgets, share_out
-from sparselab.sparse.drop_grow import drop_and_grow
+from sparselab.sparse.drop_grow import Updating, drop_and_grow
 from sparselab.sparse.fan_in import fan_in
 from sparselab.sparse.history import MaskHistory, pack_sorted, unpack_sorted
 from sparselab.sparse.history_files import from_tensors, load, save, to_tensors
@@ -1226,3 +1226,30 @@ def test_sparsevlr_has_as_many_updates_in_a_training_of_any_length(steps):
     net = _tiny()
     method = sparsify(net, torch.optim.Adam(net.parameters()), "sparsevlr", 0.5, steps)
     assert 148 <= sum(method.updates.due(step) for step in range(1, steps + 1)) <= 152
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if issubclass(METHODS[name], Updating)])
+@pytest.mark.parametrize("total, every", [(96, 100), (200, 100), (300, 100), (400, 100), (1000, 100), (7, 3), (3, 1)])
+def test_a_schedule_with_few_updates_is_named_with_one_that_has_enough(method, total, every):
+    """The steps at which weights are replaced are counted one by one; with the advised schedule there are three or more."""
+    def count_and_advice(every: int) -> tuple[int, str]:
+        model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
+        made = sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), method, 0.5, total, update_every=every, accumulate=1)
+        return sum(made.updates.due(step) and made.fraction(step) > 0 for step in range(1, total + 1)), made.advice
+
+    if "members" in method_options(method) and total <= 3:
+        pytest.skip("three members need more than three steps")
+    count, advice = count_and_advice(every)
+    assert (advice == "") == (count >= 3), (count, advice)
+    if advice:
+        assert f"{METHODS[method].__name__} " in advice and ("more epochs" in advice)
+        words = advice.split()
+        if "update_every" in words:
+            assert count_and_advice(int(words[words.index("update_every") + 1]))[0] >= 3, advice
+
+
+def test_a_schedule_that_is_to_replace_nothing_is_not_named():
+    model = nn.Linear(20, 30)
+    for options in ({"drop_fraction": 0.0}, {"end": 0.0}):
+        assert sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), "rigl", 0.5, 96, **options).advice == ""
+    assert sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), "static", 0.5, 96).advice == ""

@@ -131,6 +131,18 @@ def test_a_finished_run_is_returned_and_a_fresh_one_keeps_the_old(config, capsys
     assert left_by(kept) == left_by(again)
 
 
+def test_the_log_is_a_table_with_nothing_between_its_lines_and_says_above_it_when_masks_hardly_move(tmp_path, capsys):
+    short = Config(method="rigl", model="mlp", sparsity=0.9, epochs=3, eps=0.0, train_samples=300, test_samples=20, runs_dir=str(tmp_path))
+    train(short)
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("epoch     loss"))
+    assert [line.split()[0] for line in lines[head + 1:head + 4]] == ["1", "2", "3"]
+    assert [line for line in lines[:head] if line.startswith("In ") and "RigL never replaces a weight" in line and "update_every" in line]
+    assert [line for line in lines[:head] if "nonzeros" in line or "dense" in line]
+    train(replace(short, method_options={"update_every": 1}))
+    assert "RigL" not in capsys.readouterr().out
+
+
 def test_a_network_that_loses_most_of_its_accuracy_says_so_wherever_it_is_shown(tmp_path, capsys):
     """Pruned to 118 weights by magnitude, it stays above chance, so it is not stopped; its last epochs are a fifth of its best."""
     pruned = Config(**SMALL | {"epochs": 12, "eps": 0.0, "method_options": {}}, method="gmp", sparsity=0.95, objective="natural")

@@ -135,6 +135,30 @@ def test_the_launcher_shows_the_sentence_alone(tmp_path, notebook, wrong, senten
     assert len(shown) == 1 and len(shown[0]["traceback"]) == 1 and sentence in shown[0]["traceback"][0]
 
 
+@pytest.mark.parametrize("arguments, sentence", [
+    (("no/such.ipynb", "a/out.ipynb"), "There is no notebook no/such.ipynb."),
+    ((str(TRAIN), "file/a/out.ipynb"), "The folder file/a cannot be made (Not a directory); choose another place for the output."),
+    ((str(TRAIN), "."), ". is a folder; name the notebook to write, such as out.ipynb."),
+    ((str(TRAIN), "a/out.ipynb", "-f", "none.yaml"), "There is no file of parameters none.yaml."),
+    ((str(TRAIN), "a/out.ipynb", "-y", "{a: ["), "The parameters are not YAML"),
+    (("file", "a/out.ipynb"), "file is not a notebook.")])
+def test_the_launcher_says_in_a_sentence_what_cannot_be_read_or_written(tmp_path, arguments, sentence):
+    (tmp_path / "file").write_text("text")
+    done = subprocess.run([sys.executable, ROOT / "nbs" / "run.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"Error: {sentence}")
+
+
+def test_the_launcher_makes_the_folder_of_its_output(tmp_path):
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)")])
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
+    nbformat.write(made, tmp_path / "in.ipynb")
+    done = subprocess.run([sys.executable, ROOT / "nbs" / "run.py", "in.ipynb", "runs/deep/out.ipynb"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "42" in done.stdout, done.stderr[-2000:]
+    assert outputs(tmp_path / "runs" / "deep" / "out.ipynb")[0]["text"] == "42\n"
+
+
 def test_every_parameter_is_a_field_with_its_default_and_a_description():
     parameters = papermill.inspect_notebook(str(TRAIN))
     defaults = {field.name: getattr(Config(), field.name) for field in fields(Config)}

@@ -141,7 +141,12 @@ def test_the_run_picker_offers_the_newest_first_and_explores_one_or_two(configs,
         for path in (tmp_path / folder.name).iterdir():
             os.utime(path, (1e9 + age, 1e9 + age))
     picker = RunPicker(tmp_path)
-    assert [name for name, _ in picker.choice.options] == [folder.name for folder in reversed(folders)]
+    labels = [label.split(" · ") for label, _ in picker.choice.options]
+    assert [label[-1] for label in labels] == [folder.name for folder in reversed(folders)]
+    proved = [f"verified {Run(folder).summary['accuracy']['verified']:.2%}" for folder in reversed(folders)]
+    assert [label[1:-1] for label in labels] == [["digits", "rigl 80 %", "epoch 2 of 2", f"seed {seed}", share, "ended"]
+                                                 for seed, share in zip((1, 0), proved, strict=True)]
+    assert [label[0] for label in labels] == [time.strftime("%Y-%m-%d %H:%M", time.localtime(1e9 + age)) for age in (1, 0)]
     picker.explore()
     assert picker.explorer.sides[0].source.name == folders[1].name and picker.stage.children == (picker.explorer,)
     picker.choice.value = tuple(run for _, run in picker.choice.options)
@@ -149,6 +154,54 @@ def test_the_run_picker_offers_the_newest_first_and_explores_one_or_two(configs,
     assert len(picker.explorer.sides) == 2
     picker.explorer.faster()
     assert (picker.explorer.play.interval, picker.explorer.speed.description) == (200, "2 x")
+
+
+def test_the_run_picker_says_how_far_a_run_is(configs, tmp_path):
+    from sparselab.learn.files import locked
+    from sparselab.view import RunPicker
+
+    folder = tmp_path / "run"
+    shutil.copytree(Live(configs[0]).folder, folder)
+    (folder / "summary.json").unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(lines[0])
+
+    def told() -> list[str]:
+        (label, _), = RunPicker(tmp_path).choice.options
+        return label.split(" · ")
+
+    assert told()[1:] == ["digits", "rigl 80 %", "epoch 1 of 2", "seed 0", "stopped", "run"]
+    before = told()[0]
+    with locked(folder):
+        assert told() == [before, "digits", "rigl 80 %", "epoch 1 of 2", "seed 0", "running", "run"]
+    (folder / "config.json").write_text("{")
+    assert told()[1:] == ["cannot be read", "run"]
+
+
+def test_where_nothing_is_left_to_train_no_button_trains(configs):
+    from sparselab.learn.files import append_row
+    from sparselab.view.explorer.controls import LiveControls
+
+    live = Live(configs[0])
+    controls = LiveControls(live)
+    until(lambda: "Nothing is left to train" in controls.state.value)
+    every = [*controls.buttons.values(), *controls.knobs.values()]
+    until(lambda: all(control.disabled for control in every))
+    assert controls.rested.layout.display is None
+    assert (controls.lr.value, controls.drop_fraction.value, controls.growth.value) == (0.008, 0.3, "gradient"), "what the run had"
+    live.start()
+    until(lambda: live.snapshot.status == "finished")
+    until(lambda: controls.lr.value == 0.008 and all(control.disabled for control in every))
+    assert live.gate.asked == [], "no knob is turned by what is shown"
+    append_row(live.folder / "events.jsonl", {"step": 3, "name": "lr", "old": 0.008, "new": 0.002})
+    assert live.knobs == {"lr": 0.002, "drop_fraction": 0.3, "growth": "gradient"}
+    (live.folder / "events.jsonl").unlink()
+    waiting = Live(Config(**SMALL, epochs=200, seed=9, runs_dir=configs[0].runs_dir)).step()
+    until(lambda: waiting.snapshot.status == "paused")
+    controls = LiveControls(waiting)
+    until(lambda: controls.lr.value > 0)
+    assert not any(control.disabled for control in (*controls.buttons.values(), *controls.knobs.values()))
+    waiting.stop()
 
 
 def test_a_bookmark_is_kept_in_the_run_and_leads_back(configs, tmp_path):

@@ -116,14 +116,18 @@ class Progress(Callback):
             print(f"continuing after epoch {learner.epoch} of {learner.epochs}")
         if learner.on_nonzeros.compiles():
             print("the first steps compile the kernels for sparse networks, once on this machine, in about ten seconds")
-        print("epoch     loss train_eps   clean  verified        nnz  seconds")
+        if learner.sparsifier.advice:
+            print(learner.sparsifier.advice)
+        self.begun = False  # whether the table has its first line
 
     def after_epoch(self, learner: Learner) -> None:
         if learner.epoch == 1:
             self._print_kernels(learner)
         every = math.ceil(learner.epochs / self.lines)
         if learner.epoch % every == 0 or learner.epoch in (1, learner.epochs):
-            row = learner.row
+            if not self.begun:
+                print("epoch     loss train_eps   clean  verified        nnz  seconds")
+            self.begun, row = True, learner.row
             print(f"{row['epoch']:5} {row['loss']:8.4f} {row['train_eps']:9.3f} {row['clean']:7.2%} {row['verified']:9.2%} "
                   f"{row['nnz']:10,} {learner.seconds:8.1f}", flush=True)
 

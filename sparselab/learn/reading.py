@@ -140,6 +140,11 @@ class Source(Protocol):
         rows, _ = attempt(lambda: [row["step"] for row in self.metrics])
         return sorted({0, *(steps or []), *(rows or [])})
 
+    @property
+    def reached(self) -> int:
+        """The last step that the training is known to have reached; 0 where nothing is known of its steps."""
+        return self.moments[-1]
+
 # %% ../../nbs/learn/30_reading.ipynb #d0974da9
 def _given(name: str) -> Any:
     return property(lambda self: self._part(name), doc=f"The `{name}` that were given.")

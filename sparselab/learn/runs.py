@@ -196,21 +196,46 @@ class Run(Shown, Source):
 
     @property
     def damage(self) -> list[str]:
-        """A sentence for each file that is there and is not as it was written, or not to its end; panels say what is not there."""
+        """A sentence for each file that is not as it was written, or not to its end, and for what the records promise and is missing."""
         folders = [folder for folder in self.path.iterdir() if folder.is_dir() and folder.name not in ("masks", "rounds")]
         files = [path for folder in (self.path, *sorted(folders)) for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
         reads = [lambda path=path: _check(path) for path in files if path.suffix in CHECKS]
-        reads += [lambda name=name: self._all_epochs(name) for name in ("metrics", "stability") if (self.path / f"{name}.jsonl").exists()]
-        reads += [self._all_events]
+        reads += [lambda name=name: self._all_epochs(name) for name in ("metrics", "stability")] + [self._all_events]
+        reads += [lambda name=name: self._all_recordings(name) for name in ("stability", "weights")] + [self._all_at_end, self._goes_on]
         history, problem = attempt(lambda: self.history) if (self.path / "masks").is_dir() else (None, "")
         found = [attempt(read)[1] for read in (lambda: self.config, *reads)]
         found += [problem, history.lost if history else "", *(sentence for run in self.rounds for sentence in run.damage)]
         return [sentence for sentence in dict.fromkeys(found) if sentence]
 
+    @property
+    def _recorded(self) -> list[dict]:
+        """The rows of the epochs of which all is written: the last of a run that has not finished may still be recorded."""
+        return self.metrics if self.finished else self.metrics[:-1]
+
     def _all_epochs(self, name: str) -> None:
-        rows, promised = getattr(self, name), self.summary["epochs"] if self.finished else 0
-        if len(rows) < promised:
-            raise ValueError(f"{self.path / name}.jsonl ends early: it has {len(rows)} of {promised} epochs.")
+        file, promised = self.path / f"{name}.jsonl", self.summary["epochs"] if self.finished else len(self._recorded)
+        if promised and not file.exists():
+            raise ValueError(f"{file} is missing: {counted(promised, 'epoch')} had a line in it.")
+        if len(rows := getattr(self, name)) < promised:
+            raise ValueError(f"{file} ends early: it has {len(rows)} of {promised} epochs.")
+
+    def _all_recordings(self, name: str) -> None:
+        files = [f"step-{row['step']:09d}.safetensors" for row in self._recorded]
+        if lost := [file for file in files if not (self.path / name / file).exists()]:
+            more = f" and {len(lost) - 3:,} more" if len(lost) > 3 else ""
+            raise ValueError(f"{self.path / name} lacks {', '.join(lost[:3])}{more}, recorded at the end of {counted(len(lost), 'epoch')}.")
+
+    def _all_at_end(self) -> None:
+        files = ["masks"] * bool(self._recorded)
+        if self.finished:
+            partners = [name.removesuffix("_accuracy") for name in self.summary if name.endswith("_accuracy")]
+            files += [f"{name}.safetensors" for name in ("model", *partners, *["margins"] * (self.config.eps > 0))]
+        if lost := [file for file in files if not (self.path / file).exists()]:
+            raise ValueError(f"{self.path} lacks {', '.join(lost)}, which the training has written.")
+
+    def _goes_on(self) -> None:
+        if not self.finished and self._recorded and not any((self.path / "checkpoint").glob("step-*.safetensors")):
+            raise ValueError(f"{self.path / 'checkpoint'} has no checkpoint: the run begins anew when it is trained again.")
 
     def _all_events(self) -> None:
         events = self.path / "events.jsonl"

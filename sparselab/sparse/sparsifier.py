@@ -277,6 +277,11 @@ class Method:
         """The share of the peak learning rate that the method asks for at `progress`; None leaves it to the loop."""
         return None
 
+    @property
+    def advice(self) -> str:
+        """A sentence where the schedule leaves the method next to nothing to do, with what to change; "" elsewhere."""
+        return ""
+
     def busy(self) -> bool:
         """Whether the coming step needs dense gradients or may change the masks; True unless the method knows better."""
         return True

@@ -7,6 +7,7 @@ __all__ = ['FIGURES', 'FILTERS', 'RunPicker', 'RunBrowser']
 
 # %% ../../../nbs/view/explorer/23_browser.ipynb #6522ca8d
 import html
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import ipywidgets as widgets
 import pandas as pd
 import plotly.graph_objects as go
 
+from ...errors import attempt
+from ...learn.files import being_written
 from .blocks import PanelBlock, press
 from .explorer import Explorer
 from ..figures.panels import Panel
 from ..runs.networks import effective_sparsity, layer_densities, overlap_by_method, stability_by_method
-from ..runs.table import COLUMNS, left_out, ordered, run_csv, run_rows, run_table, selected
+from ..runs.table import HEADS, left_out, ordered, run_csv, run_rows, run_table, selected
 from ..runs.trade_offs import accuracy_by_flops, accuracy_by_sparsity, trade_off
 
 # %% ../../../nbs/view/explorer/23_browser.ipynb #18857abc
@@ -31,15 +34,15 @@ class RunPicker(widgets.VBox):
     def __init__(self, folder: str | Path):
         rows = run_rows(folder)
         self.folder, self.explorer = folder, None
-        self.choice = widgets.SelectMultiple(description="runs", rows=5, layout={"width": "40em"})
+        self.choice = widgets.SelectMultiple(description="runs", rows=5, layout={"width": "100%", "max_width": "80em"})
         self.note, self.stage = widgets.HTML(), widgets.VBox()
-        super().__init__([widgets.HBox([self.choice, press("explore", self.explore, "one run, or two side by side")]), self.note, self.stage])
+        super().__init__([self.choice, press("explore", self.explore, "one run, or two side by side"), self.note, self.stage])
         self.offer(rows)
 
     def offer(self, rows: pd.DataFrame) -> None:
         """Offer the runs of `rows`, newest first."""
-        runs = sorted(rows["source"], key=lambda run: _written(run.path), reverse=True)
-        self.choice.options = [(run.name, run) for run in runs]
+        newest = sorted((row for _, row in rows.iterrows()), key=lambda row: _written(row["source"].path), reverse=True)
+        self.choice.options = [(_told(row), row["source"]) for row in newest]
 
     def explore(self) -> None:
         """Show what is chosen, the newest run where nothing is."""
@@ -51,8 +54,20 @@ class RunPicker(widgets.VBox):
 
 
 def _written(folder: Path) -> float:
-    """When a run was last written."""
-    return max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+    """When a run was last written; to ask whether it is being written leaves a trace in its hidden lock."""
+    return max((path.stat().st_mtime for path in folder.iterdir() if not path.name.startswith(".")), default=0.0)
+
+
+def _told(row: pd.Series) -> str:
+    """What tells the run of `row` from others: when, what was trained, how far, what was proved when it has ended, and its name."""
+    run, when = row["source"], time.strftime("%Y-%m-%d %H:%M", time.localtime(_written(row["source"].path)))
+    if pd.isna(row["method"]):
+        return f"{when} · cannot be read · {run.name}"
+    state = "ended" if run.finished else "running" if being_written(run.path) else "stopped"
+    epochs = f"epoch {len(attempt(lambda: run.metrics)[0] or ())} of {row['epochs']}"
+    proved = [f"verified {row['verified']:.2%}"] if not pd.isna(row["verified"]) else []
+    method = f"{row['method']} {100 * row['sparsity']:.6g} %"
+    return " · ".join([when, row["dataset"], method, epochs, f"seed {row['seed']}", *proved, state, run.name])
 
 
 FIGURES: dict[str, Callable[[pd.DataFrame], go.Figure]] = {
@@ -71,7 +86,7 @@ class RunBrowser(widgets.VBox):
     def __init__(self, folder: str | Path):
         self.folder, self.rows = folder, run_rows(folder)
         self.filters = {column: self._filter(column, values) for column in FILTERS if len(values := self._values(column)) > 1}
-        self.sort = widgets.Dropdown(options=COLUMNS, value="method", description="sort by")
+        self.sort = widgets.Dropdown(options=[(head, column) for column, head in HEADS.items()], value="method", description="sort by")
         self.falling = widgets.Checkbox(description="largest first", indent=False)
         self.figure = widgets.Dropdown(options=list(FIGURES), description="figure")
         self.table, self.note = widgets.HTML(layout={"max_height": "24em", "overflow": "auto"}), widgets.HTML()
@@ -113,7 +128,7 @@ class RunBrowser(widgets.VBox):
         draw = FIGURES[self.figure.value]
         fig = draw(self.chosen)
         call = f"from sparselab import view\n\nview.{draw.__name__}(view.selected(view.run_rows({str(self.folder)!r}), {self.where}))"
-        return Panel(fig.layout.meta["title"], fig.layout.meta["note"], call, fig)
+        return Panel(fig.layout.meta["title"], "", call, fig)  # the note of the figure stands below the title
 
     def save_table(self) -> None:
         """Download the rows that are shown, with all columns."""

@@ -83,13 +83,16 @@ class LiveControls(widgets.VBox):
         live.watch(self.show)
 
     def show(self, now: Snapshot) -> None:
-        """Take over what the training says of itself; a knob that it does not have is disabled."""
+        """Take over what the training says of itself; a knob that it does not have is disabled, and all are when nothing is left to train."""
         self.state.value = html.escape(self.live.headline)
-        self.rested.layout.display = None if self.live.rested or now.status == "finished" else "none"
+        ended = self.live.rested or now.status == "finished"
+        self.rested.layout.display = None if ended else "none"
+        for button in self.buttons.values():
+            button.disabled = ended
         for name, control in self.knobs.items():
-            control.disabled = name not in now.knobs
-            if name in now.knobs:  # also what was refused goes back to what is in force
-                control.value = now.knobs[name]
+            control.disabled = ended or name not in self.values
+            if name in self.values:  # also what was refused goes back to what is in force
+                control.value = self.values[name]
 
     def extend(self) -> None:
         """Train the finished run for more epochs, or say why it cannot be."""
@@ -99,7 +102,12 @@ class LiveControls(widgets.VBox):
         """Train the same configuration for twice its epochs."""
         self.live.anew(epochs=2 * self.live.source.epochs)
 
+    @property
+    def values(self) -> dict[str, float | str]:
+        """The knobs as they are in the training; none where they cannot be read."""
+        return attempt(lambda: self.live.knobs)[0] or {}
+
     def _turned(self, name: str, value: object) -> None:
         """Hand a change to the training, unless it came from there."""
-        if self.live.snapshot.knobs.get(name) != value:
+        if self.values.get(name) != value:
             self.live.set(**{name: value})

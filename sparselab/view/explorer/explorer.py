@@ -32,15 +32,20 @@ from .neuron_block import NeuronBlock
 from .plot import asset
 from ..figures.masks import counts_of
 from ..figures.metrics import metrics_panel
-from ..figures.panels import Panel
+from ..figures.panels import Panel, source_of, within
 from ..figures.report import PANELS
 
 # %% ../../../nbs/view/explorer/22_explorer.ipynb #3eb71630
 def opened(source: Source | str | Path) -> Source:
-    """The source, or the run in a folder; for a folder that cannot be opened a source in which every part is missing for that reason."""
+    """The source, or the run in a folder; for a folder that is not that of a run a source in which every part is missing for that reason.
+
+    Raises ValueError for what is neither.
+    """
     if not isinstance(source, (str, Path)):
-        return source
+        return source_of(source)
     run, problem = attempt(lambda: Run(source))
+    if run and run.moments == [0] and not (run.path / "config.json").exists():
+        problem = attempt(lambda: run.config)[1]
     return Given(problem) if problem else run
 
 
@@ -57,10 +62,14 @@ class Side:
         self.mask = MaskBlock(source, self.unit_clicked, pressed)
         self.neurons, self.margins = NeuronBlock(source, self.neuron_clicked), MarginsBlock(source)
         own: dict[str, Block] = {block.title: block for block in (self.mask, self.neurons, self.margins)}
-        self.blocks = [own.get(title) or PanelBlock(title, partial(panel, source, **OPTIONS.get(title, {})), go if title in TIMED else None)
+        self.blocks = [own.get(title) or PanelBlock(title, partial(self.draw, panel, **OPTIONS.get(title, {})), go if title in TIMED else None)
                        for title, panel in PANELS.items()]
         self.mask.layer.observe(lambda change: chosen(Selection(change["new"] or "")), "value")
         self.neurons.layer.observe(lambda change: chosen(Selection(relu=change["new"] or "")), "value")
+
+    def draw(self, panel: Callable[..., Panel], step: float | None, **options: object) -> Panel:
+        """The panel at `step`, or at the end of a training that has ended before."""
+        return panel(self.source, within(self.source, step), **options)
 
     def block(self, title: str) -> Block:
         """The block called `title`."""
@@ -109,6 +118,7 @@ class Side:
 def metrics_of(sources: list[Source], step: float | None = None, folded: bool = False) -> Panel:
     """The metrics of all `sources` in one panel, or of those that have any."""
     first, *others = [source for source in sources if attempt(lambda source=source: metrics_panel(source))[0]] or sources[:1]
+    step = min(step, max(within(source, step) for source in (first, *others))) if step is not None else None
     return metrics_panel(first, step, others=others, folded=folded)
 
 
@@ -163,11 +173,13 @@ class Stage(anywidget.AnyWidget):
 class Explorer(widgets.VBox):
     """All panels of `source` (a Run, its folder, or a Live) on one timeline; of a pair (run_a, run_b), side by side.
 
-    `step` is the moment on display; `go(step)` moves there.
+    `step` is the moment on display; `go(step)` moves there. Where there is no run, a sentence says so. Raises ValueError for what is no source.
     """
 
     def __init__(self, source: Source | str | Path | tuple):
         sources = [opened(each) for each in (source if isinstance(source, (tuple, list)) else (source,))]
+        if len(sources) not in (1, 2):
+            raise ValueError(f"An explorer shows one run, or two side by side; got {len(sources)}. view.metrics_panel(run, others=[...]) draws more.")
         self._lock, self._choosing = threading.RLock(), False
         self.sides = [Side(each, self.go, self.pressed, self.choose) for each in sources]
         self.metrics = MetricsBlock(sources, self.go)
@@ -204,6 +216,8 @@ class Explorer(widgets.VBox):
             self.timeline.observe(lambda _: self.show(), "value")
             if not any(isinstance(source, Live) and not source.rested for source in sources):
                 self.go(busiest_moment(sources))
+        if lost := self._lost():
+            self.children = [widgets.HTML("<br>".join(html.escape(sentence) for sentence in lost))]
         for i, each in enumerate(sources):
             if isinstance(each, Live):
                 each.watch(lambda now, i=i: self._published(i, now))
@@ -292,6 +306,14 @@ class Explorer(widgets.VBox):
                 side.read()
                 side.select(Selection(side.mask.layer.value or ""))
                 self._read = time.monotonic()
+
+    def _lost(self) -> list[str]:
+        """What there is to say in place of all panels: of folders that are no runs, and of a source of which no panel has anything to draw."""
+        found = [side.source.headline for side in self.sides if isinstance(side.source, Given) and side.source.headline]
+        blocks = [block for side in self.sides for block in side.blocks]
+        if not found and all(block.problem.value for block in blocks) and not any(isinstance(side.source, Live) for side in self.sides):
+            found = [side.source.headline or f"{side.source.name} has nothing to draw." for side in self.sides]
+        return list(dict.fromkeys(found))
 
     def _arranged(self) -> widgets.Widget:
         """The metrics above mask and neurons, side by side, and the rest below in two columns; of several runs, a column each."""

@@ -27,7 +27,7 @@ class MarginsBlock(PanelBlock):
         self.method = widgets.Dropdown(description="bound", layout={"width": "14em"})
         self.eps = widgets.FloatSlider(description="eps", min=0, max=1, step=0.01, readout_format=".3g", continuous_update=False)
         self.sample = widgets.HTML()
-        super().__init__("Margins", lambda step: margins_panel(source, step, self.method.value, self.eps.value),
+        super().__init__("Margins", lambda _: margins_panel(source, method=self.method.value, eps=self.eps.value),
                          controls=(self.method, self.eps, self.sample))
         for control in (self.method, self.eps):
             control.observe(lambda _: self.redraw(), "value")

@@ -18,7 +18,7 @@ from ...sparse.history import MaskHistory
 from .blocks import KEYS, RASTER, Block, Selection, chooser, heading, legend_html
 from .canvas import Canvas
 from ..figures.masks import DIFFERENCE, HOW_TO_READ, VALUES, difference_of, difference_panel, mask_axes, mask_panel, raster_of
-from ..figures.panels import Call, Panel, call_of, layer_of
+from ..figures.panels import Call, Panel, call_of, layer_of, within
 from ..figures.pixels import COLOURINGS, LEGENDS, PALETTES, Raster, Tiles, tiles
 from ..figures.theme import short
 
@@ -51,7 +51,7 @@ class MaskBlock(Block):
     def show(self, step: float) -> None:
         """Draw the mask that was in force at `step`."""
         with self.lock:
-            self.step = step
+            self.step = within(self.source, step)
             self.redraw()
 
     def redraw(self) -> None:

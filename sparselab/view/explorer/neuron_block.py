@@ -18,7 +18,7 @@ from .blocks import RASTER, Block, Selection, chooser, heading, legend_html
 from .canvas import Canvas
 from .plot import Plot
 from ..figures.neurons import SORTS, flips, neuron_panel, neurons_axes, neurons_panel, neurons_raster
-from ..figures.panels import Panel, call_of
+from ..figures.panels import Panel, call_of, within
 from ..figures.pixels import PALETTES, Raster
 
 # %% ../../../nbs/view/explorer/19_neuron_block.ipynb #1d2f1398
@@ -80,7 +80,7 @@ class NeuronBlock(Block):
     def show(self, step: float) -> None:
         """Mark the epoch at or after `step`, and the selected neuron."""
         with self.lock:
-            self.step = step
+            self.step = step = within(self.source, step)
             if self.raster is not None:
                 row = int(np.flatnonzero(self.order == self.neuron)[0]) if 0 <= self.neuron < len(self.order) else -1
                 self.content.mark = [row, self.recorded.steps.index(self.recorded.nearest(step)), 1, 1]
@@ -90,7 +90,7 @@ class NeuronBlock(Block):
         """Draw the bounds and incoming weights of the selected neuron for `step`."""
         with self.lock:
             wanted = self.neuron >= 0 and self.raster is not None
-            panel = attempt(lambda: neuron_panel(self.source, step, self.layer.value, self.neuron))[0] if wanted else None
+            panel = attempt(lambda: neuron_panel(self.source, within(self.source, step), self.layer.value, self.neuron))[0] if wanted else None
             self.detail.layout.display = None if panel else "none"
             if panel:
                 self.panel, self.code.value = panel, panel.call

@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from ...learn.margins import Margins
 from ...learn.reading import Source
 from ...png import data_uri, indexed_png
-from .panels import Panel, call_of
+from .panels import Panel, call_of, checked
 from .theme import COLORS, OKABE_ITO, TEXT, panel_titles, titled
 
 # %% ../../../nbs/view/figures/08_margins.ipynb #efe622b9
@@ -26,6 +26,7 @@ def image_uri(image: np.ndarray) -> str:
     return data_uri(indexed_png(36 * r + 6 * g + b, cube))
 
 
+@checked
 def margins_panel(source: Source, step: float | None = None, method: str | None = None, eps: float | None = None) -> Panel:
     """Sorted margin lower bounds by `method` at the radius nearest to `eps`, and certified accuracy over all radii.
 

@@ -20,7 +20,7 @@ from ...sparse.cursor import Cursor
 from ...sparse.distributions import layer_budgets
 from ...sparse.explored import changes
 from ...sparse.history import MaskHistory
-from .panels import Call, Panel, call_of, last_step, layer_of
+from .panels import Call, Panel, call_of, checked, last_step, layer_of
 from .pixels import Raster, Tiles, difference_raster, mask_raster, tiles
 from .theme import CLEAR, COLORS, GRID, TEXT, short, titled
 
@@ -47,6 +47,7 @@ def erk_densities(history: MaskHistory, record: int) -> dict[str, float]:
     return {name: count / total[name] for name, count in budgets.items()}
 
 
+@checked
 def layers_panel(source: Source, step: float | None = None) -> Panel:
     """Density of every layer at `step` beside the one ERK would give it, and how many weights it keeps of how many (log scales)."""
     history, step = source.history, last_step(source, step)
@@ -98,6 +99,7 @@ def raster_of(source: Source, cursor: Cursor, colour: str = "event", at: Tiles |
     return mask_raster(cursor, colour, VALUES[colour](source, cursor) if colour in VALUES else None, at)
 
 
+@checked
 def mask_panel(source: Source, step: float | None = None, layer: str | None = None, colour: str = "event") -> Panel:
     """The mask of `layer` (default: the largest) that was in force at `step`, coloured by "event", "age", "weight" or "score".
 
@@ -124,6 +126,7 @@ def difference_of(source: Source, other: Source, step: float, layer: str) -> Ras
     return difference_raster(first, second, names)
 
 
+@checked
 def difference_panel(source: Source, step: float | None = None, other: Source | None = None, layer: str | None = None) -> Panel:
     """The weights of `layer` (default: the largest) that only `source`, only `other`, or both have at `step`.
 
@@ -151,6 +154,7 @@ def _spaced(items: list, n: int) -> list:
     return [items[i] for i in np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
 
 
+@checked
 def masks_panel(source: Source, step: float | None = None, layer: str | None = None, most: int = 24, max_bytes: int = 200_000) -> Panel:
     """The mask of `layer` (default: the largest) at each update, under a slider that stands at `step`; colours say what the update did.
 

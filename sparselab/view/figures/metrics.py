@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from ...learn.arrays import Unavailable
 from ...learn.reading import Source
-from .panels import Panel, call_of, now_line
+from .panels import Panel, call_of, checked, now_line
 from .theme import COLORS, titled
 
 # %% ../../../nbs/view/figures/05_metrics.ipynb #dd5daac8
@@ -28,9 +28,12 @@ def measured(source: Source) -> list[dict]:
     Raises Unavailable when there is nothing to draw.
     """
     rows = sorted(source.metrics, key=lambda row: row["step"])
+    if not rows:
+        raise Unavailable(f"{source.name} has no metrics, though it has finished: they are lost." if source.finished else
+                          "No epoch has ended yet: metrics are measured at the end of each.")
     if not any(row.get(key) is not None for row in rows for keys in PARTS.values() for key in keys):
         raise Unavailable(f"{source.name} has no metrics yet: there is nothing to draw in {len(rows)} rows of metrics. A row needs step and one "
-                          "of loss, clean, pgd, verified, nnz; a run writes its first at the end of its first epoch.")
+                          "of loss, clean, pgd, verified, nnz.")
     unstable = _unstable(source)
     rows = [row | {"unstable": unstable[row["step"]]} if row["step"] in unstable else row for row in rows]
     if source.finished:
@@ -51,6 +54,7 @@ def _has(runs: dict[str, list[dict]], key: str) -> bool:
     return any(row.get(key) is not None for rows in runs.values() for row in rows)
 
 # %% ../../../nbs/view/figures/05_metrics.ipynb #0529bc46
+@checked
 def metrics_panel(source: Source, step: float | None = None, others: Sequence[Source] = (), folded: bool = False) -> Panel:
     """Loss, accuracies, unstable neurons, training radius and nnz of `source` by step, with a marker at `step` (default: the last).
 

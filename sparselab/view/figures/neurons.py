@@ -18,7 +18,7 @@ from ...learn.known import DATASETS
 from ...learn.reading import Source, record_at
 from ...learn.recordings import STATES, NeuronRecordings
 from ...sparse.cursor import Cursor
-from .panels import Panel, call_of, last_step, layer_of, now_line
+from .panels import Panel, call_of, checked, last_step, layer_of, now_line
 from .pixels import EMPTY, LEGENDS, LEVELS, OFF, Raster
 from .theme import COLORS, OKABE_ITO, TEXT, panel_titles, short, titled
 
@@ -57,6 +57,7 @@ def grid(layers: list[str], **options: object) -> tuple[go.Figure, list[dict[str
     return fig, [{"row": i // columns + 1, "col": i % columns + 1} for i in range(len(layers))]
 
 # %% ../../../nbs/view/figures/07_neurons.ipynb #9a691ca8
+@checked
 def stability_panel(source: Source, step: float | None = None, layers: tuple[str, ...] = ()) -> Panel:
     """Shares of active, unstable, inactive and dead neurons, one part per layer, one bar per epoch, with a marker at `step`.
 
@@ -64,6 +65,8 @@ def stability_panel(source: Source, step: float | None = None, layers: tuple[str
     """
     rows = sorted(source.stability, key=lambda row: row["step"])
     present = list(dict.fromkeys(name for row in rows for name in row["layers"]))
+    if not rows and not source.finished:
+        raise Unavailable("No epoch has ended yet: stability is measured at the end of each.")
     if not present:
         raise Unavailable(f"{source.name} has no stability: there is nothing to draw in {len(rows)} rows. It is measured at the end of "
                           "each epoch.")
@@ -128,6 +131,7 @@ def neurons_axes(neurons: NeuronRecordings, layer: str, sort: str = "index") -> 
             "y": {"title": f"{neurons.by(layer)}s, {'most flips first' if sort == 'flips' else 'by index'}", "x0": 0, "dx": 1}}
 
 
+@checked
 def neurons_panel(source: Source, step: float | None = None, layer: str | None = None, sort: str = "index") -> Panel:
     """State of every neuron of `layer` (default: the first) at every epoch; rows by "index" or by "flips", most first.
 
@@ -195,6 +199,7 @@ def seen_by(source: Source, layer: str) -> tuple[int, int, int] | None:
     return field_of(history.shapes[layer], image_shape(source), layer == history.names[0])
 
 
+@checked
 def filters_panel(source: Source, step: float | None = None, layer: str | None = None, most: int = 48) -> Panel:
     """The incoming weights of the units of `layer` (default: the first with a picture) at `step`, a picture for each, at most `most`.
 
@@ -255,6 +260,7 @@ def incoming(source: Source, layer: str, neuron: int, step: float) -> tuple[str,
     return name, cursor.active[row] - channel * size, source.weights_at(cursor, step)[row]
 
 
+@checked
 def neuron_panel(source: Source, step: float | None = None, layer: str | None = None, neuron: int = 0) -> Panel:
     """Mean bounds [l, u] of one neuron over time, and its active incoming weights at `step` (default: the last epoch).
 

@@ -15,7 +15,7 @@ from .margins import margins_panel
 from .masks import layers_panel, mask_panel
 from .metrics import metrics_panel
 from .neurons import filters_panel, neurons_panel, stability_panel
-from .panels import Panel, show
+from .panels import Panel, show, source_of
 from .updates import updates_panel
 
 # %% ../../../nbs/view/figures/09_report.ipynb #357fd7cc
@@ -25,10 +25,12 @@ PANELS: dict[str, Callable[..., Panel]] = {  # title -> f(source, step)
 
 
 class Report:
-    """The panels of `sources` at `step` (default: the last of each), and a sentence for each that cannot be drawn."""
+    """The panels of `sources`, runs or their folders, at `step` (default: the last of each), and a sentence for each that cannot be drawn."""
 
     def __init__(self, *sources: Source, step: float | None = None):
-        self.sources, self.step = sources, step
+        if not sources:
+            raise ValueError("A report is of one run or several: Report(run).")
+        self.sources, self.step = tuple(map(source_of, sources)), step
 
     def __iter__(self) -> Iterator[tuple[str, Panel | None, str]]:
         """(title, panel, "") or (title, None, why it cannot be drawn); the metrics of all sources share one panel."""

@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 from ...errors import counted
 from ...learn.reading import Source, record_at
 from .masks import counts_of
-from .panels import Panel, call_of, last_step, layer_of, now_line
+from .panels import Panel, call_of, checked, last_step, layer_of, now_line
 from .theme import COLORS, OKABE_ITO, TEXT, panel_titles, short, titled
 
 # %% ../../../nbs/view/figures/06_updates.ipynb #ac5fe3dd
@@ -42,6 +42,7 @@ def jaccard(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.divide(both, union, out=np.ones(len(active)), where=union > 0) for both, union in zip((first, kept), unions, strict=True))
 
 # %% ../../../nbs/view/figures/06_updates.ipynb #ed10f518
+@checked
 def updates_panel(source: Source, step: float | None = None, layer: str | None = None, most: int = MOST) -> Panel:
     """Left: weights grown (of those, regrown) and dropped by every update. Right: overlap of the masks, and exploration rate.
 

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -295,3 +296,15 @@ def test_a_click_on_the_metrics_goes_to_a_moment_and_a_dark_theme_is_dark(opened
     assert page.evaluate("() => document.querySelector('.plotly-graph-div').layout.font.color") == "rgb(0, 0, 0)"
     page.evaluate("() => document.querySelector('.plotly-graph-div').emit('plotly_click', { points: [{ x: 1e9 }] })")
     assert page.locator("#label").text_content().startswith(f"step {Written(single.read_text()).moments[-1]} of")
+
+
+def test_a_pair_of_runs_that_end_at_different_steps_has_every_panel(tmp_path):
+    from sparselab.learn import Config, train
+
+    torch.set_num_threads(1)
+    pair = [train(Config(dataset="digits", model="mlp", epochs=epochs, train_samples=256, test_samples=40, batch_size=64, runs_dir=str(tmp_path),
+                         method_options={"update_every": 2}, device="cpu"), callbacks=[]) for epochs in (1, 3)]
+    written = Written(explorer_html(tuple(pair), most=4))
+    assert written.moments[-1] == 12 and Written(explorer_html(pair[0])).moments[-1] == 4
+    for title in written.titles:
+        assert written.films(title), title

@@ -29,7 +29,7 @@ from .margins_block import MarginsBlock
 from .plot import asset
 from ..figures.masks import DIFFERENCE, HOW_TO_READ, raster_of
 from ..figures.neurons import neurons_panel
-from ..figures.panels import Panel, layer_of
+from ..figures.panels import Panel, layer_of, within
 from ..figures.pixels import Raster, Tiles, difference_raster, tiles
 from ..figures.report import PANELS
 from ..figures.theme import short, untitled
@@ -154,7 +154,7 @@ def neurons_part(title: str, source: Source, moments: list[int]) -> Part:
     """The neurons of every ReLU at all epochs, under a marker."""
     films, words, layers = {}, "", source.neurons.layers
     for relu in layers:
-        panel = neurons_panel(source, moments[0], relu)
+        panel = neurons_panel(source, within(source, moments[0]), relu)
         figure, note, words = plain(panel.figure), panel.figure.layout.meta["note"], panel.how_to_read
         marks = [i for i, shape in enumerate(figure["layout"]["shapes"]) if shape.get("name") == "now"]
         films[relu] = {"figure": figure} | film([
@@ -167,7 +167,7 @@ def figure_parts(title: str, titles: list[str], sources: list[Source], moments: 
     """One of the other PANELS at every moment, of every source; two share their y axes. Margins are those of the final network."""
     still = title == "Margins"
     panel = partial(PANELS[title], **OPTIONS.get(title, {}))
-    drawn = [attempt(lambda source=source: [panel(source, step) for step in (moments[-1:] if still else moments)]) for source in sources]
+    drawn = [attempt(lambda source=source: [panel(source, within(source, step)) for step in (moments[-1:] if still else moments)]) for source in sources]
     parts = []
     for name, (panels, problem), (peers, _) in zip(titles, drawn, drawn[::-1], strict=True):
         of = film_of(panels, peers if len(sources) > 1 else None) if panels else {}

@@ -60,16 +60,17 @@ train: $(STAMP) ## train a 99 % sparse network under a verified loss on scikit-l
 	@found=$$(find runs -name summary.json -newer runs/.started); \
 		for summary in $${found:-$$(ls -t runs/*/summary.json 2>/dev/null | head -n 1)}; do echo "run folder:        $$(dirname "$$summary")"; done
 
+# Figures of library notebooks are drawn by matplotlib: a browser for each notebook takes longer than the rest of it, and tests/ has those with one.
 test: export OMP_NUM_THREADS := 1
-test: $(STAMP) ## all tests: library in sync, notebooks clean, ruff, every library notebook, pytest
+test: $(STAMP) ## all tests but those of `make bare` and `make slow`: library in sync, notebooks clean, ruff, every library notebook, pytest
 	@$(BIN)/python tests/gates.py
 	@$(BIN)/python -m ruff check --output-format concise
 	@echo "library notebooks"
-	@$(BIN)/nbdev_test --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+	@BROWSER_PATH=none $(BIN)/nbdev_test --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 bare: $(STAMP) ## the tests of a machine without Chrome and without Debian's data packages, which are hidden from them
-	@$(BIN)/python -m pytest -m bare tests/test_bare.py $(PYTEST)
+	@$(BIN)/python -m pytest -m bare -n 2 --dist load tests/test_bare.py $(PYTEST)
 
 slow: export OMP_NUM_THREADS := 1
 slow: $(STAMP) ## the tests that take minutes each (marked slow; `make test` leaves them out)

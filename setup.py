@@ -33,5 +33,8 @@ setup(
     package_data={"sparselab": ["py.typed"], "sparselab.view.explorer": ["*.js", "*.css"]},
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("lab", "hub", "text", "fast", "onnx", "lirpa", "dev")},
-    entry_points={"nbdev": ["sparselab=sparselab._modidx:d"], "console_scripts": ["recheck=sparselab.robust.recheck:main"]},
+    entry_points={
+        "nbdev": ["sparselab=sparselab._modidx:d"],
+        "console_scripts": ["recheck=sparselab.robust.opinions:main", "sparselab-verify=sparselab.robust.properties:main"],
+    },
 )

@@ -9,7 +9,7 @@ from ._surface import lazy
 __version__ = "0.1.0"
 __all__ = ["Config", "Masks", "Sparsifier", "__version__", "bounds", "certify", "sparsify", "train", "verify"]
 __getattr__, __dir__ = lazy(__name__, {"Config": "learn", "Masks": "sparse", "Sparsifier": "sparse", "bounds": "robust",
-                                       "certify": "robust", "sparsify": "sparse", "train": "learn", "verify": "robust"},
+                                       "certify": "learn", "sparsify": "sparse", "train": "learn", "verify": "robust"},
                             also=("sparse", "robust", "learn", "view"))
 
 if TYPE_CHECKING:
@@ -17,6 +17,6 @@ if TYPE_CHECKING:
     from . import robust as robust
     from . import sparse as sparse
     from . import view as view
-    from .learn import Config, train
-    from .robust import bounds, certify, verify
+    from .learn import Config, certify, train
+    from .robust import bounds, verify
     from .sparse import Masks, Sparsifier, sparsify

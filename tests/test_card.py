@@ -1,6 +1,7 @@
 """CARDs and their decks: exact counts, rewinding, augmentations, binary weights, the mean and the gate."""
 import pytest
 import torch
+from torch import nn
 
 from sparselab.learn import Config, load, to_float, train
 from sparselab.learn.assembly import in_turn
@@ -87,6 +88,18 @@ def test_the_spectrum_of_waves():
         found = spectra(wave)[0]
         assert found.argmax() == periods and found.shape == (8,)
     assert spectra(torch.full((1, 1, 16, 16), 0.5)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("names", "sentence"), [(["fogg"], "augmentation of a card called 'fogg'"), ([], "list of names"),
+                                                 ("clean", "list of names, .* got 'clean'"), ([["clean"]], "augmentation of a card called")])
+def test_a_gate_and_a_deck_of_what_is_no_augmentation_are_refused(names, sentence):
+    images = load("digits").train.images
+    with pytest.raises(ValueError, match=sentence):
+        SpectralGate(images, names)
+    with pytest.raises(ValueError, match=sentence):
+        Deck([], names, SpectralGate(images, ["clean"]))
+    with pytest.raises(ValueError, match="an augmentation for each card; got 2 cards and clean"):
+        Deck([nn.Flatten(), nn.Flatten()], ["clean"], SpectralGate(images, ["clean"]))
 
 
 def test_the_gate_is_seeded():

@@ -11,9 +11,9 @@ import papermill
 import pytest
 import torch
 
-from sparselab.learn.claims import Claim, train_rows
+from sparselab.learn.claims import Claim, accuracies, collapsed, train_rows
 from sparselab.learn.config import Config
-from sparselab.learn.experiments import ALL_METHODS
+from sparselab.learn.experiments import ALL_METHODS, train
 from sparselab.learn.learner import TrainingStopped
 from sparselab.learn.runs import runs_in
 
@@ -54,6 +54,8 @@ def test_a_record_says_what_its_values_say(path):
     for comparison in claim.comparisons:
         assert len(claim.values[comparison.better]) == len(claim.values[comparison.worse]) == len(claim.seeds)
     assert claim.scale in ("small", "full") and claim.seconds >= 0 and record["versions"]["torch"]
+    assert claim.whose == "ours" or claim.whose.startswith("paper, ")
+    assert all(share > 0 for share in claim.flops.values()) and claim.flops.get("dense", 1) == 1
 
 
 @every_record
@@ -81,6 +83,7 @@ def test_a_notebook_takes_the_parameters_of_all(path):
     defaults = {name: eval(parameter["default"]) for name, parameter in found.items()}
     assert PARAMETERS.items() <= defaults.items() and len(set(defaults["seeds"])) == len(defaults["seeds"]) >= 3
     assert all(len(parameter["help"]) > 10 for parameter in found.values())
+    assert found["seeds"]["inferred_type_name"] == "list", "declared, so that a text is read as a list"
 
 
 def execute(path: Path, folder: Path, **parameters) -> None:
@@ -94,8 +97,9 @@ def check_one_seed(folder: Path, paper: str) -> None:
 
 
 def test_a_notebook_writes_its_record(tmp_path):
-    execute(ROOT / "nbs" / "papers" / "acdc.ipynb", tmp_path, seeds=[0])
+    execute(ROOT / "nbs" / "papers" / "acdc.ipynb", tmp_path, seeds="[10]")  # as papermill's -p hands it over
     check_one_seed(tmp_path, "acdc")
+    assert all(Claim.load(record).seeds == [10] for record in (tmp_path / "records").glob("*.json"))
 
 
 @pytest.mark.slow
@@ -130,3 +134,13 @@ def test_a_row_that_fails_side_by_side_says_why(tmp_path):
     base = Config(model="mlp", model_options={"widths": [16]}, objective="natural", eps=0.0, epochs=2, runs_dir=str(tmp_path))
     with pytest.raises(TrainingStopped, match="has diverged .* Lower lr"):
         train_rows(base, {"high": {"lr": 1e30, "optimizer": "sgd", "grad_clip": 0.0}, "low": {}}, [0])
+
+
+def test_a_ticket_whose_rounds_stay_at_chance_is_a_row(tmp_path):
+    base = Config(model="mlp", model_options={"widths": [16] * 8}, objective="natural", eps=0.0, epochs=6, optimizer="sgd", lr=1e-7,
+                  method="imp", sparsity=0.3, method_options={"rate": 0.2}, train_samples=200, runs_dir=str(tmp_path))
+    with pytest.raises(TrainingStopped, match="has been at chance level"):
+        train(replace(base, seed=1), [])
+    runs = train_rows(base, {"imp": {}}, [0])
+    assert runs["imp"][0].finished and len(runs["imp"][0].rounds) == 2 and collapsed(runs) == {"imp": [0]}
+    assert 0.02 < accuracies(runs)["imp"][0] < 0.25

@@ -510,3 +510,15 @@ def test_external_network(task):  # noqa: F811
     for below, above in itertools.pairwise([*found, searched, seen]):
         assert (below <= above + 1e-3 * (1 + below.abs())).all()
     assert complete.count("verified") >= int((found[-1] > 1e-3).sum())
+
+
+def test_what_ibp_proves_is_not_attacked():
+    """An attack of many steps is for what the cheapest bound leaves open."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.rand(6, 4)
+    y = net(x).argmax(1)
+    sure, open_ = decide(net, x, y, 1e-5, 600), decide(net, x, y, 0.5, 600)
+    assert all(list(record.seconds) == ["clean", "ibp"] and record.verdict == "verified" for record in sure.records)
+    broken = [record for record in open_.records if record.stage == "pgd"]
+    assert broken and all(list(record.seconds) == ["clean", "ibp", "pgd"] for record in broken)

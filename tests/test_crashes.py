@@ -1,6 +1,5 @@
 """A run that is killed at its k-th change of the disk, for every k, resumes to the same bits; one flipped bit in any file is noticed."""
 import json
-import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -17,12 +16,6 @@ from sparselab.learn.runs import Run
 
 SHORT = dict(model="mlp", model_options={"widths": [6]}, epochs=2, eps=0.02, train_samples=40, test_samples=4, batch_size=20, device="cpu",
              method="set", sparsity=0.5, method_options={"update_every": 1}, objective="natural")
-
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch):
-    """A killed process loses nothing that it has written; only a machine without power does. So the disk is not waited for."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def files_of(run: Run) -> dict[str, bytes]:

@@ -217,13 +217,17 @@ def test_relus_that_are_no_modules_are_written_out_or_refused():
         graft(model, {"axt": torch.ones(5, dtype=torch.bool)})
 
 
-def test_a_grafted_network_is_not_compacted_by_mistake():
-    model, x = grafted("mlp", sparsity=0.9).eval(), torch.rand(4, 1, 8, 8)
-    try:
-        small = compact(model, x[:2])
-    except ValueError:
-        return
-    assert torch.allclose(small(x), model(x), atol=1e-5)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_compact_grafted_network_has_the_same_outputs_and_bounds(name):
+    """Units that nobody reads go, whether they are lines or ReLUs."""
+    model, x = grafted(name, sparsity=0.97).eval(), torch.rand(4, *MODELS[name])
+    small = compact(model, x[:2])
+    before, after = (sum(p.numel() for p in net.parameters()) for net in (model, small))
+    assert after < before and len(lines(small)) == len(lines(model)) > 0
+    torch.testing.assert_close(small(x), model(x), atol=1e-6, rtol=0)
+    for method in METHODS:
+        for mine, theirs in zip(bounds(small, *input_box(x, 0.02), method), bounds(model, *input_box(x, 0.02), method), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
 
 
 def test_a_run_says_what_it_grafted_and_its_weights_can_be_loaded(tmp_path):

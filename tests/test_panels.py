@@ -230,8 +230,8 @@ def test_flow_against_sets(seed, updates):
     for step, mask in enumerate(masks[1:], 1):
         history.record(step, {name: torch.from_numpy(m) for name, m in mask.items()})
     on = [{(name, i) for name, mask in m.items() for i in np.flatnonzero(mask)} for m in masks]
-    drawn = {trace.name: trace for trace in updates_panel(Given(history=history)).figure.data[:3]}
-    drawn |= {trace.name: trace for trace in updates_panel(Given(history=history)).figure.data[9:]}
+    traces = updates_panel(Given(history=history)).figure.data
+    drawn = {trace.name: trace for trace in (*traces[:3], *traces[9:])}
     ever = set()
     for at, now in enumerate(on):
         before = on[max(at - 1, 0)]

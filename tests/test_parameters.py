@@ -17,7 +17,7 @@ NBS = Path(__file__).resolve().parents[1] / "nbs"
 
 
 def has_parameters(path: Path) -> bool:
-    return any("parameters" in cell.metadata.get("tags", ()) for cell in nbformat.read(path, 4).cells)
+    return any("parameters" in cell["metadata"].get("tags", ()) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
 
 
 NOTEBOOKS = [path for path in sorted(NBS.rglob("*.ipynb")) if has_parameters(path)]
@@ -45,6 +45,7 @@ def executed(path: Path, parameters: dict) -> dict:
     raise AssertionError(f"{path} does not read its parameters")
 
 
+@lru_cache
 def defaults(path: Path) -> dict:
     namespace = executed(path, {})
     return {name: namespace[name] for name in namespace["__annotations__"]}

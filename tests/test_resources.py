@@ -10,6 +10,7 @@ from torch import nn
 
 from sparselab.learn import build
 from sparselab.learn.footprint import energy, latency, peak_activations, resources, stored_bytes
+from sparselab.learn.int8 import int8
 from sparselab.program import read
 from sparselab.sparse import sparsify
 
@@ -80,6 +81,15 @@ def test_peak_activations_by_hand():
 def test_what_cannot_be_run_is_a_sentence(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         resources(sparse(), **{"x": torch.rand(2, 1, 8, 8), "repeats": 1} | change)
+
+
+def test_a_network_whose_weights_are_elsewhere_is_a_sentence():
+    net, x = sparse().eval(), torch.rand(8, 1, 8, 8)
+    small = int8(net, x)
+    for weightless in (nn.Flatten(), small):
+        with pytest.raises(ValueError, match="counts the weights of a model, and .* has none"):
+            resources(weightless, x, repeats=0)
+    assert set(resources(net, x, repeats=1, int8=small).latencies) == {"dense", "int8"}
 
 
 def test_inputs_of_the_weights_type_are_run_whatever_it_is():

@@ -101,6 +101,29 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_option(tmp_path, method
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("value", [None, 0, {}, ["pgd"], "naturel"])
+@pytest.mark.parametrize(("method", "name"), [("hydra", "search_objective"), ("hard_concrete", "pretrain"), ("hard_concrete", "retrain")])
+def test_what_is_no_objective_is_refused_by_the_name_of_its_option(tmp_path, method, name, value):
+    with pytest.raises(ValueError, match=rf"^{name}(: There is no objective called| is a name in quotes; got) {re.escape(repr(value))}"):
+        train(config(method, tmp_path / "runs", method_options={name: value}, objective="pgd"), [])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("method", ["grafting", "scratch_e", "scratch_b"])
+def test_a_source_that_prunes_nothing_is_refused_where_weights_have_to_go(tmp_path, method):
+    with pytest.raises(ValueError, match="source 'dense' prunes nothing, and sparsity is 0.8"):
+        train(config(method, tmp_path / "runs", method_options={"source": "dense"}, objective="pgd"), [])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("method", "name", "value"), [("grafting", "source_options", "end"), ("scratch_e", "source_options", None),
+                                                       ("cactus", "rates", [0.5, 1])])
+def test_what_is_none_of_its_kind_is_refused_by_the_name_of_its_option(tmp_path, method, name, value):
+    with pytest.raises(ValueError, match=rf"{name}.* got {value if method != 'cactus' else 1!r}"):
+        train(config(method, tmp_path / "runs", method_options={name: value}, objective="pgd"), [])
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("method", ["hydra", "edge_popup"])
 @pytest.mark.parametrize("layer", [nn.ConvTranspose2d(6, 4, 3, groups=2), nn.ConvTranspose1d(3, 8, 5), nn.Conv2d(6, 4, 3, groups=2),
                                    nn.Linear(12, 5)])

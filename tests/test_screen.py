@@ -9,6 +9,7 @@ pytest.importorskip("playwright", reason="playwright is not installed: pip insta
 from lab import Notebook, browser, server, until
 
 from sparselab.learn import Run, examples
+from sparselab.view import PANELS
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,7 @@ def book(tmp_path_factory):
         drawn = "() => document.querySelectorAll('.sparselab-canvas[data-drawn]').length >= 4"
         until(lambda: book.page.evaluate(drawn), 90, lambda: f"{book.errors} {book.tracebacks()}")
         until(lambda: book.value("len(live.snapshot.metrics)") > 1, 90)
+        assert book.value("live.snapshot.step") > 5
         book.do("live.stop()")
         yield book
         assert book.errors == [] and book.tracebacks() == []
@@ -48,6 +50,10 @@ def in_sight(book: Notebook, explorer: int) -> list[str]:
     found = places(book, explorer)
     left, top, right, bottom = found.pop("window")
     return [name for name, (x0, y0, x1, y1) in found.items() if x0 < left or y0 < top or x1 > right or y1 > min(bottom, 900)]
+
+
+def test_no_panel_has_a_problem(book):
+    assert book.value("[block.problem.value for block in explorer.sides[0].blocks]") == [""] * len(PANELS)
 
 
 def scroll(book: Notebook, explorer: int, down: int = 0) -> None:

@@ -462,6 +462,42 @@ def test_every_objective_has_the_loss_and_gradients_of_the_dense_network(goal, n
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5), key
 
 
+def test_entries_are_kept_while_the_mask_is():
+    model, masks = sparse_model("cnn4", 0.9)
+    net = Rows(model, torch.rand(2, 1, 8, 8))
+    net.index(masks)
+    entries = {layer.weight: layer.entries for layer in net.layers}
+    changed = masks["conv2.weight"].copy()
+    changed.flat[[changed.argmax(), changed.argmin()]] = False, True  # as many weights as before, in other places
+    with torch.no_grad():
+        model.conv2.weight[:] = torch.from_numpy(changed).float()
+    net.index(masks | {"conv2.weight": changed}, every=True)
+    assert [layer.weight for layer in net.layers if layer.entries is not entries[layer.weight]] == ["conv2.weight"]
+    net.index(masks | {"conv2.weight": changed})
+    x = torch.rand(5, 1, 8, 8)
+    assert torch.allclose(logits(net, torch.from_numpy(net.values.flat), x), model(x), atol=1e-5)
+
+
+@numba_or_not
+def test_images_come_and_go_in_any_layout(numba):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    net = Rows(model, torch.rand(2, 3, 7, 7))
+    with machine(numba):
+        net.index({})
+    x, weights = torch.rand(20, 3, 7, 7), torch.randn(20, 2, 3, 3)
+    truth = torch.autograd.grad((model(x.requires_grad_()) * weights).sum(), [x, *model.parameters()])
+    for turned in (False, True):
+        given, pull = (part.detach().permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2) if turned else part.detach() for part in (x, weights))
+        given, flat = given.requires_grad_(), torch.from_numpy(net.values.flat.copy()).requires_grad_()
+        with machine(numba):
+            z = logits(net, flat, given)
+            gx, gflat = torch.autograd.grad(z, [given, flat], pull)
+        assert torch.allclose(z, model(x), atol=1e-5) and torch.allclose(gx, truth[0], atol=1e-5)
+        for (name, _), g in zip(model.named_parameters(), truth[1:], strict=True):
+            assert torch.allclose(torch.from_numpy(net.values.of(name, gflat.numpy())), g.reshape(-1), rtol=1e-4, atol=1e-4)
+
+
 def test_an_attack_on_the_rows_ends_where_that_on_the_network_ends():
     for name in ("cnn4", "ctbench_cnn4_bn"):
         torch.manual_seed(0)

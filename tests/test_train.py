@@ -5,8 +5,10 @@ import os
 import random
 import signal
 import subprocess
+import tempfile
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,8 +29,16 @@ SMALL = dict(model="mlp", model_options={"widths": [24, 24]}, epochs=4, eps=0.02
              method_options={"update_every": 3})
 
 
+@cache
+def warm() -> None:
+    """Train once in this process: what that imports and compiles, the processes forked from it have, and are killed while they train."""
+    with tempfile.TemporaryDirectory() as folder:
+        train(Config(**SMALL | {"epochs": 1, "test_samples": 2}, runs_dir=folder), [])
+
+
 def in_child(config: Config, killed_after: float | None = None) -> None:
     """Train `config` in a forked process; kill -9 it after some seconds, or wait for it to end."""
+    warm()
     child = os.fork()
     if child == 0:
         try:
@@ -56,6 +66,7 @@ def left_by(run: Run) -> dict:
 
 def killed_and_resumed(tmp_path: Path, moments: int, **options) -> None:
     whole = Config(**SMALL | options, runs_dir=str(tmp_path / "whole"))
+    warm()
     started = time.perf_counter()
     in_child(whole)
     length = time.perf_counter() - started

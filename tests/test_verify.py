@@ -14,6 +14,7 @@ from sparselab.robust import verification as module
 from sparselab.robust.attacks import pgd, survivors
 from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
 from sparselab.robust.boxes import Interval
+from sparselab.robust.cascade import decide
 from sparselab.robust.lirpa import load
 from sparselab.robust.modes import worst_margin
 from sparselab.robust.relu import ReLU
@@ -322,3 +323,19 @@ def test_a_short_attack_finds_a_false_proof_that_no_fixed_point_shows(monkeypatc
         verify(net, x, y, 0.1, "ibp")
     monkeypatch.setattr(module, "ATTACKED", 0)
     assert verify(net, x, y, 0.1, "ibp").verified.all(), "the corners and points that are always asked do not show it"
+
+
+SWITCHES = {"sound of verify": lambda value, *task: verify(*task, sound=value),
+            "early_stop of pgd": lambda value, *task: pgd(*task, early_stop=value),
+            "sound of bounds": lambda value, model, x, y, eps: bounds(model, *input_box(x, eps), sound=value),
+            "sound of verify with a budget": lambda value, *task: verify(*task, budget=1, sound=value),
+            "progress of decide": lambda value, *task: decide(*task, 1, progress=value)}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("value", ["no", "False", 0, 1, None, [], 0.0])
+def test_a_switch_is_true_or_false(name, value):
+    """The text "no" counts as True in Python, and is refused like every other value."""
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.rand(2, 1, 2, 2)
+    with pytest.raises(ValueError, match=f"{name.split()[0]}=.*{'function' if 'progress' in name else 'True or False'}"):
+        SWITCHES[name](value, model, x, torch.zeros(2, dtype=torch.long), 0.1)

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("anywidget", reason="anywidget is not installed: pip install 'sparselab[lab]'")
 
+from ipywidgets import Widget
+
 from sparselab.learn import Config, Live, Run, train
 from sparselab.notebooks import at_root
 from sparselab.view import Explorer
@@ -240,6 +242,22 @@ def test_two_runs_share_the_y_axes_of_their_panels(pair):
         for trace in block.panel.figure.data:
             low, high = found["yaxis" + (trace.yaxis or "y")[1:]]
             assert low <= min(trace.y) and max(trace.y) <= high
+
+
+def test_what_a_key_press_sends_begins_with_the_mask_and_ends_with_the_slider(configs, monkeypatch):
+    """The page draws as it is told: a slider that moves first takes a frame of its own, and the mask comes a frame later."""
+    monkeypatch.setattr("sparselab.view.explorer.explorer.CALM", 600)  # what is drawn at rest comes later
+    explorer = Explorer(Live(configs[0]).folder)
+    explorer.go(explorer.moments[0])
+    canvas, sent = explorer.sides[0].mask.content, []
+    monkeypatch.setattr(Widget, "_send", lambda widget, message, buffers=None: sent.append((widget, message["method"], set(message["state"]))))
+    for count, key in enumerate(("ArrowRight", "ArrowRight", "ArrowLeft", "End"), 1):
+        sent.clear()
+        canvas.set_state({"presses": [count, key]})
+        told = [(widget, state) for widget, method, state in sent if method == "update"]
+        assert sent[0][:2] == (canvas, "echo_update") and told[0][0] is canvas and "version" in told[0][1], "the mask is first"
+        assert told[-1][0] is explorer.timeline
+        assert len(told) == len({id(widget) for widget, _ in told}) <= 9, "each widget is told once"
 
 
 def test_paths_count_from_the_root_of_the_repository(monkeypatch):

@@ -27,6 +27,7 @@ _HOME = {  # public name -> the module that defines it
     "Unrolled": "unrolled",
     "as_texts": "text",
     "build": "models",
+    "certify": "certifying",
     "corrupt": "corruptions",
     "corruption_accuracy": "corruptions",
     "evaluate": "evaluation",
@@ -73,6 +74,7 @@ __all__ = [
     "Unrolled",
     "as_texts",
     "build",
+    "certify",
     "corrupt",
     "corruption_accuracy",
     "evaluate",
@@ -98,6 +100,7 @@ __all__ = [
 __getattr__, __dir__ = lazy(__name__, _HOME)
 
 if TYPE_CHECKING:
+    from .certifying import certify
     from .claims import Claim, Comparison
     from .config import Config
     from .corruptions import CORRUPTIONS, corrupt, corruption_accuracy

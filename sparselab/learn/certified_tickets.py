@@ -63,7 +63,7 @@ class CertifiedTickets(IMP):
     """Iterative pruning with rewinding under RS or NRS; the summary says which rounds are certified tickets (arXiv 2206.07311).
 
     `regularizer`: "nrs", "rs" or "none", weighted by `weight` in every round, with bounds by `bounds` ("ibp", "crown_ibp" or "crown");
-    `score`: what a round is pruned by, "magnitude" or "nrs"; `rate`, `rewind_epochs`: as of `imp`.
+    `score`: what a round is pruned by, "magnitude" or "nrs"; `rate`, `rewind`, `rewind_epochs`: as of `imp`.
     """
 
     regularizer: str = "nrs"

@@ -135,7 +135,10 @@ class Resources(Shown):
 
 
 def _check(model: nn.Module, x: Tensor, batches: Sequence[int], repeats: int, others: Mapping[str, Callable]) -> None:
-    kind = next(model.parameters()).dtype
+    kind = next((p.dtype for p in model.parameters()), None)
+    if kind is None:
+        raise ValueError(f"resources counts the weights of a model, and {type(model).__name__} has none: a network in int8 has them elsewhere, "
+                         "and can be timed beside its float twin, resources(model, x, int8=network).")
     if not isinstance(x, Tensor) or x.dim() < 2 or not len(x) or x.dtype == torch.uint8 or x.is_floating_point() and x.dtype != kind:
         got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"resources runs the model on inputs like those of x, a batch of at least one in {kind} as the weights are "

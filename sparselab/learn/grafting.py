@@ -18,12 +18,11 @@ from .config import Config
 from .data import to_float
 from .jackpots import FineTuned
 from .learner import Learner
-from .rounds import final_masks
+from .rounds import check_source, final_masks
 from .training import few_threads, repeatable
 from ..robust.grafting import graft, grafted_counts, instability, neurons_to_graft, random_neurons, significance, sites
 from ..sparse.pruning import check_count, check_number, check_share
 from ..sparse.scores import generator_for
-from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/50_grafting.ipynb #811dc660
 CHOICES = ("score", "random")
@@ -69,7 +68,7 @@ class Grafting(FineTuned):
         check_number("slope", self.slope, least=-torch.inf, above=True)
         if self.choose == "score" and self.share and not self.config.eps:
             raise ValueError("The score asks which neurons are unstable on boxes of radius eps, and eps is 0: give eps, or choose 'random'.")
-        check_known("method to prune with", self.source, METHODS)
+        check_source(self.source, self.source_options, self.config.sparsity)
         super().check()
         if not sites(new_model(self.config, self.data, self.config.seed), to_float(self.data.train.images[:1])):
             raise ValueError(f"The model {self.config.model!r} has no ReLU that could be grafted.")

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from .assembly import Start, make_learner
 from .config import Config
-from .jackpots import FineTuned
+from .jackpots import FineTuned, check_objective
 from .rounds import final_masks
 from ..sparse.pruning import check_count
 
@@ -30,6 +30,8 @@ class PrunedByHYDRA(FineTuned):
 
     def check(self) -> None:
         check_count("search_epochs", self.search_epochs)
+        if self.search_objective != "":
+            check_objective("search_objective", self.search_objective)
         super().check()
         make_learner(self.searching, data=self.data)
 

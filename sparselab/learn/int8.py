@@ -18,20 +18,32 @@ from .costs import silent_copy
 def int8(model: nn.Module, x: Tensor) -> nn.Module:
     """A copy of `model`, in eval mode and on the CPU, whose linear and convolutional layers compute in 8 bits.
 
-    `x`: images that the activations are calibrated on. Raises ValueError for a model that torch.fx cannot trace.
+    `x`: a batch of float32 images that the activations are calibrated on. Raises ValueError for other inputs, and for a model that
+    torch.fx cannot trace or that does not run in 8 bits; ImportError where PyTorch has no quantisation.
     """
-    from torch.ao.quantization import get_default_qconfig_mapping  # takes a second, and few need it
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-
-    model, x = silent_copy(model).cpu().eval(), x.cpu()
+    try:
+        from torch.ao.quantization import get_default_qconfig_mapping  # takes a second, and few need it
+        from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+    except ImportError as error:
+        raise ImportError(f"int8 needs PyTorch's own quantisation, torch.ao.quantization, and PyTorch {torch.__version__} does not have it "
+                          f"({error}). PyTorch 2.13 has.") from error
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or not len(x):
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"int8 is calibrated on a batch of at least one image in torch.float32 (to_float makes it of uint8 images); got {got}.")
+    model, x = silent_copy(model).cpu().float().eval(), x.cpu()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the removal, see above
         try:
             observed = prepare_fx(model, get_default_qconfig_mapping("fbgemm"), (x,))
-        except (torch.fx.proxy.TraceError, TypeError) as error:
+        except Exception as error:  # whatever Python does with a stand-in for a tensor
             raise ValueError(f"{type(model).__name__} cannot be quantised: torch.fx cannot trace it ({error}).") from error
-        observed(x)
-        return convert_fx(observed)
+        try:
+            observed(x)
+            small = convert_fx(observed)
+            small(x)
+        except Exception as error:  # whatever a layer does with the integers of the one before it
+            raise ValueError(f"{type(model).__name__} cannot be quantised: it does not run in 8 bits ({error}).") from error
+        return small
 
 
 def saved_bytes(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import counted, unknown
-from .claims import Claim
+from .claims import OURS, Claim
 from .config import Config
 from .runs import Run
 
@@ -37,17 +37,19 @@ def seconds(runs: Mapping[str, Sequence[Run]]) -> float:
 
 # %% ../../nbs/learn/45_papers.ipynb #7d054272
 def claims_table(folder: str | Path) -> str:
-    """A Markdown table of every record in `folder`: paper, claim, verdict here and what failed, evidence."""
-    lines = ["| paper | claim | verdict here | evidence |", "| --- | --- | --- | --- |"]
+    """A Markdown table of every record in `folder`: paper, claim and whose, verdict here and what failed, setting, dense row, other rows."""
+    lines = ["| paper | claim | whose | verdict here | setting | dense | other rows (training FLOPs, dense = 1) |", "| --- " * 7 + "|"]
     for path in sorted(Path(folder).glob("*.json"), key=lambda path: path.stem):
         claim = Claim.load(path)
         paper = f"[{claim.name}](nbs/papers/{claim.paper}.ipynb) ([{claim.arxiv}](https://arxiv.org/abs/{claim.arxiv}))"
         failed = [f"{each}{'' if verdict == claim.verdict else ' ' + verdict}" for each, verdict in claim.verdicts.items()
                   if verdict != "holds"]
         verdict = f"**{claim.verdict}**{': ' * bool(failed)}{'; '.join(failed)}"
-        found = "; ".join(f"{name} {claim.shown(name)}" for name in claim.values)
-        evidence = f"{claim.metric}, {claim.setting}, {counted(len(claim.seeds), 'seed')}: {found}"
-        lines.append(f"| {paper} | {claim.claim} | {verdict} | {evidence} |")
+        costs = {name: f" ({share:.2g})" for name, share in claim.flops.items()}
+        rows = "; ".join(f"{name} {claim.shown(name)}{costs.get(name, '')}" for name in claim.values if name != "dense")
+        dense = claim.shown("dense") if "dense" in claim.values else "-"
+        setting = f"{claim.metric}, {claim.setting}, {counted(len(claim.seeds), 'seed')}"
+        lines.append(f"| {paper} | {claim.claim} | {claim.whose} | {verdict} | {setting} | {dense} | {rows} |")
     return "\n".join(lines) + "\n"
 
 
@@ -65,17 +67,22 @@ VERDICTS = ("holds", "undecided", "does not hold")
 
 
 def papers_table(papers: Sequence[Mapping], folder: str | Path) -> str:
-    """A Markdown table of `papers`, with how many of their claims in `folder` came out how.
+    """A Markdown table of `papers`, with how many of their claims in `folder`, and of our questions about them, came out how.
 
     A paper has `arxiv`, `name`, `methods`, `notebooks`, and, without a claim to test, a sentence `instead`.
     """
     claims = [Claim.load(path) for path in Path(folder).glob("*.json")]
-    lines = ["| paper | methods | notebook | its claims here |", "| --- | --- | --- | --- |"]
+    lines = ["| paper | methods | notebook | its claims here | our questions |", "| --- " * 5 + "|"]
+
+    def counts(found: Sequence[Claim]) -> str:
+        verdicts = [claim.verdict for claim in found]
+        return ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in VERDICTS if verdict in verdicts)
+
     for paper in papers:
-        verdicts = [claim.verdict for claim in claims if claim.arxiv == paper["arxiv"]]
-        found = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in VERDICTS if verdict in verdicts)
+        about = [claim for claim in claims if claim.arxiv == paper["arxiv"]]
+        its, ours = (counts([claim for claim in about if (claim.source == OURS) == is_ours]) for is_ours in (False, True))
         methods = " ".join(f"`{method}`" for method in paper["methods"])
         notebooks = ", ".join(f"[{name}](nbs/papers/{name}.ipynb)" for name in paper["notebooks"])
         name = f"{paper['name']} ([{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']}))"
-        lines.append(f"| {name} | {methods} | {notebooks} | {paper.get('instead') or found} |")
+        lines.append(f"| {name} | {methods} | {notebooks} | {paper.get('instead') or its} | {ours} |")
     return "\n".join(lines) + "\n"

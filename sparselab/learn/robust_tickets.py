@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from .assembly import Start, make_learner
 from .config import Config
-from .jackpots import FineTuned
+from .jackpots import FineTuned, check_objective
 from .rounds import final_masks
 from ..sparse.pruning import check_count
 
@@ -33,6 +33,8 @@ class RobustTickets(FineTuned):
 
     def check(self) -> None:
         check_count("retrain_epochs", self.retrain_epochs)
+        for option in ("pretrain", "retrain"):
+            check_objective(option, getattr(self, option))
         super().check()
         make_learner(self.changed("dense", **self.goal(self.retrain)), data=self.data)
 

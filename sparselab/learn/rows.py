@@ -518,6 +518,7 @@ class Rows:
         self._apply_activations_at_once()
         self.free: dict[tuple[int, int], list[Pass]] = {}
         self.indexed = 0  # how often
+        self.values: Values | None = None  # once it is indexed
 
     @property
     def weights(self) -> list[str]:
@@ -531,12 +532,13 @@ class Rows:
         """
         self.free, self.indexed = {}, self.indexed + 1  # what old masks have left in their rows is nobody's
         masks = {name: masks.get(name, np.ones(self.parameters[name].shape, bool)) for name in self.weights}
-        self.values = Values(self.trained, masks)
+        before, self.values = self.values.kept if self.values else {}, Values(self.trained, masks)
         for name, parameter in self.trained.items():
             self.values.of(name)[:] = self.values.gather(name, parameter).numpy()
         for layer in self.layers:
             if isinstance(layer, Sparse) and layer.weight is not None:
-                layer.index(masks[layer.weight])
+                if layer.entries is None or not np.array_equal(before[layer.weight], self.values.kept[layer.weight]):
+                    layer.index(masks[layer.weight])
         self.live = live = [np.full(math.prod(shape), every or place == self.out) for place, shape in enumerate(self.shapes)]
         for layer in reversed(self.layers):
             for place, rows in zip(layer.src, layer.reads(live[layer.dst]), strict=True):
@@ -969,7 +971,7 @@ class Outputs:
         net.forward(p, x)
         if update and not running:
             net.update_statistics(p)
-        self.z = p.tensor(net.out).T.clone(memory_format=torch.contiguous_format).view(len(x), *net.shapes[net.out]).numpy()
+        self.z = _images(p.tensor(net.out), net.shapes[net.out]).numpy()
 
     def backward(self, gz: np.ndarray, grad: np.ndarray | None, keep: dict | None = None, of_input: bool = False) -> Tensor | None:
         """Add the gradients of the values to `grad`, unless it is None, and return that of the images if it is wanted."""
@@ -977,9 +979,16 @@ class Outputs:
         g = through(torch.from_numpy(gz).reshape(len(gz), -1).T, p.tensor(net.out), net.slope[net.out])
         torch.from_numpy(p.gradient(net.out)).copy_(g)
         net.backward(p, grad, of_input=of_input)
-        gx = torch.from_numpy(p.gradient(0)).T.clone(memory_format=torch.contiguous_format).view(self.shape) if of_input else None
+        gx = _images(torch.from_numpy(p.gradient(0)), self.shape[1:]) if of_input else None
         net.take_back(p) if keep is None else keep.update({"passes": [p]})
         return gx
+
+
+def _images(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A copy of all rows as (B, *shape); of images in memory as it is, the batch innermost, since moving it would take longer than a sparse layer."""
+    if len(shape) == 1:
+        return rows.T.clone(memory_format=torch.contiguous_format)
+    return rows.clone().view(*shape, -1).movedim(-1, 0)
 
 
 class _Certified(Function):

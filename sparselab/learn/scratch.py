@@ -9,14 +9,12 @@ __all__ = ['matched_epochs', 'ScratchE', 'ScratchB', 'DSTEnsemble']
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ..errors import check_known
 from .assembly import Start, make_learner, new_model, trained_model
 from .config import Config
 from .ensembles import ensemble_summary
 from .learner import Learner
-from .rounds import Procedure, final_masks, sparsity_of
+from .rounds import Procedure, check_source, final_masks, sparsity_of
 from ..sparse.pruning import check_number
-from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/41_scratch.ipynb #da21f532
 def matched_epochs(epochs: int, dense: float, pruned: float, most: float) -> int:
@@ -42,7 +40,7 @@ class ScratchE(Procedure):
         return self.changed(self.source, method_options=self.source_options)
 
     def check(self) -> None:
-        check_known("method to prune with", self.source, METHODS)
+        check_source(self.source, self.source_options, self.config.sparsity)
         make_learner(self.pruned, data=self.data)
 
     def epochs_of(self, flops: dict) -> int:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXTS', 'ENCODERS', 'Sentences', 'package_file', 'held_out', 'from_csv', 'rotten_tomatoes', 'made_up', 'sentences',
            'Words', 'Pieces', 'Texts', 'as_texts', 'TextModel', 'Scratch', 'Pretrained', 'encoder_folder',
-           'first_layers', 'without_bars', 'text_model', 'accuracy']
+           'first_layers', 'without_bars', 'text_model', 'check_some', 'accuracy']
 
 # %% ../../nbs/learn/63_text.ipynb #66cbe201
 import csv
@@ -13,7 +13,7 @@ import importlib.util
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..errors import unknown
 from .data import epoch_generator, torch_seed
 from ..robust.modes import eval_mode
+from ..sparse.pruning import check_count
 
 # %% ../../nbs/learn/63_text.ipynb #f39084a8
 class Sentences(NamedTuple):
@@ -47,8 +48,11 @@ def package_file(package: str, *parts: str, of: str) -> Path:
 
 
 def held_out(texts: Sequence[str], labels: Sequence[int], classes: Sequence[str], source: str) -> Sentences:
-    """The sentences with a fixed fifth of every class as the test set."""
+    """The sentences with a fixed fifth of every class as the test set. Raises ValueError where a class has too few for that."""
     order, y = np.random.default_rng(0).permutation(len(labels)), np.array(labels)
+    for k, name in enumerate(classes):
+        if (count := int(np.sum(y == k))) < 3:
+            raise ValueError(f"{source} has {count} of the class {name!r}; three sentences are the least, one of which is for the test.")
     test = np.concatenate([order[y[order] == k][: round(np.sum(y == k) / 5)] for k in range(len(classes))])
     train = np.setdiff1d(order, test)
     pairs = [([texts[i] for i in part], y[part].tolist()) for part in (train, np.sort(test))]
@@ -58,14 +62,21 @@ def held_out(texts: Sequence[str], labels: Sequence[int], classes: Sequence[str]
 def from_csv(path: str | Path, keep: Callable[[dict], bool] = lambda row: True) -> Sentences:
     """The rows of a CSV or TSV file with the columns `text` and `label` for which `keep` is true; a fixed fifth is the test set.
 
-    Labels are class names or numbers, sorted. Raises ValueError for a file without these columns, or with fewer than two classes.
+    Labels are class names or numbers, sorted. Raises ValueError for a file that is not UTF-8 or without these columns, for a row without
+    a text or a label, and for fewer than two classes or three sentences of one.
     """
-    path = Path(path)
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        if not {"text", "label"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path.name} needs the columns text and label; it has {', '.join(rows.fieldnames or ())}.")
-        pairs = [(row["text"], row["label"]) for row in rows if keep(row)]
+    path, pairs = Path(path), []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            if not {"text", "label"} <= set(rows.fieldnames or ()):
+                raise ValueError(f"{path.name} needs the columns text and label; it has {', '.join(rows.fieldnames or ['none'])}.")
+            for row in filter(keep, rows):
+                if not row["text"] or not row["label"]:
+                    raise ValueError(f"{path.name} has no {'text' if row['label'] else 'label'} in line {rows.line_num}: give both, or leave it out.")
+                pairs.append((row["text"], row["label"]))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 ({error}): save it as UTF-8.") from error
     classes = sorted({label for _, label in pairs})
     if len(classes) < 2:
         raise ValueError(f"{path.name} has {len(classes)} classes among its {len(pairs)} sentences; two are the least.")
@@ -102,13 +113,15 @@ TEXTS: dict[str, Callable[[], Sentences]] = {"rotten_tomatoes": rotten_tomatoes,
 def sentences(name: str) -> Sentences:
     """A set of `TEXTS`, or the CSV or TSV file at the path `name`, see `from_csv`.
 
-    Raises FileNotFoundError, saying what to install, where its package is missing, and ValueError for another name.
+    Raises FileNotFoundError where the file or, saying what to install, the package is missing, and ValueError for another name.
     """
     if name in TEXTS:
         return TEXTS[name]()
-    if Path(name).suffix in (".csv", ".tsv") and Path(name).is_file():
+    if str(name).lower().endswith((".csv", ".tsv")):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"There is no file of sentences {name}, from {Path.cwd()}.")
         return from_csv(name)
-    raise unknown("set of sentences", name, TEXTS)
+    raise unknown("set of sentences", name, [*TEXTS, "a CSV or TSV file"])
 
 # %% ../../nbs/learn/63_text.ipynb #09a292c5
 class Words:
@@ -174,6 +187,8 @@ def as_texts(pairs: tuple[Sequence[str], Sequence[int]], tokenizer: Words | Piec
 
     Raises ValueError when none fits.
     """
+    check_count("count", count)
+    check_count("max_tokens", max_tokens, least=1)
     numbers = tokenizer(pairs[0])
     fits = [i for i, row in enumerate(numbers) if 0 < len(row) <= max_tokens]
     if not fits:
@@ -223,6 +238,9 @@ class Scratch(TextModel):
         return self.embedding(tokens)
 
     def encode(self, embedded: Tensor, there: Tensor) -> Tensor:
+        if embedded.shape[1] > (most := self.position.num_embeddings):
+            raise ValueError(f"This encoder reads at most max_tokens={most} tokens of a sentence; got {embedded.shape[1]}. "
+                             "Ask as_texts for no more.")
         place = self.position(torch.arange(embedded.shape[1], device=embedded.device))
         return self.encoder(embedded + place, src_key_padding_mask=~there)
 
@@ -280,9 +298,10 @@ def without_bars() -> Iterator[None]:
 def text_model(name: str, found: Sentences, layers: int = 0, seed: int = 0) -> tuple[TextModel, Words | Pieces]:
     """A classifier of the sentences `found` and its tokenizer: "scratch", or a pre-trained encoder by name, folder or hub repository.
 
-    `layers`: the first ones of a pre-trained encoder, or all if 0; what is new is drawn from `seed`. Raises FileNotFoundError and ImportError
-    that say what to install, and what transformers raises for a name that it does not know.
+    `layers`: the first ones of a pre-trained encoder, or all if 0, and how many "scratch" has, 1 if 0; what is new is drawn from `seed`.
+    Raises FileNotFoundError that says what to install, ValueError for other layers, and what transformers raises for a name that it does not know.
     """
+    check_count("layers", layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed))
         if name == "scratch":
@@ -301,8 +320,15 @@ def text_model(name: str, found: Sentences, layers: int = 0, seed: int = 0) -> t
         return Pretrained(encoder, len(found.classes), tokenizer.pad), tokenizer
 
 # %% ../../nbs/learn/63_text.ipynb #2502ed3e
+def check_some(texts: Sized) -> None:
+    """Raise ValueError where there is no sentence to count over."""
+    if not len(texts):
+        raise ValueError("An accuracy is counted over sentences, at least one; got none.")
+
+
 @torch.no_grad()
 def accuracy(model: TextModel, texts: Texts, batch_size: int = 64) -> float:
-    """The share of sentences that `model`, in eval mode, has right."""
+    """The share of sentences that `model`, in eval mode, has right. Raises ValueError without a sentence."""
+    check_some(texts)
     with eval_mode(model):
         return sum(int((model(tokens).argmax(1) == y).sum()) for tokens, y in texts.batches(batch_size, shuffle=False)) / len(texts)

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import unknown
-from .text import Pieces, TextModel, Texts, Words
+from .text import Pieces, TextModel, Texts, Words, check_some
 from ..robust.modes import eval_mode
+from ..sparse.pruning import check_count
 from ..sparse.scores import generator_for
 
 # %% ../../nbs/learn/64_text_attacks.ipynb #67f9b719
@@ -50,8 +51,9 @@ def survives(model: TextModel, tokens: Tensor, y: Tensor, eps: float, steps: int
              generator: torch.Generator | None = None) -> Tensor:
     """(B,) True where `model`, in eval mode, is right at the embeddings themselves and wherever PGD went in the ball of radius `eps`.
 
-    Sentences that are broken are not attacked further. Raises ValueError for an unknown norm and a bad eps.
+    Sentences that are broken are not attacked further. Raises ValueError for an unknown norm, a bad eps and no steps.
     """
+    check_count("steps", steps, least=1)
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps={eps!r} is the radius of a ball of embeddings, a number of at least 0.")
     generator = generator or torch.Generator().manual_seed(0)
@@ -74,7 +76,8 @@ def survives(model: TextModel, tokens: Tensor, y: Tensor, eps: float, steps: int
 
 
 def robust_accuracy(model: TextModel, texts: Texts, eps: float, steps: int = 10, norm: str = "l2", seed: int = 0, batch_size: int = 64) -> float:
-    """The share of sentences that withstand `survives`."""
+    """The share of sentences that withstand `survives`. Raises ValueError without a sentence."""
+    check_some(texts)
     asked = [p for p in model.parameters() if p.requires_grad]
     for parameter in asked:  # only the embeddings need a slope
         parameter.requires_grad_(False)
@@ -91,8 +94,10 @@ def freelb(model: TextModel, tokens: Tensor, y: Tensor, steps: int = 2, step_siz
            norm: str = "l2", generator: torch.Generator | None = None) -> float:
     """Add to the gradients of `model` those of the mean loss over `steps` attacked embeddings; returns that loss (arXiv 1909.11764).
 
-    `start`: the norm of the first, random `delta`. `eps`: the radius that is not left, 0 for none, as in the paper.
+    `start`: the norm of the first, random `delta`. `eps`: the radius that is not left, 0 for none, as in the paper. Raises ValueError
+    without steps.
     """
+    check_count("steps", steps, least=1)
     there, generator, total = (tokens != model.pad), generator or torch.Generator().manual_seed(0), 0.0
     delta = random_delta(model.embed(tokens).detach(), there, start, norm, generator)
     for step in range(steps):
@@ -134,7 +139,7 @@ def misspelt(model: TextModel, tokenizer: Words | Pieces, text: str, label: int,
             return text
         words = text.split()
         shorter = [" ".join(words[:i] + words[i + 1:]) for i in range(len(words))]
-        order = losses_of(model, tokenizer, shorter, label)[0].argsort(descending=True, stable=True).tolist() if len(words) > 1 else [0]
+        order = losses_of(model, tokenizer, shorter, label)[0].argsort(descending=True, stable=True).tolist() if len(words) > 1 else range(len(words))
         changed = 0
         for i in order:
             options = misspellings(words[i], generator_for(seed, "misspell", text, i))
@@ -150,5 +155,9 @@ def misspelt(model: TextModel, tokenizer: Words | Pieces, text: str, label: int,
 
 def spelling_accuracy(model: TextModel, tokenizer: Words | Pieces, texts: Sequence[str], labels: Sequence[int], most: int = 3,
                       seed: int = 0) -> float:
-    """The share of sentences that are right however `misspelt` misspells them."""
+    """The share of sentences that are right however `misspelt` misspells them. Raises ValueError without a sentence and a label for each."""
+    check_some(texts)
+    if isinstance(texts, str) or len(texts) != len(labels):
+        got = repr(texts) if isinstance(texts, str) else len(texts)
+        raise ValueError(f"texts is a list of sentences, with a label each; got {got} and {len(labels)} labels.")
     return sum(misspelt(model, tokenizer, text, label, most, seed) is None for text, label in zip(texts, labels, strict=True)) / len(texts)

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .assembly import Start, make_learner
-from .callbacks import Record, StopWhenLost, Validate, collapse
+from .callbacks import Record, StopWhenLost, ToTheEnd, Validate, collapse
 from .changes import Changes
 from .config import Config
 from .costs import cost, silent_copy
@@ -95,9 +95,10 @@ def sample_margins(learner: Learner, config: Config, samples: int = 100) -> Marg
 
 # %% ../../nbs/learn/38_training.ipynb #16849643
 def watchers(folder: Path, config: Config, callbacks: Sequence[Callback] = ()) -> list[Callback]:
-    """The callbacks of a run in `folder`: those that validate, stop, record and make changes, then `callbacks`."""
+    """The callbacks of a run in `folder`: those that validate, stop (unless ToTheEnd is one), record and make changes, then `callbacks`."""
     validation = Validate(config.eps, config.engine, config.kernels)
-    return [validation, StopWhenLost(folder / "metrics.jsonl"), Record(folder, validation), Changes(folder), *callbacks]
+    stop = [] if any(isinstance(each, ToTheEnd) for each in callbacks) else [StopWhenLost(folder / "metrics.jsonl")]
+    return [validation, *stop, Record(folder, validation), Changes(folder), *callbacks]
 
 
 def begin(folder: Path, config: Config) -> None:

@@ -12,6 +12,7 @@ _HOME = {  # public name -> the module that defines it
     "LEARNED": "bounds",
     "LayerStability": "neurons",
     "METHODS": "bounds",
+    "Property": "properties",
     "UnsupportedLayer": "rules",
     "VERDICTS": "cascade",
     "Verdict": "cascade",
@@ -22,9 +23,12 @@ _HOME = {  # public name -> the module that defines it
     "check_order": "verification",
     "crown_ibp": "crown",
     "decide": "cascade",
+    "decide_instances": "properties",
+    "decide_property": "properties",
     "engine_table": "bounds",
     "eval_mode": "modes",
     "fgsm": "attacks",
+    "from_onnx": "onnx_files",
     "full_precision": "modes",
     "fused_upper": "crown",
     "graft": "grafting",
@@ -32,13 +36,18 @@ _HOME = {  # public name -> the module that defines it
     "input_box": "boxes",
     "interval_pass": "ibp",
     "margin_matrix": "boxes",
+    "opinion": "opinions",
     "pgd": "attacks",
+    "read_instances": "properties",
+    "read_vnnlib": "properties",
     "recorded_statistics": "ibp",
+    "robustness": "properties",
     "sites": "grafting",
     "stability": "neurons",
     "survivors": "attacks",
     "verify": "verification",
     "worst_margin": "modes",
+    "write_vnnlib": "properties",
     "written_out": "grafting",
 }
 __all__ = [
@@ -50,6 +59,7 @@ __all__ = [
     "LEARNED",
     "LayerStability",
     "METHODS",
+    "Property",
     "UnsupportedLayer",
     "VERDICTS",
     "Verdict",
@@ -60,9 +70,12 @@ __all__ = [
     "check_order",
     "crown_ibp",
     "decide",
+    "decide_instances",
+    "decide_property",
     "engine_table",
     "eval_mode",
     "fgsm",
+    "from_onnx",
     "full_precision",
     "fused_upper",
     "graft",
@@ -70,13 +83,18 @@ __all__ = [
     "input_box",
     "interval_pass",
     "margin_matrix",
+    "opinion",
     "pgd",
+    "read_instances",
+    "read_vnnlib",
     "recorded_statistics",
+    "robustness",
     "sites",
     "stability",
     "survivors",
     "verify",
     "worst_margin",
+    "write_vnnlib",
     "written_out",
 ]
 __getattr__, __dir__ = lazy(__name__, _HOME)
@@ -92,6 +110,9 @@ if TYPE_CHECKING:
     from .ibp import interval_pass, recorded_statistics
     from .modes import eval_mode, full_precision, worst_margin
     from .neurons import LayerStability, stability
+    from .onnx_files import from_onnx
+    from .properties import Property, decide_instances, decide_property, read_instances, read_vnnlib, robustness, write_vnnlib
+    from .opinions import opinion
     from .replay import Contradiction
     from .rules import UnsupportedLayer
     from .verification import Verification, check_order, verify

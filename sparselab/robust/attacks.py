@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check_known
-from .boxes import input_box
+from .boxes import check_switch, input_box
 from .modes import check_labels, eval_mode, full_precision, worst_margin
 
 # %% ../../nbs/robust/14_attacks.ipynb #dbe22d5c
@@ -124,7 +124,7 @@ def pgd(
     x = x.detach()
     box = input_box(x, eps)
     check_labels(x, y)
-    _check_options(steps, step_size, restarts, loss)
+    _check_options(steps, step_size, restarts, loss), check_switch("early_stop", early_stop)
     if eps == 0 or not len(x):
         return x.clone()
     generator = torch.Generator().manual_seed(0) if generator is None else generator

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import check_known, unknown
 from ..program import Program, read
 from .alpha import alpha_crown
-from .boxes import check_box, check_dense, input_box, margin_matrix, shortened
+from .boxes import check_box, check_dense, check_switch, input_box, margin_matrix, shortened
 from .crown import crown_ibp, crown_pass
 from .ibp import check_rows, interval_pass, middle
 from .lirpa import SOUND, always, lirpa_bounds
@@ -88,7 +88,7 @@ def bounds(
     (20_rounding), and have no gradient.
     """
     check_known("bound method", method, METHODS + LEARNED)
-    check_engine(engine)
+    check_engine(engine), check_switch("sound", sound)
     check_arguments(model, lower, upper, C, program)
     known = program or read(model, middle(lower, upper))
     if C is not None:

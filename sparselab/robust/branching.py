@@ -8,7 +8,7 @@ __all__ = ['TRIED', 'BATCH', 'STEPS', 'ROOT', 'FLOATS', 'WAITING', 'scores', 'ch
 # %% ../../nbs/robust/22_branching.ipynb #3a330c20
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -48,8 +48,8 @@ def _program(cost: np.ndarray, rows: np.ndarray, most: np.ndarray, limits: list,
     return linprog(cost, rows, most, bounds=limits, method="highs", options={"time_limit": max(seconds, 1e-3)})
 
 
-def leaf(net: Reduced, domain: Domains, seconds: float = 10.0) -> tuple[float, Tensor | None]:
-    """A lower bound of the margin on one domain without free neurons, tight up to rounding, and the point of its least value if one was found."""
+def leaf(net: Reduced, domain: Domains, seconds: float = 10.0) -> tuple[Domains, Tensor | None]:
+    """One domain without free neurons with the multipliers of its tight bound, up to rounding, and the point of its least value if one was found."""
     sign = domain.sign[0].to(net.h)
     on, Z, z0 = (sign > 0).to(net.h), net.G.clone(), net.h.clone()
     for group in net.groups:
@@ -72,7 +72,7 @@ def leaf(net: Reduced, domain: Domains, seconds: float = 10.0) -> tuple[float, T
             size = np.abs(cost).sum() + abs(float(net.c[row] + (net.M[row] * on) @ z0 + A @ net.centre))  # of the margin on the whole box
             beta = beta * ((1 + size) / violated.fun)
     found = bounded(net, margins_of(net, domain.row), Lines.of(net, domain.sign), domain.alpha, (sign * beta).unsqueeze(0))
-    return max(float(found.value), float(domain.value)), x
+    return (replace(domain, beta=beta.unsqueeze(0), value=found.value) if found.value > domain.value else domain), x
 
 # %% ../../nbs/robust/22_branching.ipynb #7591bf1a
 BATCH, STEPS, ROOT = 256, 12, 60  # domains at a time, and steps of their ascent, and of that of the whole box
@@ -89,24 +89,28 @@ class Found:
     domains: int
     x: Tensor | None = None
     reason: str = ""
+    leaves: Domains | None = None  # the parts that were proved, where they were to be kept
 
 
-def search(net: Reduced, until: float, wrong: Callable[[Tensor], Tensor], tried: int = TRIED, steps: int = STEPS) -> Found:
+def search(net: Reduced, until: float, wrong: Callable[[Tensor], Tensor], tried: int = TRIED, steps: int = STEPS,
+           keep: bool = False) -> Found:
     """Prove that all margins are above zero on the box, or find a point that is `wrong`, before the time `until` (of time.monotonic).
 
-    `wrong` tells which of some points x (B, P) the real network gets wrong, (B,) bool.
+    `wrong` tells which of some points x (B, P) the real network gets wrong, (B,) bool. With `keep` a proof has its leaves.
     """
     domains = climb(net, Domains.whole(net, torch.arange(len(net.c))), ROOT)
-    bound, count, undecided, pace = torch.inf, len(domains), [], 0.0
+    bound, count, undecided, pace, leaves = torch.inf, len(domains), [], 0.0, []
     while True:
         done = domains.value > 0
         bound = min([bound, *domains.value[done].tolist()])
+        leaves += [domains[done]] if keep else []
         domains = domains[~done]
         lowest = min([bound, *undecided, *domains.value.tolist()])
         if not len(domains):
-            return Found(not undecided, lowest, count, reason="a part lies within rounding of zero" if undecided else "")
+            reason = "a part lies within rounding of zero" if undecided else ""
+            return Found(not undecided, lowest, count, reason=reason, leaves=joined(leaves) if keep else None)
         left = until - time.monotonic()
-        if left <= 0 or len(domains) * net.neurons * 20 > WAITING:
+        if left <= 0 or (len(domains) + sum(map(len, leaves))) * net.neurons * 20 > WAITING:
             return Found(False, lowest, count, reason="time" if left <= 0 else "memory")
         most = min(BATCH, FLOATS // (8 * (net.neurons + len(net.lower)) + 1), int(left / pace / 2) if pace else 32)
         begun, (first, later) = time.monotonic(), domains.value.argsort().tensor_split([max(1, most)])
@@ -116,9 +120,11 @@ def search(net: Reduced, until: float, wrong: Callable[[Tensor], Tensor], tried:
             return Found(False, lowest, count, x)
         full = ~(batch.sign == 0).any(1)
         for i in full.nonzero().flatten().tolist():
-            value, point = leaf(net, batch[i : i + 1], until - time.monotonic())
+            closed, point = leaf(net, batch[i : i + 1], until - time.monotonic())
+            value = float(closed.value)
             if value > 0:
                 bound = min(bound, value)
+                leaves += [closed] if keep else []
             elif point is not None and bool(wrong(point.unsqueeze(0))):
                 return Found(False, lowest, count, point)
             else:

@@ -36,7 +36,7 @@ from .splits import Domains, climb, tightened
 from .verification import Verification, check_task, verify
 
 # %% ../../nbs/robust/23_cascade.ipynb #8022f815
-STAGES = ("clean", "pgd", *METHODS, *LEARNED, "branch_and_bound")
+STAGES = ("clean", "ibp", "pgd", *METHODS[1:], *LEARNED, "branch_and_bound")
 VERDICTS = ("verified", "falsified", "unknown")
 
 
@@ -66,7 +66,7 @@ class Verdicts(Verification):
         """The result for samples 0, 1, ... of the records, in any order."""
         records = tuple(sorted(records, key=lambda record: record.index))
         flags = lambda test: torch.tensor([test(record) for record in records], dtype=torch.bool)  # noqa: E731
-        proved = [name for name in STAGES[2:] if any(name in record.seconds for record in records)]
+        proved = [name for name in STAGES if name not in ("clean", "pgd") and any(name in record.seconds for record in records)]
         by_method = {name: flags(lambda r, name=name: r.verdict == "verified" and r.stage == name) for name in proved}
         bounds_ = torch.tensor([record.bound if record.verdict == "verified" else min(record.bound, 0.0) for record in records])
         tried = {name: flags(lambda r, name=name: name in r.seconds) for name in proved}
@@ -128,8 +128,9 @@ class _Cascade:
 
     def run(self) -> Iterator[Verdict]:
         """The verdicts, in the order in which they are found."""
-        for stage in ("clean", "pgd", *(name for name in self.methods if name in METHODS)):
-            yield from self._stage(stage, list(self.open))
+        for stage in STAGES:
+            if stage in ("clean", "pgd") or stage in self.methods and stage in METHODS:
+                yield from self._stage(stage, list(self.open))
         for i in list(self.open):
             for stage in (*(name for name in self.methods if name in LEARNED), "branch_and_bound"):
                 yield from self._stage(stage, [i])

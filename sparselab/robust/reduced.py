@@ -68,6 +68,7 @@ class Reduced:
 
     `groups`: the neurons of each layer, as slices, in order; L has entries only left of the group. [lb, ub] contain z. `pixels`: which of the
     flattened input the P are; the others stand still on the box, or nothing depends on them. `rest` is the whole flattened input, which gives them.
+    `units`: which of all inputs of ReLUs in the network, in its order, the n neurons are.
     """
 
     lower: Tensor  # (P,)
@@ -83,6 +84,7 @@ class Reduced:
     ub: Tensor  # (n,)
     pixels: Tensor  # (P,)
     rest: Tensor
+    units: Tensor | None = None  # (n,)
 
     neurons = property(lambda self: len(self.h))
     pulls = cached_property(lambda self: {group.start: Product.of(self.L[group, : group.start]) for group in self.groups if group.start})  # rows of L
@@ -146,7 +148,7 @@ def reduced(pass_: IntervalPass, C: Tensor) -> Reduced:
         if not (step.layer.linear or step.layer.switch):
             what = f"Layer '{step.name}' ({type(step.layer).__name__})"
             raise Unreduced(f"{what} is neither linear nor a ReLU, and branch and bound splits ReLUs alone.")
-    units, groups, ends, n = {}, [], [], 0
+    units, groups, ends, places, n, before = {}, [], [], [], 0, 0
     for number, step in enumerate(pass_.steps, 1):
         if step.layer.switch:
             (x,) = pass_.inputs(step)
@@ -156,8 +158,9 @@ def reduced(pass_: IntervalPass, C: Tensor) -> Reduced:
             entries = ((lb < 0) & (ub > 0)).nonzero().flatten()
             if len(entries):
                 units[number] = slice(n, n + len(entries)), entries
-                groups.append(units[number][0]), ends.append((lb[entries], ub[entries]))
+                groups.append(units[number][0]), ends.append((lb[entries], ub[entries])), places.append(before + entries)
                 n += len(entries)
+            before += len(lb)
     size = math.prod(box.shape[1:])
     if n * (n + size) > ENTRIES:
         raise Unreduced(f"{n:,} neurons are unstable, and with {size:,} pixels they need more than {ENTRIES:,} coefficients: make eps smaller.")
@@ -175,7 +178,8 @@ def reduced(pass_: IntervalPass, C: Tensor) -> Reduced:
     wider = SLACK * torch.maximum(-lb, ub)
     parts = (flat(box.lb)[0], flat(box.ub)[0], L, G, h, M, g, c, lb - wider, ub + wider)
     low, up, L, G, h, M, g, c, lb, ub = (part.detach().cpu() for part in parts)
-    net = Reduced(low, up, tuple(groups), L, G, h, M, g, c, lb, ub, torch.arange(size), low.clone())
+    numbers = torch.cat(places).cpu() if places else torch.arange(0)
+    net = Reduced(low, up, tuple(groups), L, G, h, M, g, c, lb, ub, torch.arange(size), low.clone(), numbers)
     return without_stable(net)
 
 # %% ../../nbs/robust/19_reduced.ipynb #b66befb4
@@ -199,7 +203,8 @@ def without_stable(net: Reduced) -> Reduced:
     stops = sizes.cumsum(0).tolist()
     groups = tuple(slice(stop - size, stop) for stop, size in zip(stops, sizes.tolist(), strict=True) if size)
     return replace(net, lower=net.lower[used], upper=net.upper[used], groups=groups, L=L[kept][:, kept], G=G[kept][:, used], h=h[kept],
-                   M=M[:, kept], g=g[:, used], c=c, lb=net.lb[kept], ub=net.ub[kept], pixels=net.pixels[used])
+                   M=M[:, kept], g=g[:, used], c=c, lb=net.lb[kept], ub=net.ub[kept], pixels=net.pixels[used],
+                   units=None if net.units is None else net.units[kept])
 
 
 def _live(L: Tensor, live: Tensor) -> Tensor:

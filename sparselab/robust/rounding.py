@@ -176,7 +176,7 @@ class RoundedReLU(Computed):
         negative = A.clamp(max=0)
         slopes = A.clamp(min=0) * below.unsqueeze(1) + negative * above.unsqueeze(1)
         slack = self._error(x, self._slope(x)) + (x.ub > 0) * TINY
-        slack = slack + 2 * KAPPA * (above * size(x) + height)
+        slack = slack + 2 * KAPPA * (torch.maximum(above, below) * size(x) + height)
         return [slopes], apply_rows(negative, height), apply_rows(A.abs(), slack)
 
 # %% ../../nbs/robust/20_rounding.ipynb #5dfd524b

@@ -173,7 +173,8 @@ def before(net: Reduced, group: slice) -> Reduced:
     s = group.start
     rows = [torch.cat([part, -part]) for part in (net.L[group, :s], net.G[group], net.h[group])]
     groups = tuple(other for other in net.groups if other.stop <= s)
-    return replace(net, groups=groups, L=net.L[:s, :s], G=net.G[:s], h=net.h[:s], M=rows[0], g=rows[1], c=rows[2], lb=net.lb[:s], ub=net.ub[:s])
+    return replace(net, groups=groups, L=net.L[:s, :s], G=net.G[:s], h=net.h[:s], M=rows[0], g=rows[1], c=rows[2], lb=net.lb[:s], ub=net.ub[:s],
+                   units=None)
 
 
 def tightened(net: Reduced, steps: int = 20, late: Callable[[], bool] = lambda: False) -> Reduced:

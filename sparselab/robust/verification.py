@@ -18,7 +18,7 @@ from ..errors import check_known
 from ..program import Program, read, restored
 from .attacks import gradient, pgd
 from .bounds import LEARNED, METHODS, Engine, bounds, check_engine, input_box, margin_matrix
-from .boxes import check_dense
+from .boxes import check_dense, check_switch
 from .modes import check_classes, check_labels, eval_mode, full_precision, worst_margin
 from .replay import ask, check_alone, check_bounds, check_point, check_reading, probes
 from .rounding import check_settings, outer_box
@@ -243,7 +243,7 @@ def verify(
     Contradiction where the model and its bounds disagree, AssertionError when a bound and `robust` do.
     """
     order = _order(methods)
-    check_engine(engine)
+    check_engine(engine), check_switch("sound", sound)
     if budget is not None:
         from sparselab.robust.cascade import decide  # it is made of `verify`, and is loaded when it is asked for
 

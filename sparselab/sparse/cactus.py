@@ -53,7 +53,10 @@ class CACTUS(Sparsifier):
             raise ValueError(f"rates is a list of sparsities, such as [0.5, 0.9]; got {self.rates!r}.")
         for rate in self.rates:
             check_share("each of rates", rate)
-            layer_budgets(self.shapes, rate, self.distribution, self.dense)  # refuses what is infeasible
+            try:
+                layer_budgets(self.shapes, rate, self.distribution, self.dense)
+            except ValueError as error:  # infeasible
+                raise ValueError(f"rates: {error}") from error
         if type(self.bits) is not int or self.bits != 0 and not 2 <= self.bits <= 16:
             raise ValueError(f"bits is from 2 to 16, or 0 for no rounded copy; got {self.bits!r}.")
         if type(self.copies) is not bool:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .entries import Entries, in_reading_order
+from .vectors import LANES, add_product, fill, load, store, total_of
 
 try:
     import numba
@@ -65,68 +66,62 @@ def without_numba() -> Iterator[None]:
 
 # %% ../../nbs/sparse/34_products.ipynb #f78d75ca
 @inlined
-def _ends(r, v, n, m):
-    """The columns of r that act on the lower and on the upper ends: they change places where v < 0."""
-    i = n if v > 0 else n + m
-    return r[i : i + m], r[2 * n + m - i : 2 * n + 2 * m - i]
+def _add(y, row, x, r, v, column, stop, change):
+    """y[row] += v x[r] in the whole vectors of the columns column : stop.
+
+    A weight that is not positive takes columns that lie `change` further on: the other ends, or 0 further for clean values.
+    """
+    at, w = (0 if v > 0 else change), fill(v)
+    for c in range(column, stop - LANES + 1, LANES):
+        store(y, row, c, add_product(load(y, row, c), w, load(x, r, c + at)))
 
 
 @inlined
-def _add(acc, r, v, n, m):
-    """acc += v r; n clean columns, m lower ones, m upper ones."""
-    if v > 0:
-        for b in range(n + 2 * m):
-            acc[b] += v * r[b]
-    else:
-        for b in range(n):
-            acc[b] += v * r[b]
-        al, au, rl, ru = acc[n : n + m], acc[n + m :], r[n : n + m], r[n + m :]
-        for b in range(m):
-            al[b] += v * ru[b]
-        for b in range(m):
-            au[b] += v * rl[b]
+def _add_four(y, row, x, read, by, column, stop, change):
+    """`_add` of four entries: what is written is loaded and stored once for all."""
+    (r, q, p, o), (v, w, u, z) = read, by
+    at_v, at_w, at_u, at_z = (0 if v > 0 else change), (0 if w > 0 else change), (0 if u > 0 else change), (0 if z > 0 else change)
+    by_v, by_w, by_u, by_z = fill(v), fill(w), fill(u), fill(z)
+    for c in range(column, stop - LANES + 1, LANES):
+        total = add_product(load(y, row, c), by_v, load(x, r, c + at_v))
+        total = add_product(total, by_w, load(x, q, c + at_w))
+        total = add_product(total, by_u, load(x, p, c + at_u))
+        store(y, row, c, add_product(total, by_z, load(x, o, c + at_z)))
 
 
 @inlined
-def _add_two(acc, r, s, v, w, n, m):
-    """acc += v r + w s, see `_add`."""
-    for b in range(n):
-        acc[b] += v * r[b] + w * s[b]
-    if m:
-        (rl, ru), (sl, su), al, au = _ends(r, v, n, m), _ends(s, w, n, m), acc[n : n + m], acc[n + m :]
-        for b in range(m):
-            al[b] += v * rl[b] + w * sl[b]
-        for b in range(m):
-            au[b] += v * ru[b] + w * su[b]
+def _add_rest(y, row, x, r, v, n, m):
+    """y[row] += v x[r] in the columns that whole vectors leave."""
+    for b in range(n - n % LANES, n):
+        y[row, b] += v * x[r, b]
+    for b in range(m - m % LANES, m):
+        low, up = (n + b, n + m + b) if v > 0 else (n + m + b, n + b)
+        y[row, n + b] += v * x[r, low]
+        y[row, n + m + b] += v * x[r, up]
 
 
 @inlined
-def _add_four(acc, r, s, t, u, v, w, p, q, n, m):
-    """acc += v r + w s + p t + q u, see `_add`: acc is loaded and stored once for four entries."""
-    for b in range(n):
-        acc[b] += v * r[b] + w * s[b] + p * t[b] + q * u[b]
-    if m:
-        (rl, ru), (sl, su), (tl, tu), (ul, uu) = _ends(r, v, n, m), _ends(s, w, n, m), _ends(t, p, n, m), _ends(u, q, n, m)
-        al, au = acc[n : n + m], acc[n + m :]
-        for b in range(m):
-            al[b] += v * rl[b] + w * sl[b] + p * tl[b] + q * ul[b]
-        for b in range(m):
-            au[b] += v * ru[b] + w * su[b] + p * tu[b] + q * uu[b]
-
-
-@inlined
-def _add_all(acc, x, col, weight, values, first, end, n, m):
-    """acc += the sum over the entries first : end of value times row of x."""
+def _add_all(y, row, x, col, weight, values, first, end, n, m):
+    """y[row] += the sum over the entries first : end of value times row of x; n clean columns, m lower ends, m upper ends."""
     k = first
     while k + 3 < end:
-        _add_four(acc, x[col[k]], x[col[k + 1]], x[col[k + 2]], x[col[k + 3]], values[weight[k]], values[weight[k + 1]], values[weight[k + 2]],
-                  values[weight[k + 3]], n, m)
+        read = col[k], col[k + 1], col[k + 2], col[k + 3]
+        by = values[weight[k]], values[weight[k + 1]], values[weight[k + 2]], values[weight[k + 3]]
+        _add_four(y, row, x, read, by, 0, n, 0)
+        if m:
+            _add_four(y, row, x, read, by, n, n + m, m)
+            _add_four(y, row, x, read, by, n + m, n + 2 * m, -m)
         k += 4
-    if k + 1 < end:
-        _add_two(acc, x[col[k]], x[col[k + 1]], values[weight[k]], values[weight[k + 1]], n, m)
-        k += 2
-    if k < end:
-        _add(acc, x[col[k]], values[weight[k]], n, m)
+    while k < end:
+        r, v = col[k], values[weight[k]]
+        _add(y, row, x, r, v, 0, n, 0)
+        if m:
+            _add(y, row, x, r, v, n, n + m, m)
+            _add(y, row, x, r, v, n + m, n + 2 * m, -m)
+        k += 1
+    if n % LANES or m % LANES:
+        for k in range(first, end):
+            _add_rest(y, row, x, col[k], values[weight[k]], n, m)
 
 
 @compiled
@@ -134,105 +129,59 @@ def multiply(x, ptr, col, weight, values, bias, channel, y, rows, n, slope):
     """y = W x + bias at the `rows` (`ptr`, `col`, `weight`: their entries), then an activation of this slope below zero."""
     m = (x.shape[1] - n) // 2
     for i in range(len(rows)):
-        acc = y[rows[i]]
-        start = bias[channel[i]] if len(bias) else x.dtype.type(0)
+        out, start = y[rows[i]], bias[channel[i]] if len(bias) else x.dtype.type(0)
         for b in range(n + 2 * m):
-            acc[b] = start
-        _add_all(acc, x, col, weight, values, ptr[i], ptr[i + 1], n, m)
+            out[b] = start
+        _add_all(y, rows[i], x, col, weight, values, ptr[i], ptr[i + 1], n, m)
         if slope < 1:
             for b in range(n + 2 * m):
-                acc[b] = max(acc[b], slope * acc[b])
+                out[b] = max(out[b], slope * out[b])
 
 # %% ../../nbs/sparse/34_products.ipynb #98f91717
 @inlined
-def _dot_at_zero(low, up, xl, xu, m):
-    """What is missing in <g, x> where v = 0: there |v| has slope 0, and only the centres count."""
-    t = xl.dtype.type(0)
-    for b in range(m):
-        t += xl.dtype.type(0.5) * (low[b] - up[b]) * (xu[b] - xl[b])
-    return t
-
-
-@inlined
-def _add_and_dot(acc, x, g, v, n, m):
-    """acc += v g, and the gradient of v: <g, x> with the ends changed where v < 0."""
+def _dot_rest(x, row, g, r, v, n, m):
+    """What whole vectors leave of <x[row], g[r]>, where a v that is not positive changes the ends."""
     t = x.dtype.type(0)
-    for b in range(n):
-        acc[b] += v * g[b]
-        t += g[b] * x[b]
-    if m:
-        (low, up), al, au, xl, xu = _ends(g, v, n, m), acc[n : n + m], acc[n + m :], x[n : n + m], x[n + m :]
+    for b in range(n - n % LANES, n):
+        t += x[row, b] * g[r, b]
+    for b in range(m - m % LANES, m):
+        low, up = (n + b, n + m + b) if v > 0 else (n + m + b, n + b)
+        t += x[row, n + b] * g[r, low] + x[row, n + m + b] * g[r, up]
+    if v == 0:  # |v| has slope 0, and only the centres count
         for b in range(m):
-            al[b] += v * low[b]
-            t += low[b] * xl[b]
-        for b in range(m):
-            au[b] += v * up[b]
-            t += up[b] * xu[b]
-        if v == 0:
-            t += _dot_at_zero(low, up, xl, xu, m)
+            t += x.dtype.type(0.5) * (g[r, n + m + b] - g[r, n + b]) * (x[row, n + m + b] - x[row, n + b])
     return t
 
 
 @inlined
-def _add_and_dot_two(acc, x, g, h, v, w, n, m):
-    """acc += v g + w h, and the gradients of both values, see `_add_and_dot`."""
-    s, t = x.dtype.type(0), x.dtype.type(0)
-    for b in range(n):
-        acc[b] += v * g[b] + w * h[b]
-        s += g[b] * x[b]
-        t += h[b] * x[b]
-    if m:
-        (gl, gu), (hl, hu), al, au, xl, xu = _ends(g, v, n, m), _ends(h, w, n, m), acc[n : n + m], acc[n + m :], x[n : n + m], x[n + m :]
-        for b in range(m):
-            al[b] += v * gl[b] + w * hl[b]
-            s += gl[b] * xl[b]
-            t += hl[b] * xl[b]
-        for b in range(m):
-            au[b] += v * gu[b] + w * hu[b]
-            s += gu[b] * xu[b]
-            t += hu[b] * xu[b]
-        if v == 0:
-            s += _dot_at_zero(gl, gu, xl, xu, m)
-        if w == 0:
-            t += _dot_at_zero(hl, hu, xl, xu, m)
-    return s, t
+def _add_and_dot(acc, to, x, row, g, r, v, s, column, stop, change):
+    """acc[to] += v g[r], and s += <x[row], g[r]>, in the whole vectors of the columns column : stop; see `_add`."""
+    at, w = (0 if v > 0 else change), fill(v)
+    for c in range(column, stop - LANES + 1, LANES):
+        part = load(g, r, c + at)
+        store(acc, to, c, add_product(load(acc, to, c), w, part))
+        s = add_product(s, load(x, row, c), part)
+    return s
 
 
 @inlined
-def _add_and_dot_four(acc, x, g, h, i, j, v, w, p, q, n, m):
-    """acc += v g + w h + p i + q j, and the gradients of the four values, see `_add_and_dot`."""
-    zero = x.dtype.type(0)
-    s, t, u, z = zero, zero, zero, zero
-    for b in range(n):
-        acc[b] += v * g[b] + w * h[b] + p * i[b] + q * j[b]
-        s += g[b] * x[b]
-        t += h[b] * x[b]
-        u += i[b] * x[b]
-        z += j[b] * x[b]
-    if m:
-        (gl, gu), (hl, hu), (il, iu), (jl, ju) = _ends(g, v, n, m), _ends(h, w, n, m), _ends(i, p, n, m), _ends(j, q, n, m)
-        al, au, xl, xu = acc[n : n + m], acc[n + m :], x[n : n + m], x[n + m :]
-        for b in range(m):
-            al[b] += v * gl[b] + w * hl[b] + p * il[b] + q * jl[b]
-            s += gl[b] * xl[b]
-            t += hl[b] * xl[b]
-            u += il[b] * xl[b]
-            z += jl[b] * xl[b]
-        for b in range(m):
-            au[b] += v * gu[b] + w * hu[b] + p * iu[b] + q * ju[b]
-            s += gu[b] * xu[b]
-            t += hu[b] * xu[b]
-            u += iu[b] * xu[b]
-            z += ju[b] * xu[b]
-        if v == 0:
-            s += _dot_at_zero(gl, gu, xl, xu, m)
-        if w == 0:
-            t += _dot_at_zero(hl, hu, xl, xu, m)
-        if p == 0:
-            u += _dot_at_zero(il, iu, xl, xu, m)
-        if q == 0:
-            z += _dot_at_zero(jl, ju, xl, xu, m)
-    return s, t, u, z
+def _add_and_dot_four(acc, to, x, row, g, read, by, sums, column, stop, change):
+    """`_add_and_dot` of four entries: the row of x and what is written are loaded once for all."""
+    (r, q, p, o), (v, w, y, z), (s, t, u, a) = read, by, sums
+    at_v, at_w, at_y, at_z = (0 if v > 0 else change), (0 if w > 0 else change), (0 if y > 0 else change), (0 if z > 0 else change)
+    by_v, by_w, by_y, by_z = fill(v), fill(w), fill(y), fill(z)
+    for c in range(column, stop - LANES + 1, LANES):
+        out, total = load(x, row, c), load(acc, to, c)
+        part = load(g, r, c + at_v)
+        total, s = add_product(total, by_v, part), add_product(s, out, part)
+        part = load(g, q, c + at_w)
+        total, t = add_product(total, by_w, part), add_product(t, out, part)
+        part = load(g, p, c + at_y)
+        total, u = add_product(total, by_y, part), add_product(u, out, part)
+        part = load(g, o, c + at_z)
+        total, a = add_product(total, by_z, part), add_product(a, out, part)
+        store(acc, to, c, total)
+    return s, t, u, a
 
 
 @compiled
@@ -240,85 +189,128 @@ def pull_back(g, ptr, col, weight, values, x, gx, rows, n, slope, add, dvalues):
     """gx = W^T g at the `rows`, before the activation that made x; adds the gradients of the values to `dvalues`."""
     m = (x.shape[1] - n) // 2
     zero, one = x.dtype.type(0), x.dtype.type(1)
-    spare = np.empty(x.shape[1], x.dtype)
+    spare, nothing = np.empty((1, x.shape[1]), x.dtype), fill(zero)
     for i in range(len(rows)):
-        out, acc = x[rows[i]], spare if add else gx[rows[i]]
+        row = rows[i]
+        acc, to = (spare, 0) if add else (gx, row)
         for b in range(n + 2 * m):
-            acc[b] = 0
+            acc[to, b] = 0
         k, end = ptr[i], ptr[i + 1]
         while k + 3 < end:
-            a, c, d, e = weight[k], weight[k + 1], weight[k + 2], weight[k + 3]
-            s, t, u, z = _add_and_dot_four(acc, out, g[col[k]], g[col[k + 1]], g[col[k + 2]], g[col[k + 3]],
-                                           values[a], values[c], values[d], values[e], n, m)
-            dvalues[a] += s
-            dvalues[c] += t
-            dvalues[d] += u
-            dvalues[e] += z
+            e, f, h, j = weight[k], weight[k + 1], weight[k + 2], weight[k + 3]
+            by = values[e], values[f], values[h], values[j]
+            read = col[k], col[k + 1], col[k + 2], col[k + 3]
+            sums = _add_and_dot_four(acc, to, x, row, g, read, by, (nothing, nothing, nothing, nothing), 0, n, 0)
+            if m:
+                sums = _add_and_dot_four(acc, to, x, row, g, read, by, sums, n, n + m, m)
+                sums = _add_and_dot_four(acc, to, x, row, g, read, by, sums, n + m, n + 2 * m, -m)
+            dvalues[e] += total_of(sums[0])
+            dvalues[f] += total_of(sums[1])
+            dvalues[h] += total_of(sums[2])
+            dvalues[j] += total_of(sums[3])
             k += 4
-        if k + 1 < end:
-            a, c = weight[k], weight[k + 1]
-            s, t = _add_and_dot_two(acc, out, g[col[k]], g[col[k + 1]], values[a], values[c], n, m)
-            dvalues[a] += s
-            dvalues[c] += t
-            k += 2
-        if k < end:
-            a = weight[k]
-            dvalues[a] += _add_and_dot(acc, out, g[col[k]], values[a], n, m)
-        if slope == 0:  # apart from other slopes, as the product keeps the compiler from vectors
-            for b in range(n + 2 * m):
-                acc[b] = acc[b] if out[b] > 0 else zero
-        elif slope < 1:
-            for b in range(n + 2 * m):
-                acc[b] *= one if out[b] > 0 else slope
+        while k < end:
+            v, r = values[weight[k]], col[k]
+            s = _add_and_dot(acc, to, x, row, g, r, v, nothing, 0, n, 0)
+            if m:
+                s = _add_and_dot(acc, to, x, row, g, r, v, s, n, n + m, m)
+                s = _add_and_dot(acc, to, x, row, g, r, v, s, n + m, n + 2 * m, -m)
+            dvalues[weight[k]] += total_of(s)
+            k += 1
+        for k in range(ptr[i], end):
+            v = values[weight[k]]
+            if n % LANES or m % LANES or v == 0:
+                dvalues[weight[k]] += _dot_rest(x, row, g, col[k], v, n, m)
+                _add_rest(acc, to, g, col[k], v, n, m)
+        _through(acc[to], x[row], slope, zero, one)
         if add:
-            to = gx[rows[i]]
+            out, more = gx[row], spare[0]
             for b in range(n + 2 * m):
-                to[b] += acc[b]
+                out[b] += more[b]
+
+
+@inlined
+def _through(g, out, slope, zero, one):
+    """The gradient before an activation, whose output is `out`."""
+    if slope == 0:  # apart from other slopes, as the product keeps the compiler from vectors
+        for b in range(len(g)):
+            g[b] = g[b] if out[b] > 0 else zero
+    elif slope < 1:
+        for b in range(len(g)):
+            g[b] *= one if out[b] > 0 else slope
 
 
 @compiled
 def pull_to_input(g, ptr, col, weight, values, x, gx, rows, n, slope, add):
     """`pull_back` where nobody asks for the gradients of the values."""
     m = (x.shape[1] - n) // 2
-    one, spare = x.dtype.type(1), np.empty(x.shape[1], x.dtype)
+    zero, one, spare = x.dtype.type(0), x.dtype.type(1), np.empty((1, x.shape[1]), x.dtype)
     for i in range(len(rows)):
-        out, to = x[rows[i]], gx[rows[i]]
-        acc = spare if add else to
+        row = rows[i]
+        acc, to = (spare, 0) if add else (gx, row)
         for b in range(n + 2 * m):
-            acc[b] = 0
-        _add_all(acc, g, col, weight, values, ptr[i], ptr[i + 1], n, m)
-        if slope < 1:
-            for b in range(n + 2 * m):
-                acc[b] *= one if out[b] > 0 else slope
+            acc[to, b] = 0
+        _add_all(acc, to, g, col, weight, values, ptr[i], ptr[i + 1], n, m)
+        _through(acc[to], x[row], slope, zero, one)
         if add:
+            out, more = gx[row], spare[0]
             for b in range(n + 2 * m):
-                to[b] += acc[b]
+                out[b] += more[b]
 
 # %% ../../nbs/sparse/34_products.ipynb #b181ea8b
+@inlined
+def _dot(x, row, g, r, v, s, column, stop, change):
+    """s += <x[row], g[r]> in the whole vectors of the columns column : stop; see `_add`."""
+    at = 0 if v > 0 else change
+    for c in range(column, stop - LANES + 1, LANES):
+        s = add_product(s, load(x, row, c), load(g, r, c + at))
+    return s
+
+
+@inlined
+def _dot_four(x, row, g, read, by, sums, column, stop, change):
+    """`_dot` with four rows of g."""
+    (r, q, p, o), (v, w, y, z), (s, t, u, a) = read, by, sums
+    at_v, at_w, at_y, at_z = (0 if v > 0 else change), (0 if w > 0 else change), (0 if y > 0 else change), (0 if z > 0 else change)
+    for c in range(column, stop - LANES + 1, LANES):
+        out = load(x, row, c)
+        s, t = add_product(s, out, load(g, r, c + at_v)), add_product(t, out, load(g, q, c + at_w))
+        u, a = add_product(u, out, load(g, p, c + at_y)), add_product(a, out, load(g, o, c + at_z))
+    return s, t, u, a
+
+
 @compiled
-def value_gradient(g, x, ptr, row, col, values, n, dvalues):
-    """Adds the gradients of the values, whose places are ptr[k] : ptr[k + 1], to `dvalues`."""
+def value_gradient(g, ptr, col, weight, values, x, rows, n, dvalues):
+    """Adds the gradients of the values to `dvalues`, where nobody asks for that of x; `rows` are those of g."""
     m = (x.shape[1] - n) // 2
-    half = x.dtype.type(0.5)
-    for k in range(len(values)):
-        v, total = values[k], x.dtype.type(0)
-        for i in range(ptr[k], ptr[k + 1]):
-            gr, xr, t = g[row[i]], x[col[i]], x.dtype.type(0)
-            if v > 0:
-                for b in range(n + 2 * m):
-                    t += gr[b] * xr[b]
-            else:
-                gl, gu, xl, xu = gr[n : n + m], gr[n + m :], xr[n : n + m], xr[n + m :]
-                for b in range(n):
-                    t += gr[b] * xr[b]
-                if v < 0:
-                    for b in range(m):
-                        t += gl[b] * xu[b] + gu[b] * xl[b]
-                else:
-                    for b in range(m):
-                        t += half * (gl[b] + gu[b]) * (xl[b] + xu[b])
-            total += t
-        dvalues[k] += total
+    nothing = fill(x.dtype.type(0))
+    for i in range(len(rows)):
+        row, k, end = rows[i], ptr[i], ptr[i + 1]
+        while k + 3 < end:
+            e, f, h, j = weight[k], weight[k + 1], weight[k + 2], weight[k + 3]
+            by = values[e], values[f], values[h], values[j]
+            read = col[k], col[k + 1], col[k + 2], col[k + 3]
+            sums = _dot_four(g, row, x, read, by, (nothing, nothing, nothing, nothing), 0, n, 0)
+            if m:
+                sums = _dot_four(g, row, x, read, by, sums, n, n + m, m)
+                sums = _dot_four(g, row, x, read, by, sums, n + m, n + 2 * m, -m)
+            dvalues[e] += total_of(sums[0])
+            dvalues[f] += total_of(sums[1])
+            dvalues[h] += total_of(sums[2])
+            dvalues[j] += total_of(sums[3])
+            k += 4
+        while k < end:
+            v, r = values[weight[k]], col[k]
+            s = _dot(g, row, x, r, v, nothing, 0, n, 0)
+            if m:
+                s = _dot(g, row, x, r, v, s, n, n + m, m)
+                s = _dot(g, row, x, r, v, s, n + m, n + 2 * m, -m)
+            dvalues[weight[k]] += total_of(s)
+            k += 1
+        for k in range(ptr[i], end):
+            v = values[weight[k]]
+            if n % LANES or m % LANES or v == 0:
+                dvalues[weight[k]] += _dot_rest(g, row, x, col[k], v, n, m)
 
 
 @compiled
@@ -398,8 +390,6 @@ class Product:
         self.reads[col] = True
         self.out = Order(row, live, entries.out_shape, col, weight)
         self.into = Order(col, self.reads, entries.in_shape, row, weight)
-        self.ptr, order = sort(weight, entries.weights)
-        self.places = row[order], col[order]  # of every weight
         self.channel = entries.channels[self.out.rows].astype(np.int32)
         self.channel_ptr, order = sort(self.channel, int(entries.channels.max(initial=-1)) + 1)
         self.channel_rows = self.out.rows[order]
@@ -413,7 +403,7 @@ class Product:
         """Add dL/dvalues to `dvalues`, and write dL/dx, before the activation that made x, into gx, or `add` it there; None for what nobody wants."""
         order, slope = self.into, values.dtype.type(slope)
         if gx is None:
-            value_gradient(g, x, self.ptr, *self.places, values, n, dvalues)
+            value_gradient(g, self.out.ptr, *self.out.columns, values, x, self.out.rows, n, dvalues)
         elif dvalues is None:
             pull_to_input(g, order.ptr, *order.columns, values, x, gx, order.rows, n, slope, add)
         else:
@@ -471,7 +461,9 @@ class BagProduct(Product):
         super().__init__(entries, live)
         self.outward = Bags(self.into.rows, len(self.reads), *self.out.columns, self.out.ptr)  # W x: a bag for each output row
         self.inward = Bags(self.out.rows, len(live), *self.into.columns, self.into.ptr)  # W^T g: a bag for each input row
-        row, col = self.places
+        kept = live[entries.row]
+        self.ptr, order = sort(entries.weight[kept], entries.weights)
+        row, col = entries.row[kept][order], entries.col[kept][order]
         place, weight = np.zeros(len(live), np.int32), np.repeat(np.arange(entries.weights), np.diff(self.ptr))
         place[self.out.rows] = np.arange(len(self.out.rows), dtype=np.int32)
         self.single = Bags(self.into.rows, len(self.reads), col, weight, self.ptr)  # gradients: a bag for each weight
@@ -521,7 +513,8 @@ def product_kind() -> type[Product]:
 
 def columns_to_rows(x: np.ndarray, rows: np.ndarray, y: np.ndarray, first: int) -> None:
     """Write the images x (B, pixels) as columns of y, from column `first` on; only the given rows."""
-    if with_numba() and (len(rows) < len(y) or len(x) < y.shape[1]):
+    laid_out = x.strides[0] == x.itemsize  # as rows already, so that they are copied
+    if with_numba() and not laid_out and (len(rows) < len(y) or len(x) < y.shape[1]):
         _transposed(x, rows, y, first)
     else:  # PyTorch goes through a whole matrix in blocks
         torch.from_numpy(y)[:, first : first + len(x)].copy_(torch.from_numpy(x).T)

@@ -246,7 +246,8 @@ class Explorer(widgets.VBox):
                 self.play.playing = not self.play.playing
             else:
                 at = {"ArrowLeft": max(0, at - 1), "ArrowRight": min(at + 1, last), "Home": 0, "End": last}[key]
-        self.timeline.value = at
+        with self.timeline.hold_sync():  # the slider follows: a frame for it would come before that of the mask
+            self.timeline.value = at
 
     def show(self) -> None:
         """Show every panel at the moment of the timeline."""

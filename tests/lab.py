@@ -82,9 +82,11 @@ def browser() -> Iterator:
 class Notebook:
     """A notebook open in JupyterLab: `page` is playwright's, `errors` is what the browser's console complained about."""
 
-    def __init__(self, chrome, url: str, path: str, scratch: Path, size: tuple[int, int] = (1400, 1000)):
+    def __init__(self, chrome, url: str, path: str, scratch: Path, size: tuple[int, int] = (1400, 1000),
+                 script: str = ""):
         self.url, self.scratch, self.errors, self.heard = url, scratch, [], []
         self.page = chrome.new_page(viewport={"width": size[0], "height": size[1]})
+        self.page.add_init_script(script)  # runs before all others
         self.page.on("console", lambda message: self._heard(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self._heard(str(error)))
         self.page.goto(f"{url}/lab/tree/{path}?reset")

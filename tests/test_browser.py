@@ -75,6 +75,25 @@ def wait_for_figures(book: Notebook, plots: int, canvases: int) -> None:
           lambda: f"{book.page.evaluate(drawn)} {book.errors} {book.tracebacks()}")
 
 
+IMPATIENT = "const wait = AbortSignal.timeout.bind(AbortSignal); AbortSignal.timeout = time => wait(time === 2000 ? 0 : time);"
+
+
+def test_an_explorer_lives_where_scripts_take_longer_to_load_than_anywidget_waits(tmp_path, chrome, runs):
+    """anywidget gives a model two seconds, here none; what the kernel sent to it before, while and after is drawn."""
+    (root := tmp_path / "notebooks").mkdir()
+    notebook(root / "slow.ipynb", "from sparselab.view import Explorer", f"one = Explorer({str(runs[0].path)!r})\none", "one.timeline.value = 3")
+    with server(root, tmp_path / "lab") as url:
+        book = Notebook(chrome, url, "slow.ipynb", tmp_path / "lab", script=IMPATIENT)
+        book.run_all()
+        wait_for_figures(book, 6, 2)
+        assert any("Failed to initialize model" in text for text in book.errors), "anywidget waits as long as it takes: listen.js may go"
+        assert until(lambda: codes(book, 0) == expected(runs[0], *shown(book)), 20)
+        press(book, ".sparselab-canvas canvas", "ArrowRight")
+        until(lambda: book.value("one.timeline.value") == 4)
+        assert until(lambda: codes(book, 0) == expected(runs[0], *shown(book)), 20)
+        assert book.tracebacks() == []
+
+
 def codes(book: Notebook, canvas: int) -> list[int]:
     return book.page.evaluate("i => Array.from(document.querySelectorAll('.sparselab-canvas canvas')[i].codes())", canvas)
 

@@ -37,7 +37,7 @@ def press(label: str, act: Callable[[], None], tooltip: str = "") -> widgets.Tog
 
 
 RASTER = 300  # pixels that the picture of a mask, and of its neurons, is high
-KEYS = "Ctrl + wheel: zoom, or the wheel after a click. Arrows: step. Space: play."
+KEYS = "Ctrl + wheel, or the wheel after a click, zooms; a double click shows all. Arrows: step. Space: play."
 
 
 def chooser(label: str, options: Sequence = (), width: str = "14em") -> widgets.Dropdown:

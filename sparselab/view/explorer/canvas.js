@@ -50,6 +50,7 @@ export default () => {
   return {
     initialize({ model }) {
       whole(model);
+      listen(model);
       model.on("change:version", () => queueMicrotask(() => take(model)));  // a host may set the traits of a message one after another
     },
     render({ model, el }) {

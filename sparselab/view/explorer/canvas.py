@@ -27,7 +27,8 @@ class Canvas(anywidget.AnyWidget):
     is the last that was sent in one piece.
     """
 
-    _esm, _css = asset("canvas.js"), asset("canvas.css")
+    _esm, _css = asset("listen.js") + asset("canvas.js"), asset("canvas.css")
+    asks = Int(0).tag(sync=True)  # counted up by a browser that lost what was sent
     codes, patch = Bytes().tag(sync=True), Bytes().tag(sync=True)
     version, whole, missed = Int(0).tag(sync=True), Int(0).tag(sync=True), Int(0).tag(sync=True)
     height, shape = Int(320).tag(sync=True), List([0, 0]).tag(sync=True)
@@ -41,12 +42,19 @@ class Canvas(anywidget.AnyWidget):
         self.changed = self._raster.size
         super().__init__(palette=[list(colour) for colour in palette], shape=list(raster.shape), **traits)
         self.observe(lambda _: self._advance(None), "missed")
+        self.observe(lambda _: self._again(), "asks")
 
     def get_state(self, key=None, drop_defaults=False):
         """The traits as the browser gets them; `codes` is always the raster of this moment."""
         with self._lock:
             state = super().get_state(key, drop_defaults)
             return state | {"codes": self._raster.tobytes()} if "codes" in state else state
+
+    def _again(self) -> None:
+        """All of it, for a browser that lost what was sent."""
+        with self._lock:
+            self.send_state([name for name in self.keys if name not in ("codes", "patch", "version", "whole", "_esm", "_css")])
+            self._advance(None)
 
     def on_presses(self, act: Callable[[list[str]], None]) -> None:
         """Call `act` with the names of the keys that were pressed since it was called last."""

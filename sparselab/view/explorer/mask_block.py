@@ -88,7 +88,7 @@ class MaskBlock(Block):
         self.content.show(self.raster.codes, self.raster.note)
         self.legend.value = legend_html(self.raster.legend)
         self.code.value = call_of("mask_panel", self.source, step=self.step, layer=name, colour=colour)
-        self.heading.value = heading(self.title, f"{HOW_TO_READ[colour]} {KEYS}")
+        self.heading.value = heading(self.title, f"A pixel is a weight, a row an output unit. {KEYS}", HOW_TO_READ[colour])
         self._mark()
 
     @property

@@ -29,6 +29,7 @@ class NeuronBlock(Block):
         self.source, self.neuron, self.step = source, -1, 0
         self.recorded: NeuronRecordings | None = None
         self.raster: Raster | None = None
+        self.tall = RASTER
         self.layer = chooser("ReLU", width="12em")
         self.sort = chooser("sort by", SORTS, "10em")
         self.legend = widgets.HTML()
@@ -92,6 +93,7 @@ class NeuronBlock(Block):
             wanted = self.neuron >= 0 and self.raster is not None
             panel = attempt(lambda: neuron_panel(self.source, within(self.source, step), self.layer.value, self.neuron))[0] if wanted else None
             self.detail.layout.display = None if panel else "none"
+            self.content.height = self.tall // 2 if panel else self.tall  # both in sight
             if panel:
                 self.panel, self.code.value = panel, panel.call
                 self.detail.show(panel.figure)

@@ -34,7 +34,7 @@ async function receive(message, buffers) {
 }
 
 export default {
-  initialize({ model }) { model.on("msg:custom", receive); },
+  initialize({ model }) { model.on("msg:custom", receive); listen(model); },
   render({ model, el }) {
     const box = document.createElement("div");
     box.className = "sparselab-plot"; box.dataset.drawn = 0;

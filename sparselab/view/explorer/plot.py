@@ -26,13 +26,15 @@ class Plot(anywidget.AnyWidget):
     and `n`, how often; `hovered`: customdata of the point under the mouse.
     """
 
-    _esm, _css = asset("plot.js"), asset("plot.css")
+    _esm, _css = asset("listen.js") + asset("plot.js"), asset("plot.css")
+    asks = Int(0).tag(sync=True)  # counted up by a browser that lost what was sent
     figure, at = Unicode().tag(sync=True), Any(None, allow_none=True).tag(sync=True)
     clicked, hovered, wants = Dict().tag(sync=True), Any(None, allow_none=True).tag(sync=True), Int(0).tag(sync=True)
 
     def __init__(self, figure: go.Figure | None = None, **traits):
         super().__init__(**traits)
         self.observe(lambda _: self.send({"kind": "plotly.js"}, [get_plotlyjs().encode()]), "wants")
+        self.observe(lambda _: self.send_state(["figure", "at"]), "asks")
         if figure is not None:
             self.show(figure)
 

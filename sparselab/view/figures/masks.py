@@ -55,7 +55,7 @@ def layers_panel(source: Source, step: float | None = None) -> Panel:
     nnz = [int(c["active"][record]) for c in counts.values()]
     total = [int(np.prod(history.shapes[name])) for name in counts]
     density, erk = [n / t for n, t in zip(nnz, total, strict=True)], erk_densities(history, record)
-    names = [f"{short(name)} · {1 - share:.2%}" for name, share in zip(counts, density, strict=True)]
+    names = [f"{short(name)} · {share:.2%}" for name, share in zip(counts, density, strict=True)]
     fig = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.03)
     if erk:
         fig.add_scatter(x=list(erk.values()), y=names, mode="markers", name="ERK", row=1, col=1,
@@ -65,8 +65,8 @@ def layers_panel(source: Source, step: float | None = None) -> Panel:
     fig.add_bar(x=nnz, y=names, orientation="h", marker_color=COLORS["kept"], name="kept weights", row=1, col=2)
     _log_axes(fig, names, nnz, total)
     note = f"step {history.steps[record]:,}: {sum(nnz):,} of {sum(total):,} weights are kept, {1 - sum(nnz) / sum(total):.2%} sparsity in all"
-    return Panel("Layers", "A point to the right of its diamond has more weights than ERK would give the layer; grey bars are the weights "
-                 "that are kept, on a logarithmic scale.", call_of("layers_panel", source, step=step),
+    return Panel("Layers", "A point to the right of its diamond has more weights than ERK would give the layer; behind its name is its "
+                 "density. Bars are the weights that are kept, of all; both axes are logarithmic.", call_of("layers_panel", source, step=step),
                  titled(fig, "Density by layer", note, height=170 + 34 * len(names)))
 
 # %% ../../../nbs/view/figures/04_masks.ipynb #4076544d

@@ -94,7 +94,7 @@ def metrics_panel(source: Source, step: float | None = None, others: Sequence[So
         fig.update_layout(title=None, height=STRIP, margin={"t": 26, "b": 36, "l": 50, "r": 10}, legend_y=1,
                           legend_font_size=11, font_size=11).update_xaxes(title=None)
     return Panel("Metrics", f"Lines follow the training from left to right{', one dash for each run' * bool(others)}; the shaded ramp is the "
-                 "radius that the loss is trained at, the dotted line the moment that all other panels show.",
+                 "radius eps of the loss, for some objectives above the one that is tested; the dotted line the moment that all other panels show.",
                  call_of("metrics_panel", source, others, step=step, folded=folded or None), fig)
 
 # %% ../../../nbs/view/figures/05_metrics.ipynb #89a8d953
@@ -116,12 +116,14 @@ def _radius(fig: go.Figure, runs: dict[str, list[dict]], at: dict[str, int], top
     _lines(fig, runs, "train_eps", **at, secondary_y=False)
     for trace in fig.data[before:]:
         trace.update(mode="lines", line_width=1, **({"fill": "tozeroy", "fillcolor": "rgba(128,128,128,0.18)"} if len(runs) == 1 else {}))
-    fig.update_yaxes(title_text="train_eps", side="right", range=[0, 1.02 * top], tickvals=[0, top / 2, top], tickformat=".3~g",
+    fig.update_yaxes(title_text="training eps", side="right", range=[0, 1.02 * top], tickvals=[0, top / 2, top], tickformat=".3~g",
                      **at, secondary_y=False)
 
 
 def _note(rows: list[dict], step: float) -> str:
     """What the last row at or before `step` measured."""
-    row = next((row for row in reversed(rows) if row["step"] <= step), rows[0])
+    row = next((row for row in reversed(rows) if row["step"] <= step), None)
+    if row is None:
+        return f"nothing was measured before step {rows[0]['step']:,}"
     words = [f"{key} {row[key]:.1%}" for key in ("clean", "pgd", "verified", "unstable", "sparsity") if row.get(key) is not None]
     return f"step {row['step']:,}" + ": " * bool(words) + ", ".join(words)

@@ -21,7 +21,7 @@ COLORS = {
     # what a neuron can do inside the box of inputs
     "active": _hue["blue"], "unstable": _hue["orange"], "inactive": _hue["sky"], "dead": _hue["grey"],
     # what is measured on samples
-    "clean": _hue["sky"], "pgd": _hue["orange"], "verified": _hue["blue"], "loss": _hue["purple"], "train_eps": _hue["grey"],
+    "clean": _hue["sky"], "pgd": _hue["vermillion"], "verified": _hue["blue"], "loss": _hue["purple"], "train_eps": _hue["grey"],
     "nnz": _hue["green"],
 }
 TEXT, GRID, CLEAR = "#767676", "rgba(128,128,128,0.25)", "rgba(0,0,0,0)"

@@ -97,7 +97,7 @@ def _bars(fig: go.Figure, steps: list[int], c: Counts, place: dict) -> None:
 def _distance(fig: go.Figure, steps: list[int], counts: Mapping[str, Counts], size: Mapping[str, int], below: int, most: int) -> None:
     """Overlap above, exploration below: of all layers together, and of the `most` that changed most."""
     total, mode = total_of(counts), "lines+markers" if len(steps) < 40 else "lines"
-    for name, y, hue in zip(("overlap with the first", "overlap with the previous"), jaccard(total), ("blue", "sky"), strict=True):
+    for name, y, hue in zip(("overlap with the first", "overlap with the previous"), jaccard(total), ("purple", "green"), strict=True):
         fig.add_scatter(x=steps, y=y, name=name, mode=mode, marker_size=4, line={"color": OKABE_ITO[hue], "width": 3}, row=1, col=2)
     fig.add_scatter(x=steps, y=total["ever"] / sum(size.values()), name="ever active", mode=mode, marker_size=4,
                     line={"color": TEXT, "width": 4}, row=below, col=2)

@@ -163,6 +163,13 @@ BOX = "(assert (>= X_0 0)) (assert (<= X_0 1)) "
     (HEAD + BOX + "(assert (not (<= Y_0 Y_1)))", r"\(not ...\)"),
     (HEAD + BOX + "(assert (<= Y_0))", "with 1 parts"),
     (HEAD + BOX + "(assert)", "an expression in it is incomplete"),
+    (HEAD + BOX + "(push 1) (assert (>= Y_0 2)) (pop 1) (assert (<= Y_0 Y_1))", r"\(push ...\) with 1 parts, but beside"),
+    (HEAD + BOX + "(assert (>= Y_0 2)) (reset-assertions) (assert (<= Y_0 Y_1))", r"\(reset-assertions ...\)"),
+    (HEAD + BOX + "(assert (<= Y_0 Y_1)) (asert (<= Y_0 -1))", r"\(asert ...\)"),
+    (HEAD + BOX + "(assert (<= Y_0 Y_1)) assert (<= Y_0 -1)", "it holds 'assert', which is no command"),
+    (HEAD + BOX + "(assert (<= Y_0 Y_1) (<= Y_0 -1))", r"\(assert ...\) with 2 parts"),
+    (HEAD + BOX + "(assert (<= Y_0 Y_1)) ()", "which is no command"),
+    (TWO.replace("<2.0>", "<3.0>"), "version <3.0>"),
     (HEAD + BOX + "(assert (<= Y_0 nan))", "the number nan"),
     (HEAD + "(declare-const Z_0 Real)", "'Z_0', but inputs are called"),
     (TWO.replace("X[0,1] 0.1", "X[0,2] 0.1"), r"X\[0,2\], but X is declared as \[1, 2\]"),
@@ -174,6 +181,12 @@ def test_what_cannot_be_read_is_refused_by_a_sentence(content, words, tmp_path):
     with pytest.raises(ValueError, match=words) as caught:
         read_vnnlib(path)
     assert str(path) in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_commands_that_change_nothing_are_read_over(tmp_path):
+    around = '(set-logic QF_LRA) (set-info :source "of a test") {} (check-sat) (exit)'
+    claims = [read_vnnlib(text(tmp_path / "p.vnnlib", content)) for content in (ONE, around.format(ONE))]
+    assert claims[0].cases[0].unsafe == claims[1].cases[0].unsafe
 
 
 def test_cut_files(tmp_path):

@@ -146,6 +146,30 @@ def test_boxes_in_alternatives_are_cases(tmp_path):
     assert all(case.unsafe == Atom({("Y", 0): 1, ("Y", 1): -1}) for case in claim.cases)
 
 
+def identity(n=1):
+    network = nn.Linear(n, n)
+    nn.init.eye_(network.weight), nn.init.zeros_(network.bias)
+    return network
+
+
+def of_one(conditions):
+    """A file on a network with one input and one output."""
+    return "(declare-const X_0 Real) (declare-const Y_0 Real)" + "".join(f"(assert {condition})" for condition in conditions)
+
+
+def test_an_open_end_of_a_box_is_no_counterexample(tmp_path):
+    """Of y = x on x < 0.5: y >= 0.5 is met at the open end alone, y >= 0.25 inside; also once it is written again."""
+    found = []
+    for least in (0.5, 0.25):
+        claim = read_vnnlib(text(tmp_path / "p.vnnlib", of_one(["(>= X_0 0.0)", "(< X_0 0.5)", f"(>= Y_0 {least})"])))
+        again = read_vnnlib(text(tmp_path / "p.vnnlib", written(claim)))
+        for (case,) in (claim.cases, again.cases):
+            assert (float(case.lower), float(case.upper)) == (0, 0.5)
+            assert [case.unsafe.met(np.array([x]), np.array([x])) for x in (0.5, 0.49)] == [False, least < 0.49]
+        found.append(decide_property(identity(), claim, 600).verdict)
+    assert found == ["unknown", "falsified"]
+
+
 HEAD = "(declare-const X_0 Real) (declare-const Y_0 Real) (declare-const Y_1 Real) "
 BOX = "(assert (>= X_0 0)) (assert (<= X_0 1)) "
 

@@ -361,11 +361,8 @@ def _bounds_an_input(condition: Condition) -> bool:
 
 def _case(conditions: list[Condition], inputs: int) -> Case:
     lower, upper = torch.full((inputs,), -math.inf, dtype=torch.float64), torch.full((inputs,), math.inf, dtype=torch.float64)
-    rest = []
-    for condition in conditions:
-        if not _side(condition):
-            rest.append(condition)
-            continue
+    sides, rest = [condition for condition in conditions if _side(condition)], [condition for condition in conditions if not _side(condition)]
+    for condition in sides:
         (((_, i), weight),) = condition.weights.items()
         end = -condition.constant / weight
         if weight > 0:
@@ -379,6 +376,7 @@ def _case(conditions: list[Condition], inputs: int) -> Case:
         raise ValueError(f"no input lies in its box: number {int((lower > upper).nonzero()[0])} has a lower end above the upper one")
     if not rest:
         raise ValueError("it says nothing of the outputs, so that every input of the box would be a counterexample")
+    rest += [condition for condition in sides if condition.strict]  # the box is closed: its open ends are no counterexamples
     return Case(lower, upper, rest[0] if len(rest) == 1 else Compound("and", tuple(rest)))
 
 

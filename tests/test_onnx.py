@@ -161,6 +161,16 @@ def test_a_product_that_others_read_keeps_its_sum_apart(tmp_path):
     torch.testing.assert_close(from_onnx(path)(x), runtime(path, x), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("first", ["cast", "relu"])
+def test_a_product_that_others_read_by_another_name_keeps_its_sum_apart(first, tmp_path):
+    """y = relu(m) + (cast(m) + b), with m below zero in [0, 1]^2, where a bias in m would not be seen."""
+    nodes = [NODE("Cast", ["m"], ["c"], to=TensorProto.FLOAT), NODE("Relu", ["m"], ["r"])]
+    nodes = [NODE("MatMul", ["x", "W"], ["m"]), *(nodes if first == "cast" else nodes[::-1]), NODE("Add", ["c", "b"], ["s"]), NODE("Add", ["s", "r"], ["y"])]
+    path = saved(tmp_path / "net.onnx", nodes, {"W": -np.eye(2, dtype=np.float32), "b": np.float32([-3, -3])}, (1, 2), out=(1, 2))
+    x = torch.tensor([[0.5, 0.5], [-2.0, -5.0]])
+    torch.testing.assert_close(from_onnx(path)(x), torch.tensor([[-3.5, -3.5], [1.0, 7.0]]))
+
+
 def test_double_precision_compressed_and_external_files(tmp_path):
     nodes, weights, shape = mnistfc((1, 12))
     wide = {key: value.astype(np.float64) for key, value in weights.items()}
@@ -258,8 +268,12 @@ def test_without_the_package_the_sentence_names_the_extra(tmp_path, monkeypatch)
 
 
 def test_a_rule_that_lies_is_found(tmp_path, monkeypatch):
-    """ONNX's own reference is asked at a random image."""
+    """ONNX's own reference is asked at a random image, and where the lie is far outside of [0, 1]."""
     path = saved(tmp_path / "net.onnx", *mnistfc((1, 12)))
     monkeypatch.setitem(RULES, "Relu", lambda node: nn.LeakyReLU(0.5))
+    with pytest.raises(Contradiction, match="differs from ONNX's reference"):
+        from_onnx(path)
+    path = saved(tmp_path / "net.onnx", [NODE("Relu", ["x"], ["y"])], {}, (1, 3))
+    monkeypatch.setitem(RULES, "Relu", lambda node: nn.Hardtanh(0, 8))
     with pytest.raises(Contradiction, match="differs from ONNX's reference"):
         from_onnx(path)

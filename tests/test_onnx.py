@@ -165,7 +165,8 @@ def test_a_product_that_others_read_keeps_its_sum_apart(tmp_path):
 def test_a_product_that_others_read_by_another_name_keeps_its_sum_apart(first, tmp_path):
     """y = relu(m) + (cast(m) + b), with m below zero in [0, 1]^2, where a bias in m would not be seen."""
     nodes = [NODE("Cast", ["m"], ["c"], to=TensorProto.FLOAT), NODE("Relu", ["m"], ["r"])]
-    nodes = [NODE("MatMul", ["x", "W"], ["m"]), *(nodes if first == "cast" else nodes[::-1]), NODE("Add", ["c", "b"], ["s"]), NODE("Add", ["s", "r"], ["y"])]
+    nodes = nodes if first == "cast" else nodes[::-1]
+    nodes = [NODE("MatMul", ["x", "W"], ["m"]), *nodes, NODE("Add", ["c", "b"], ["s"]), NODE("Add", ["s", "r"], ["y"])]
     path = saved(tmp_path / "net.onnx", nodes, {"W": -np.eye(2, dtype=np.float32), "b": np.float32([-3, -3])}, (1, 2), out=(1, 2))
     x = torch.tensor([[0.5, 0.5], [-2.0, -5.0]])
     torch.testing.assert_close(from_onnx(path)(x), torch.tensor([[-3.5, -3.5], [1.0, 7.0]]))

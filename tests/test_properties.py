@@ -22,7 +22,7 @@ from sparselab.robust import (
     write_vnnlib,
 )
 from sparselab.robust.certificates import exported, onnx_of
-from sparselab.robust.properties import Atom, Case, Compound, Judged, answer, main, written
+from sparselab.robust.properties import Atom, Case, Compound, Judged, _change, answer, main, written
 
 ONE = """
 ; robustness of class 1
@@ -308,6 +308,48 @@ def test_a_strict_condition_is_not_broken_by_a_tie():
         network.weight.zero_(), network.bias.zero_()
     cases = [Case(torch.zeros(1).double(), torch.ones(1).double(), Atom({("Y", 0): 1.0}, strict=strict)) for strict in (False, True)]
     assert [decide_property(network, Property((case,), 1, 2), 600).verdict for case in cases] == ["falsified", "unknown"]
+
+
+@pytest.mark.parametrize("condition, verdict", [
+    ("(<= (+ (* 16777219 Y_0) (* -16777218.9 Y_1) (* -0.5 Y_2)) 0)", "falsified"),  # 0.1 - 0.5 at the only point; 1.5 with weights of float32
+    ("(<= (+ (* 0.1 Y_0) (* 0.2 Y_1)) 0.29999999)", "unknown"),
+    ("(<= (+ (* 0.1 Y_0) (* 0.2 Y_1)) 0.2999)", "verified"),
+    ("(<= Y_0 0.9999999999)", "unknown"),  # of float32 the constant is 1
+    ("(<= Y_0 0.9999)", "verified"),
+    ("(or (<= Y_0 0.9999) (and (<= (* 0.1 Y_0) 0.2) (<= (* 0.3 Y_1) 0.31)))", "falsified"),
+    ("(or (<= Y_0 0.9999) (and (<= (* 0.1 Y_0) 0.2) (<= (* 0.3 Y_1) 0.29)))", "verified"),
+])
+def test_numbers_that_float32_does_not_hold_prove_nothing(condition, verdict, tmp_path):
+    """Of y = x = (1, 1, 1)."""
+    names = "".join(f"(declare-const {kind}_{i} Real)" for kind in "XY" for i in range(3))
+    box = "".join(f"(assert (>= X_{i} 1)) (assert (<= X_{i} 1))" for i in range(3))
+    claim = read_vnnlib(text(tmp_path / "p.vnnlib", f"{names}{box}(assert {condition})"))
+    found = decide_property(identity(3), claim, 600)
+    assert found.verdict == verdict and (found.verdict == "falsified") == claim.cases[0].unsafe.met(np.ones(3), np.ones(3))
+    if "or" not in condition and any(_change(weight, torch.float32) for weight in claim.cases[0].unsafe.weights.values()):
+        with pytest.raises(ValueError, match="does not hold exactly"):
+            claim.cases[0].rows(3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lowered_margins_are_below_the_true_ones(seed):
+    """Of decimal weights of any size, at points of the box, against sums in float64."""
+    rng = np.random.default_rng(seed)
+    weights = {("Y", 0): 0.1, ("Y", 1): -1e4 / 3, ("Y", 2): float(rng.normal()), ("X", 0): 1e3 / 7}
+    case = Case(torch.zeros(2).double(), torch.full((2,), 0.7).double(), Atom(weights, float(rng.normal())))
+    network = small(seed)
+    judged, u = Judged(network, case, 3, (2,)), torch.rand(2000, 2)
+    with torch.no_grad():
+        margins, x = -judged(u)[:, 1], judged.image(u)
+        y = network(x)
+    true = np.array([case.unsafe.value(*pair) for pair in zip(x.numpy(), y.numpy(), strict=True)])
+    assert bool((margins.double().numpy() <= true).all()) and float((true - margins.numpy()).max()) < 0.05
+
+
+def test_numbers_that_overflow_are_refused():
+    claim = Property((Case(torch.zeros(2).double(), torch.ones(2).double(), Atom({("Y", 0): 1e39})),), 2, 3)
+    with pytest.raises(ValueError, match="too large for torch.float32"):
+        decide_property(small(0), claim, 1)
 
 
 def test_models_and_properties_that_do_not_fit():

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bounds import LEARNED, METHODS
+from .bounds import LEARNED, METHODS, bounds
 from .boxes import input_box, shortened
 from .cascade import Verdict, decide
 from .modes import eval_mode
@@ -71,6 +71,17 @@ class Compound:
 Condition = Atom | Compound
 
 # %% ../../nbs/robust/27_properties.ipynb #490870cd
+def _below(value: float, dtype: torch.dtype) -> float:
+    """The largest number of this precision that is not above `value`."""
+    near = torch.tensor(value, dtype=torch.float64).to(dtype)
+    return float(near if float(near) <= value else torch.nextafter(near, torch.full_like(near, -math.inf)))
+
+
+def _change(weight: float, dtype: torch.dtype) -> float:
+    """By how much a number changes when it is rounded to this precision."""
+    return abs(float(torch.tensor(weight, dtype=torch.float64).to(dtype)) - weight)
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """A box of inputs, float64 (n,), and what must not happen there."""
@@ -86,12 +97,17 @@ class Case:
         return unsafe.parts if isinstance(unsafe, Compound) and unsafe.kind == "or" else (unsafe,)
 
     def rows(self, outputs: int) -> tuple[Tensor, Tensor]:
-        """(C (S, K), d (S,)), float32: the case holds where C y + d > 0 on the box. ValueError where it is not of that form."""
+        """(C (S, K), d (S,)), float32: the case holds where C y + d > 0 on the box; d is rounded down.
+
+        ValueError where it is not of that form, or has weights that float32 does not hold.
+        """
         C, d = torch.zeros(len(self.alternatives), outputs), torch.zeros(len(self.alternatives))
         for s, part in enumerate(self.alternatives):
             if not isinstance(part, Atom) or any(kind == "X" for kind, _ in part.weights):
                 raise ValueError("The property is more than rows of outputs that are to stay above zero: decide_property decides it.")
-            d[s] = part.constant
+            if any(_change(weight, C.dtype) for weight in part.weights.values()):
+                raise ValueError("The property has weights that float32 does not hold exactly: decide_property counts their rounding in.")
+            d[s] = _below(part.constant, d.dtype)
             for (_, j), weight in part.weights.items():
                 C[s, j] = weight
         return C, d
@@ -434,6 +450,7 @@ class Judged(nn.Module):
     """Network and property: for points u (B, n) of the unit cube the logits 0, -m_1, ..., -m_S, where all m > 0 mean that nothing bad happens.
 
     `image(u)` are the inputs of the network. The margins of atoms are a linear layer of outputs, and of inputs where the property speaks of them.
+    Constants are rounded down; of an atom whose weights `dtype` does not hold exactly the margin is lowered by more than that can change on the box.
     """
 
     def __init__(self, network: nn.Module, case: Case, outputs: int, shape: Sequence[int], dtype: torch.dtype = torch.float32):
@@ -441,18 +458,36 @@ class Judged(nn.Module):
         self.network, self.case, self.shape = network, case, tuple(shape)
         low, width = _outward(case.lower, case.upper, dtype)
         atoms = [atom for part in case.alternatives for atom in _atoms(part)]
-        weights = {kind: torch.zeros(len(atoms), count, dtype=dtype) for kind, count in (("Y", outputs), ("X", len(low)))}
+        weights = {kind: torch.zeros(len(atoms), count, dtype=torch.float64) for kind, count in (("Y", outputs), ("X", len(low)))}
         for row, atom in enumerate(atoms):
             for (kind, i), weight in atom.weights.items():
                 weights[kind][row, i] = weight
+        weights = {kind: weight.to(dtype) for kind, weight in weights.items()}
         logits = torch.cat([torch.zeros(1, len(case.alternatives)), -torch.eye(len(case.alternatives))]).to(dtype)
-        constant = torch.tensor([atom.constant for atom in atoms], dtype=dtype)
+        constant = torch.tensor([_below(atom.constant - self._lost(atom, low, width), dtype) for atom in atoms], dtype=dtype)
+        if not all(bool(tensor.isfinite().all()) for tensor in (*weights.values(), constant)):
+            raise ValueError(f"The numbers of the property, or its outputs, are too large for {dtype}: scale the condition down.")
         if self.plain:  # each margin is an atom: one linear layer
             weights, constant = {kind: logits @ weight for kind, weight in weights.items()}, logits @ constant
         tensors = {"low": low, "width": width, "of_y": weights["Y"], "of_x": weights["X"] if bool(weights["X"].any()) else None,
                    "constant": constant, "logits": logits}
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+
+    def _lost(self, atom: Atom, low: Tensor, width: Tensor) -> float:
+        """By how much the sum of an atom may differ from the one with rounded weights, each of its steps rounded too, anywhere on the box."""
+        changes = {variable: _change(weight, low.dtype) for variable, weight in atom.weights.items()}
+        if not any(changes.values()):
+            return 0.0
+        high = torch.nextafter(low + width, torch.full_like(low, math.inf))
+        reach = {"X": torch.maximum(low.abs(), high.abs())}
+        if any(kind == "Y" for kind, _ in atom.weights):
+            with torch.no_grad():
+                lb, ub = bounds(self.network, low.view(1, *self.shape), high.view(1, *self.shape), "ibp")
+            reach["Y"] = torch.maximum(lb.abs(), ub.abs()).flatten()
+        steps = (len(atom.weights) + 4) * torch.finfo(low.dtype).eps
+        lost = sum((change + steps * abs(atom.weights[kind, i])) * float(reach[kind][i]) for (kind, i), change in changes.items())
+        return lost + steps * abs(atom.constant)
 
     @property
     def plain(self) -> bool:
@@ -535,12 +570,15 @@ def _decided(model: nn.Module, case: Case, outputs: int, shape: Sequence[int], d
     judged = Judged(model, case, outputs, shape, dtype)
     centre = torch.full((1, len(case.lower)), 0.5, dtype=dtype)
     (verdict,) = decide(judged, centre, torch.zeros(1, dtype=torch.long), 0.5, budget, methods).records
+    ends = [end.to(dtype).view(shape) for end in (case.lower, case.upper)]
+    # a proof is held against three points too: bounds in floating point may be wrong by a rounding where large terms cancel
+    proved = [torch.full_like(centre, u) for u in (0.5, 0, 1)] if verdict.verdict == "verified" else []
+    for u in proved if verdict.counterexample is None else [verdict.counterexample.view(1, -1)]:
+        image = judged.image(u)[0].clamp(*ends)
+        if case.unsafe.met(image.flatten().numpy(), ask(model, image.unsqueeze(0)).flatten().numpy()):
+            return replace(verdict, verdict="falsified", counterexample=image, bound=min(verdict.bound, 0.0))
     if verdict.counterexample is None:
         return verdict
-    ends = (end.to(dtype).view(shape) for end in (case.lower, case.upper))
-    image = judged.image(verdict.counterexample.view(1, -1))[0].clamp(*ends)
-    if case.unsafe.met(image.flatten().numpy(), ask(model, image.unsqueeze(0)).flatten().numpy()):
-        return replace(verdict, counterexample=image)
     return replace(verdict, verdict="unknown", counterexample=None, reason="a counterexample was lost in rounding")
 
 

@@ -399,8 +399,53 @@ def test_a_benchmark_is_decided_and_gone_on_with(benchmark):
     assert [line.split(",")[2] for line in results.read_text().splitlines()] == ["kept", "sat", "error"]
 
 
-def test_the_command(benchmark, capsys):
+def test_a_row_is_kept_for_the_files_it_is_about(benchmark):
+    """Another property of the same name is decided anew, beside the row of another benchmark; an error is tried again."""
+    results, folder = benchmark.with_name("table.csv"), benchmark.parent
+    other = text(folder / "other.csv", "onnx/net.onnx, 0.001.vnnlib, 600\n")
+    (folder / "kept.vnnlib").write_text((folder / "0.001.vnnlib").read_text())
+    assert decide_instances(text(folder / "more.csv", "onnx/net.onnx,kept.vnnlib,600\n"), results) == {"unsat": 1}
+    assert decide_instances(benchmark, results) == {"unsat": 1, "sat": 1, "error": 1}
+    (folder / "0.001.vnnlib").write_text((folder / "0.9.vnnlib").read_text())
+    (folder / "cut.vnnlib").write_text((folder / "0.9.vnnlib").read_text())
+    assert decide_instances(other, results) == {"sat": 1}
+    assert decide_instances(benchmark, results) == {"sat": 3}
+    rows = [line.split(",") for line in results.read_text().splitlines()]
+    assert {row[1]: row[2] for row in rows} == {"0.001.vnnlib": "sat", "0.9.vnnlib": "sat", "cut.vnnlib": "sat", "kept.vnnlib": "unsat"}
+    assert len(rows) == 4
+
+
+def test_what_took_too_long_is_tried_again_with_more_time(benchmark):
+    results = benchmark.with_name("table.csv")
+    benchmark.write_text("onnx/net.onnx,0.001.vnnlib,600\n")
+    assert decide_instances(benchmark, results, 1e-9) == {"timeout": 1}
+    row = results.read_text()
+    assert decide_instances(benchmark, results, 1e-9) == {"timeout": 1} and results.read_text() == row
+    assert decide_instances(benchmark, results) == {"unsat": 1} and len(results.read_text().splitlines()) == 1
+    assert decide_instances(benchmark, results, 1e-9) == {"unsat": 1}
+    with pytest.raises(ValueError, match="budget=-1"):
+        decide_instances(benchmark, results, -1)
+
+
+@pytest.mark.parametrize("content", ["index,verdict\n0,verified\n", "onnx/net.onnx,0.001.vnnlib,unsat,0.1,ibp\n", "a file without a line"])
+def test_a_file_of_another_form_stays_as_it_is(content, benchmark):
+    results = text(benchmark.with_name("table.csv"), content)
+    with pytest.raises(ValueError, match="table.csv is not a table of results"):
+        decide_instances(benchmark, results)
+    assert results.read_text() == content
+
+
+def test_a_row_that_was_cut_in_its_first_line_is_written_anew(benchmark):
+    for half in ("onnx/n", "onnx/net.onnx,0.001.vnnlib,uns"):
+        results = text(benchmark.with_name("table.csv"), half)
+        assert decide_instances(benchmark, results) == {"unsat": 1, "sat": 1, "error": 1} and len(results.read_text().splitlines()) == 3
+
+
+def test_the_command(benchmark, capsys, monkeypatch):
     folder = benchmark.parent
+    text(folder / "results.csv", "of a certificate")
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
     network = str(folder / "onnx/net.onnx.gz")
     assert main([network, str(folder / "0.001.vnnlib")]) == 0 and capsys.readouterr().out == "unsat\n"
     assert main([network, str(folder / "0.9.vnnlib"), "--results", str(folder / "answer.txt"), "--timeout", "600"]) == 0
@@ -411,6 +456,9 @@ def test_the_command(benchmark, capsys):
     assert word == "sat" and y == pytest.approx([said[f"Y_{j}"] for j in range(3)], abs=1e-6)
     assert read_vnnlib(folder / "0.9.vnnlib").cases[0].unsafe.met(x.numpy(), y)
     assert main([str(benchmark)]) == 1 and "1 error, 1 sat, 1 unsat" in capsys.readouterr().out
+    assert (folder / "results.csv").read_text() == "of a certificate" and [path.name for path in (folder / "here").iterdir()] == ["verdicts.csv"]
+    assert main([str(benchmark), "--results", str(folder / "results.csv")]) == 2 and "is not a table of results" in capsys.readouterr().err
+    assert (folder / "results.csv").read_text() == "of a certificate"
     assert main([network, str(folder / "none.vnnlib")]) == 2 and "There is no file" in capsys.readouterr().err
     assert main([network]) == 2 and "name a property behind a network" in capsys.readouterr().err
 

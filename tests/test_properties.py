@@ -187,6 +187,10 @@ BOX = "(assert (>= X_0 0)) (assert (<= X_0 1)) "
     (HEAD + BOX + "(assert (not (<= Y_0 Y_1)))", r"\(not ...\)"),
     (HEAD + BOX + "(assert (<= Y_0))", "with 1 parts"),
     (HEAD + BOX + "(assert)", "an expression in it is incomplete"),
+    (HEAD + BOX + "(assert (<= Y_0 1_0))", "'1_0', which is no number"),
+    (HEAD + BOX + '(set-info :source "a\n") (assert (>= Y_0 2)) (set-info :x "") (assert (<= Y_0 Y_1))', "a text in quotes that holds"),
+    (HEAD + BOX + "(set-info :source |a\n) (assert (>= Y_0 2)) (exit |) (assert (<= Y_0 Y_1))", "a quoted name"),
+    (HEAD + BOX + "(assert (or (<= X_0 -1) (>= X_0 2))) (assert (<= Y_0 Y_1))", "no input lies in its box: number 0"),
     (HEAD + BOX + "(push 1) (assert (>= Y_0 2)) (pop 1) (assert (<= Y_0 Y_1))", r"\(push ...\) with 1 parts, but beside"),
     (HEAD + BOX + "(assert (>= Y_0 2)) (reset-assertions) (assert (<= Y_0 Y_1))", r"\(reset-assertions ...\)"),
     (HEAD + BOX + "(assert (<= Y_0 Y_1)) (asert (<= Y_0 -1))", r"\(asert ...\)"),
@@ -205,6 +209,32 @@ def test_what_cannot_be_read_is_refused_by_a_sentence(content, words, tmp_path):
     with pytest.raises(ValueError, match=words) as caught:
         read_vnnlib(path)
     assert str(path) in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("ends", ["\x0c", "\x0b", "\x85", "\u2028", "\x1c"])
+def test_a_comment_ends_at_the_end_of_its_line_alone(ends, tmp_path):
+    plain, commented = (HEAD + BOX + "(assert (<= Y_0 Y_1))" + rest for rest in ("", f"; note{ends}(assert (>= Y_0 2))\r\n ; more\r; and more"))
+    assert read_vnnlib(text(tmp_path / "p.vnnlib", plain)).cases[0].unsafe == read_vnnlib(text(tmp_path / "p.vnnlib", commented)).cases[0].unsafe
+
+
+@pytest.mark.parametrize("digits, value", [("1", 1), ("-1.", -1), (".5", 0.5), ("+2.5e-1", 0.25), ("1E2", 100)])
+def test_numbers(digits, value, tmp_path):
+    (case,) = read_vnnlib(text(tmp_path / "p.vnnlib", HEAD + BOX + f"(assert (<= Y_0 {digits}))")).cases
+    assert case.unsafe == Atom({("Y", 0): 1}, -value)
+
+
+def test_alternatives_without_an_input_are_left_out(tmp_path):
+    """As of ACAS Xu's sixth property where an input is cut twice: of four boxes two are empty."""
+    cuts = "(assert (or (<= X_0 0.2) (>= X_0 0.8))) (assert (or (<= X_0 0.1) (>= X_0 0.9)))"
+    claim = read_vnnlib(text(tmp_path / "p.vnnlib", HEAD + BOX + cuts + "(assert (<= Y_0 Y_1))"))
+    assert [(float(case.lower), float(case.upper)) for case in claim.cases] == [(0, 0.1), (0.9, 1)]
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_a_condition_without_variables_is_written_as_it_is_read(version, tmp_path):
+    claim = read_vnnlib(text(tmp_path / "p.vnnlib", HEAD + BOX + "(assert (or (<= 1 0) (>= Y_0 0.5)))"))
+    write_vnnlib(claim, tmp_path / "again.vnnlib", version)
+    assert read_vnnlib(tmp_path / "again.vnnlib").cases[0].unsafe == claim.cases[0].unsafe
 
 
 def test_commands_that_change_nothing_are_read_over(tmp_path):
@@ -344,6 +374,32 @@ def test_lowered_margins_are_below_the_true_ones(seed):
         y = network(x)
     true = np.array([case.unsafe.value(*pair) for pair in zip(x.numpy(), y.numpy(), strict=True)])
     assert bool((margins.double().numpy() <= true).all()) and float((true - margins.numpy()).max()) < 0.05
+
+
+def test_the_precision_is_that_of_parameters_or_buffers(tmp_path):
+    """A file without a layer that learns, in float64, is decided; its constants are buffers."""
+    onnx = pytest.importorskip("onnx")
+    ends = [[onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, (1, 2))] for name in "xy"]
+    weights = [onnx.numpy_helper.from_array(np.array([2.0, 3.0]), "k")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Mul", ["x", "k"], ["y"])], "network", *ends, weights)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), tmp_path / "net.onnx")
+    case = Case(torch.zeros(2).double(), torch.ones(2).double(), Atom({("Y", 0): -1.0}, 2.5))
+    assert decide_property(from_onnx(tmp_path / "net.onnx"), Property((case,), 2, 2), 600).verdict == "verified"
+
+
+def test_an_instance_that_fails_leaves_the_others(benchmark, monkeypatch):
+    """With an error of any class; a package that is missing ends it all."""
+    def failing(error):
+        def decided(model, claim, seconds):
+            raise error
+        monkeypatch.setattr("sparselab.robust.properties.decide_property", decided)
+
+    failing(RuntimeError("dtypes differ"))
+    assert decide_instances(benchmark, benchmark.with_name("table.csv")) == {"error": 3}
+    assert "dtypes differ" in benchmark.with_name("table.csv").read_text()
+    failing(ImportError("no onnx"))
+    with pytest.raises(ImportError, match="no onnx"):
+        decide_instances(benchmark, benchmark.with_name("table.csv"))
 
 
 def test_numbers_that_overflow_are_refused():

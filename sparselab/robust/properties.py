@@ -745,8 +745,9 @@ def decide_instances(
 ) -> dict[str, int]:
     """Decide every instance of a benchmark; returns how often each word was said. What cannot be read or decided is an `error`.
 
-    A table is gone on with where network and property are the same files, but for weights that a network keeps in others: what is decided stays, what is open is tried again with more seconds,
-    and an error always. The rows of what is tried again are replaced. Raises ValueError for a file of another form, which stays as it is.
+    A table is gone on with: a verdict stays where network and property are the same files (weights that a network keeps in further files are not
+    compared), what is open is tried again with more seconds, and an error always. The rows of what is tried again are replaced. Raises ValueError
+    for a budget that is none, and for a `results` of another form, which stays as it is.
     """
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0):
         raise ValueError(f"budget={shortened(budget)}, but a verdict takes a number of seconds above 0.")

@@ -421,8 +421,8 @@ def _needed(graph: Any, output: str) -> list[tuple[int, Any]]:
     return found[::-1]
 
 
-FOLDED = ("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Gather", "Identity", "Mul", "Neg", "Range", "Relu", "Reshape", "Shape",
-          "Slice", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze")  # of constants; they mean the same in every version of ONNX that has them in this form
+FOLDED = ("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Gather", "Identity", "Mul", "Neg", "Range", "Relu", "Reshape",
+          "Shape", "Slice", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze")  # of constants; each has one meaning in all versions of ONNX
 
 
 def _folded(node: Any, constants: dict[str, Tensor]) -> dict[str, Tensor]:

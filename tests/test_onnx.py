@@ -161,6 +161,38 @@ def test_a_product_that_others_read_keeps_its_sum_apart(tmp_path):
     torch.testing.assert_close(from_onnx(path)(x), runtime(path, x), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("first", ["cast", "relu"])
+def test_a_product_that_others_read_by_another_name_keeps_its_sum_apart(first, tmp_path):
+    """y = relu(m) + (cast(m) + b), with m below zero in [0, 1]^2, where a bias in m would not be seen."""
+    nodes = [NODE("Cast", ["m"], ["c"], to=TensorProto.FLOAT), NODE("Relu", ["m"], ["r"])]
+    nodes = nodes if first == "cast" else nodes[::-1]
+    nodes = [NODE("MatMul", ["x", "W"], ["m"]), *nodes, NODE("Add", ["c", "b"], ["s"]), NODE("Add", ["s", "r"], ["y"])]
+    path = saved(tmp_path / "net.onnx", nodes, {"W": -np.eye(2, dtype=np.float32), "b": np.float32([-3, -3])}, (1, 2), out=(1, 2))
+    x = torch.tensor([[0.5, 0.5], [-2.0, -5.0]])
+    torch.testing.assert_close(from_onnx(path)(x), torch.tensor([[-3.5, -3.5], [1.0, 7.0]]))
+
+
+LEFT_OUT = {"Clip without a minimum": ([NODE("Clip", ["x", "", "high"], ["y"])], {"high": np.float32(0.5)}, (1, 3)),
+            "Clip without a maximum": ([NODE("Clip", ["x", "low", ""], ["y"])], {"low": np.float32(0.5)}, (1, 3)),
+            "Gemm without a bias": ([NODE("Gemm", ["x", "W", ""], ["y"])], {"W": floats(4, 3)}, (1, 4)),
+            "Conv without a bias": ([NODE("Conv", ["x", "W", ""], ["y"])], {"W": floats(2, 1, 2, 2)}, (1, 1, 3, 3))}
+
+
+@pytest.mark.parametrize("form", LEFT_OUT)
+def test_inputs_that_are_left_out_by_an_empty_name(form, tmp_path):
+    nodes, weights, shape = LEFT_OUT[form]
+    path = saved(tmp_path / "net.onnx", nodes, weights, shape, out=None)
+    x = torch.randn(3, *shape[1:])
+    torch.testing.assert_close(from_onnx(path)(x).flatten(1), runtime(path, x).flatten(1), atol=1e-6, rtol=1e-6)
+
+
+def test_a_file_that_the_reference_cannot_compute_is_refused_by_a_sentence(tmp_path):
+    """Of version 6 the reference has no Dropout."""
+    path = saved(tmp_path / "net.onnx", [NODE("Dropout", ["x"], ["y"], is_test=1)], {}, (1, 3), opset=6)
+    with pytest.raises(ValueError, match="ONNX's reference cannot compute"):
+        from_onnx(path)
+
+
 def test_double_precision_compressed_and_external_files(tmp_path):
     nodes, weights, shape = mnistfc((1, 12))
     wide = {key: value.astype(np.float64) for key, value in weights.items()}
@@ -219,6 +251,10 @@ BAD = [
     bad("uneven maximum", [NODE("MaxPool", ["x"], ["y"], kernel_shape=[2, 2], pads=[1, 0, 0, 0])], {}, (1, 1, 4, 4), "more on one side"),
     bad("uneven mean", [NODE("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], pads=[1, 0, 0, 0])], {}, (1, 1, 4, 4), "more on one side"),
     bad("over the end", [NODE("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)], {}, (1, 1, 5, 5), "ceil_mode"),
+    bad("folded softmax", [NODE("Softmax", ["W"], ["s"], name="probs"), NODE("Gemm", ["x", "s"], ["y"], transB=1)], W, (1, 4),
+        "'probs' .Softmax. cannot be read.*fold its constants", opset=11),
+    bad("folded by others", [NODE("Add", ["W", "W"], ["s"], domain="ours"), NODE("Gemm", ["x", "s"], ["y"], transB=1)], W, (1, 4),
+        "fold its constants"),
     bad("indices", [NODE("MaxPool", ["x"], ["p", "i"], kernel_shape=[2, 2]), NODE("Add", ["p", "i"], ["y"])], {}, (1, 1, 4, 4), "second output"),
     bad("half precision", [NODE("Relu", ["x"], ["y"])], {}, (1, 3), "float16", kind=TensorProto.FLOAT16),
     bad("two inputs", [NODE("Add", ["x", "z"], ["y"])], {}, (1, 3), "2 inputs",
@@ -258,8 +294,12 @@ def test_without_the_package_the_sentence_names_the_extra(tmp_path, monkeypatch)
 
 
 def test_a_rule_that_lies_is_found(tmp_path, monkeypatch):
-    """ONNX's own reference is asked at a random image."""
+    """ONNX's own reference is asked at a random image, and where the lie is far outside of [0, 1]."""
     path = saved(tmp_path / "net.onnx", *mnistfc((1, 12)))
     monkeypatch.setitem(RULES, "Relu", lambda node: nn.LeakyReLU(0.5))
+    with pytest.raises(Contradiction, match="differs from ONNX's reference"):
+        from_onnx(path)
+    path = saved(tmp_path / "net.onnx", [NODE("Relu", ["x"], ["y"])], {}, (1, 3))
+    monkeypatch.setitem(RULES, "Relu", lambda node: nn.Hardtanh(0, 8))
     with pytest.raises(Contradiction, match="differs from ONNX's reference"):
         from_onnx(path)

@@ -22,7 +22,7 @@ from sparselab.robust import (
     write_vnnlib,
 )
 from sparselab.robust.certificates import exported, onnx_of
-from sparselab.robust.properties import Atom, Case, Compound, Judged, answer, main, written
+from sparselab.robust.properties import Atom, Case, Compound, Judged, _change, answer, main, written
 
 ONE = """
 ; robustness of class 1
@@ -146,6 +146,30 @@ def test_boxes_in_alternatives_are_cases(tmp_path):
     assert all(case.unsafe == Atom({("Y", 0): 1, ("Y", 1): -1}) for case in claim.cases)
 
 
+def identity(n=1):
+    network = nn.Linear(n, n)
+    nn.init.eye_(network.weight), nn.init.zeros_(network.bias)
+    return network
+
+
+def of_one(conditions):
+    """A file on a network with one input and one output."""
+    return "(declare-const X_0 Real) (declare-const Y_0 Real)" + "".join(f"(assert {condition})" for condition in conditions)
+
+
+def test_an_open_end_of_a_box_is_no_counterexample(tmp_path):
+    """Of y = x on x < 0.5: y >= 0.5 is met at the open end alone, y >= 0.25 inside; also once it is written again."""
+    found = []
+    for least in (0.5, 0.25):
+        claim = read_vnnlib(text(tmp_path / "p.vnnlib", of_one(["(>= X_0 0.0)", "(< X_0 0.5)", f"(>= Y_0 {least})"])))
+        again = read_vnnlib(text(tmp_path / "p.vnnlib", written(claim)))
+        for (case,) in (claim.cases, again.cases):
+            assert (float(case.lower), float(case.upper)) == (0, 0.5)
+            assert [case.unsafe.met(np.array([x]), np.array([x])) for x in (0.5, 0.49)] == [False, least < 0.49]
+        found.append(decide_property(identity(), claim, 600).verdict)
+    assert found == ["unknown", "falsified"]
+
+
 HEAD = "(declare-const X_0 Real) (declare-const Y_0 Real) (declare-const Y_1 Real) "
 BOX = "(assert (>= X_0 0)) (assert (<= X_0 1)) "
 
@@ -163,6 +187,17 @@ BOX = "(assert (>= X_0 0)) (assert (<= X_0 1)) "
     (HEAD + BOX + "(assert (not (<= Y_0 Y_1)))", r"\(not ...\)"),
     (HEAD + BOX + "(assert (<= Y_0))", "with 1 parts"),
     (HEAD + BOX + "(assert)", "an expression in it is incomplete"),
+    (HEAD + BOX + "(assert (<= Y_0 1_0))", "'1_0', which is no number"),
+    (HEAD + BOX + '(set-info :source "a\n") (assert (>= Y_0 2)) (set-info :x "") (assert (<= Y_0 Y_1))', "a text in quotes that holds"),
+    (HEAD + BOX + "(set-info :source |a\n) (assert (>= Y_0 2)) (exit |) (assert (<= Y_0 Y_1))", "a quoted name"),
+    (HEAD + BOX + "(assert (or (<= X_0 -1) (>= X_0 2))) (assert (<= Y_0 Y_1))", "no input lies in its box: number 0"),
+    (HEAD + BOX + "(push 1) (assert (>= Y_0 2)) (pop 1) (assert (<= Y_0 Y_1))", r"\(push ...\) with 1 parts, but beside"),
+    (HEAD + BOX + "(assert (>= Y_0 2)) (reset-assertions) (assert (<= Y_0 Y_1))", r"\(reset-assertions ...\)"),
+    (HEAD + BOX + "(assert (<= Y_0 Y_1)) (asert (<= Y_0 -1))", r"\(asert ...\)"),
+    (HEAD + BOX + "(assert (<= Y_0 Y_1)) assert (<= Y_0 -1)", "it holds 'assert', which is no command"),
+    (HEAD + BOX + "(assert (<= Y_0 Y_1) (<= Y_0 -1))", r"\(assert ...\) with 2 parts"),
+    (HEAD + BOX + "(assert (<= Y_0 Y_1)) ()", "which is no command"),
+    (TWO.replace("<2.0>", "<3.0>"), "version <3.0>"),
     (HEAD + BOX + "(assert (<= Y_0 nan))", "the number nan"),
     (HEAD + "(declare-const Z_0 Real)", "'Z_0', but inputs are called"),
     (TWO.replace("X[0,1] 0.1", "X[0,2] 0.1"), r"X\[0,2\], but X is declared as \[1, 2\]"),
@@ -174,6 +209,38 @@ def test_what_cannot_be_read_is_refused_by_a_sentence(content, words, tmp_path):
     with pytest.raises(ValueError, match=words) as caught:
         read_vnnlib(path)
     assert str(path) in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("ends", ["\x0c", "\x0b", "\x85", "\u2028", "\x1c"])
+def test_a_comment_ends_at_the_end_of_its_line_alone(ends, tmp_path):
+    plain, commented = (HEAD + BOX + "(assert (<= Y_0 Y_1))" + rest for rest in ("", f"; note{ends}(assert (>= Y_0 2))\r\n ; more\r; and more"))
+    assert read_vnnlib(text(tmp_path / "p.vnnlib", plain)).cases[0].unsafe == read_vnnlib(text(tmp_path / "p.vnnlib", commented)).cases[0].unsafe
+
+
+@pytest.mark.parametrize("digits, value", [("1", 1), ("-1.", -1), (".5", 0.5), ("+2.5e-1", 0.25), ("1E2", 100)])
+def test_numbers(digits, value, tmp_path):
+    (case,) = read_vnnlib(text(tmp_path / "p.vnnlib", HEAD + BOX + f"(assert (<= Y_0 {digits}))")).cases
+    assert case.unsafe == Atom({("Y", 0): 1}, -value)
+
+
+def test_alternatives_without_an_input_are_left_out(tmp_path):
+    """As of ACAS Xu's sixth property where an input is cut twice: of four boxes two are empty."""
+    cuts = "(assert (or (<= X_0 0.2) (>= X_0 0.8))) (assert (or (<= X_0 0.1) (>= X_0 0.9)))"
+    claim = read_vnnlib(text(tmp_path / "p.vnnlib", HEAD + BOX + cuts + "(assert (<= Y_0 Y_1))"))
+    assert [(float(case.lower), float(case.upper)) for case in claim.cases] == [(0, 0.1), (0.9, 1)]
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_a_condition_without_variables_is_written_as_it_is_read(version, tmp_path):
+    claim = read_vnnlib(text(tmp_path / "p.vnnlib", HEAD + BOX + "(assert (or (<= 1 0) (>= Y_0 0.5)))"))
+    write_vnnlib(claim, tmp_path / "again.vnnlib", version)
+    assert read_vnnlib(tmp_path / "again.vnnlib").cases[0].unsafe == claim.cases[0].unsafe
+
+
+def test_commands_that_change_nothing_are_read_over(tmp_path):
+    around = '(set-logic QF_LRA) (set-info :source "of a test") {} (check-sat) (exit)'
+    claims = [read_vnnlib(text(tmp_path / "p.vnnlib", content)) for content in (ONE, around.format(ONE))]
+    assert claims[0].cases[0].unsafe == claims[1].cases[0].unsafe
 
 
 def test_cut_files(tmp_path):
@@ -273,6 +340,74 @@ def test_a_strict_condition_is_not_broken_by_a_tie():
     assert [decide_property(network, Property((case,), 1, 2), 600).verdict for case in cases] == ["falsified", "unknown"]
 
 
+@pytest.mark.parametrize("condition, verdict", [
+    ("(<= (+ (* 16777219 Y_0) (* -16777218.9 Y_1) (* -0.5 Y_2)) 0)", "falsified"),  # 0.1 - 0.5 at the only point; 1.5 with weights of float32
+    ("(<= (+ (* 0.1 Y_0) (* 0.2 Y_1)) 0.29999999)", "unknown"),
+    ("(<= (+ (* 0.1 Y_0) (* 0.2 Y_1)) 0.2999)", "verified"),
+    ("(<= Y_0 0.9999999999)", "unknown"),  # of float32 the constant is 1
+    ("(<= Y_0 0.9999)", "verified"),
+    ("(or (<= Y_0 0.9999) (and (<= (* 0.1 Y_0) 0.2) (<= (* 0.3 Y_1) 0.31)))", "falsified"),
+    ("(or (<= Y_0 0.9999) (and (<= (* 0.1 Y_0) 0.2) (<= (* 0.3 Y_1) 0.29)))", "verified"),
+])
+def test_numbers_that_float32_does_not_hold_prove_nothing(condition, verdict, tmp_path):
+    """Of y = x = (1, 1, 1)."""
+    names = "".join(f"(declare-const {kind}_{i} Real)" for kind in "XY" for i in range(3))
+    box = "".join(f"(assert (>= X_{i} 1)) (assert (<= X_{i} 1))" for i in range(3))
+    claim = read_vnnlib(text(tmp_path / "p.vnnlib", f"{names}{box}(assert {condition})"))
+    found = decide_property(identity(3), claim, 600)
+    assert found.verdict == verdict and (found.verdict == "falsified") == claim.cases[0].unsafe.met(np.ones(3), np.ones(3))
+    if "or" not in condition and any(_change(weight, torch.float32) for weight in claim.cases[0].unsafe.weights.values()):
+        with pytest.raises(ValueError, match="does not hold exactly"):
+            claim.cases[0].rows(3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lowered_margins_are_below_the_true_ones(seed):
+    """Of decimal weights of any size, at points of the box, against sums in float64."""
+    rng = np.random.default_rng(seed)
+    weights = {("Y", 0): 0.1, ("Y", 1): -1e4 / 3, ("Y", 2): float(rng.normal()), ("X", 0): 1e3 / 7}
+    case = Case(torch.zeros(2).double(), torch.full((2,), 0.7).double(), Atom(weights, float(rng.normal())))
+    network = small(seed)
+    judged, u = Judged(network, case, 3, (2,)), torch.rand(2000, 2)
+    with torch.no_grad():
+        margins, x = -judged(u)[:, 1], judged.image(u)
+        y = network(x)
+    true = np.array([case.unsafe.value(*pair) for pair in zip(x.numpy(), y.numpy(), strict=True)])
+    assert bool((margins.double().numpy() <= true).all()) and float((true - margins.numpy()).max()) < 0.05
+
+
+def test_the_precision_is_that_of_parameters_or_buffers(tmp_path):
+    """A file without a layer that learns, in float64, is decided; its constants are buffers."""
+    onnx = pytest.importorskip("onnx")
+    ends = [[onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, (1, 2))] for name in "xy"]
+    weights = [onnx.numpy_helper.from_array(np.array([2.0, 3.0]), "k")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Mul", ["x", "k"], ["y"])], "network", *ends, weights)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), tmp_path / "net.onnx")
+    case = Case(torch.zeros(2).double(), torch.ones(2).double(), Atom({("Y", 0): -1.0}, 2.5))
+    assert decide_property(from_onnx(tmp_path / "net.onnx"), Property((case,), 2, 2), 600).verdict == "verified"
+
+
+def test_an_instance_that_fails_leaves_the_others(benchmark, monkeypatch):
+    """With an error of any class; a package that is missing ends it all."""
+    def failing(error):
+        def decided(model, claim, seconds):
+            raise error
+        monkeypatch.setattr("sparselab.robust.properties.decide_property", decided)
+
+    failing(RuntimeError("dtypes differ"))
+    assert decide_instances(benchmark, benchmark.with_name("table.csv")) == {"error": 3}
+    assert "dtypes differ" in benchmark.with_name("table.csv").read_text()
+    failing(ImportError("no onnx"))
+    with pytest.raises(ImportError, match="no onnx"):
+        decide_instances(benchmark, benchmark.with_name("table.csv"))
+
+
+def test_numbers_that_overflow_are_refused():
+    claim = Property((Case(torch.zeros(2).double(), torch.ones(2).double(), Atom({("Y", 0): 1e39})),), 2, 3)
+    with pytest.raises(ValueError, match="too large for torch.float32"):
+        decide_property(small(0), claim, 1)
+
+
 def test_models_and_properties_that_do_not_fit():
     claim = robustness(torch.rand(2), 0, 0.1, 3)
     with pytest.raises(ValueError, match="2 outputs, but the property speaks of 3"):
@@ -320,8 +455,53 @@ def test_a_benchmark_is_decided_and_gone_on_with(benchmark):
     assert [line.split(",")[2] for line in results.read_text().splitlines()] == ["kept", "sat", "error"]
 
 
-def test_the_command(benchmark, capsys):
+def test_a_row_is_kept_for_the_files_it_is_about(benchmark):
+    """Another property of the same name is decided anew, beside the row of another benchmark; an error is tried again."""
+    results, folder = benchmark.with_name("table.csv"), benchmark.parent
+    other = text(folder / "other.csv", "onnx/net.onnx, 0.001.vnnlib, 600\n")
+    (folder / "kept.vnnlib").write_text((folder / "0.001.vnnlib").read_text())
+    assert decide_instances(text(folder / "more.csv", "onnx/net.onnx,kept.vnnlib,600\n"), results) == {"unsat": 1}
+    assert decide_instances(benchmark, results) == {"unsat": 1, "sat": 1, "error": 1}
+    (folder / "0.001.vnnlib").write_text((folder / "0.9.vnnlib").read_text())
+    (folder / "cut.vnnlib").write_text((folder / "0.9.vnnlib").read_text())
+    assert decide_instances(other, results) == {"sat": 1}
+    assert decide_instances(benchmark, results) == {"sat": 3}
+    rows = [line.split(",") for line in results.read_text().splitlines()]
+    assert {row[1]: row[2] for row in rows} == {"0.001.vnnlib": "sat", "0.9.vnnlib": "sat", "cut.vnnlib": "sat", "kept.vnnlib": "unsat"}
+    assert len(rows) == 4
+
+
+def test_what_took_too_long_is_tried_again_with_more_time(benchmark):
+    results = benchmark.with_name("table.csv")
+    benchmark.write_text("onnx/net.onnx,0.001.vnnlib,600\n")
+    assert decide_instances(benchmark, results, 1e-9) == {"timeout": 1}
+    row = results.read_text()
+    assert decide_instances(benchmark, results, 1e-9) == {"timeout": 1} and results.read_text() == row
+    assert decide_instances(benchmark, results) == {"unsat": 1} and len(results.read_text().splitlines()) == 1
+    assert decide_instances(benchmark, results, 1e-9) == {"unsat": 1}
+    with pytest.raises(ValueError, match="budget=-1"):
+        decide_instances(benchmark, results, -1)
+
+
+@pytest.mark.parametrize("content", ["index,verdict\n0,verified\n", "onnx/net.onnx,0.001.vnnlib,unsat,0.1,ibp\n", "a file without a line"])
+def test_a_file_of_another_form_stays_as_it_is(content, benchmark):
+    results = text(benchmark.with_name("table.csv"), content)
+    with pytest.raises(ValueError, match="table.csv is not a table of results"):
+        decide_instances(benchmark, results)
+    assert results.read_text() == content
+
+
+def test_a_row_that_was_cut_in_its_first_line_is_written_anew(benchmark):
+    for half in ("onnx/n", "onnx/net.onnx,0.001.vnnlib,uns"):
+        results = text(benchmark.with_name("table.csv"), half)
+        assert decide_instances(benchmark, results) == {"unsat": 1, "sat": 1, "error": 1} and len(results.read_text().splitlines()) == 3
+
+
+def test_the_command(benchmark, capsys, monkeypatch):
     folder = benchmark.parent
+    text(folder / "results.csv", "of a certificate")
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
     network = str(folder / "onnx/net.onnx.gz")
     assert main([network, str(folder / "0.001.vnnlib")]) == 0 and capsys.readouterr().out == "unsat\n"
     assert main([network, str(folder / "0.9.vnnlib"), "--results", str(folder / "answer.txt"), "--timeout", "600"]) == 0
@@ -332,6 +512,9 @@ def test_the_command(benchmark, capsys):
     assert word == "sat" and y == pytest.approx([said[f"Y_{j}"] for j in range(3)], abs=1e-6)
     assert read_vnnlib(folder / "0.9.vnnlib").cases[0].unsafe.met(x.numpy(), y)
     assert main([str(benchmark)]) == 1 and "1 error, 1 sat, 1 unsat" in capsys.readouterr().out
+    assert (folder / "results.csv").read_text() == "of a certificate" and [path.name for path in (folder / "here").iterdir()] == ["verdicts.csv"]
+    assert main([str(benchmark), "--results", str(folder / "results.csv")]) == 2 and "is not a table of results" in capsys.readouterr().err
+    assert (folder / "results.csv").read_text() == "of a certificate"
     assert main([network, str(folder / "none.vnnlib")]) == 2 and "There is no file" in capsys.readouterr().err
     assert main([network]) == 2 and "name a property behind a network" in capsys.readouterr().err
 

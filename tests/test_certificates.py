@@ -16,7 +16,7 @@ from torch import nn
 
 from sparselab.robust import bounds, certify, margin_matrix, verify
 from sparselab.robust.certificates import exported, refuted, sha256
-from sparselab.robust.recheck import FAULTS, SEARCHES, Affine, Wrong, box_of, convolution, lower_end, property_of, recheck
+from sparselab.robust.recheck import FAULTS, SEARCHES, Affine, ReLU, Wrong, box_of, convolution, lower_end, lowest, margin, property_of, recheck
 from sparselab.robust.rounding import outer_box
 
 
@@ -300,6 +300,19 @@ def with_method(folder, method):
     rewrite(folder, rows)
 
 
+def overflowing(folder):
+    """Two leaves for each class, with multipliers whose products overflow to inf - inf: NaN as a margin of 123."""
+    proofs, rows = {name: t.copy() for name, t in load_file(folder / "proofs.safetensors").items()}, read_rows(folder)
+    k = next(k for k, row in enumerate(rows) if row["method"] == "branch_and_bound")
+    sign = np.zeros((18, proofs[f"leaves.{k}.sign"].shape[1]), np.int8)
+    sign[::2, 0], sign[1::2, 0] = 1, -1
+    other = np.repeat(np.delete(np.arange(10), int(rows[k]["label"])), 2)
+    parts = {"other": other, "sign": sign, "alpha": np.zeros(sign.shape), "beta": 1.7e308 * abs(sign.astype(np.float64))}
+    save_file(proofs | {f"leaves.{k}.{part}": t for part, t in parts.items()}, folder / "proofs.safetensors")
+    rows[k]["margin"] = "123.0"
+    rewrite(folder, rows)
+
+
 def shrink_one(folder):
     """The upper bound of one unstable neuron, by a thousandth: of a stable one, for which IBP was enough, CROWN may prove that much."""
     proofs = {name: t.copy() for name, t in load_file(folder / "proofs.safetensors").items()}
@@ -327,6 +340,9 @@ TAMPERINGS = {
     "negative multipliers": edit_leaves(lambda o, s, a, b: (o, s, a, -b)),
     "one negative multiplier": edit_leaves(lambda o, s, a, b: (o, s, a, put(b, np.unravel_index(b.argmax(), b.shape), -b.max()))),
     "multipliers a thousand times as large": edit_leaves(lambda o, s, a, b: (o, s, a, 1000 * b)),
+    "multipliers that overflow": overflowing,
+    "slopes of float64": edit_leaves(lambda o, s, a, b: (o, s, a.astype(np.float64), b)),
+    "bounds of float64": edit_tensor("proofs.safetensors", "5.ub", lambda ub: ub.astype(np.float64)),
     "an infinite multiplier": edit_leaves(lambda o, s, a, b: (o, s, a, put(b, np.unravel_index(b.argmax(), b.shape), np.inf))),
     "slopes that are NaN": edit_leaves(lambda o, s, a, b: (o, s, a * np.nan, b)),
     "slopes of fewer neurons": edit_leaves(lambda o, s, a, b: (o, s, a[:, 1:], b)),
@@ -467,6 +483,7 @@ def test_tampering_is_found(whole, tmp_path, what, hashes):
     ("a certificate inside", "other/001300.vnnlib"), ("a figure left out of the report", "leaves figures out"),
     ("the eps of the report", "another property"), ("a leaf left out", "not all of the box"), ("a leaf twice", "not all of the box"),
     ("every leaf left out", "the leaves say otherwise|not all of the box"), ("a split the other way", "not all of the box"),
+    ("multipliers that overflow", "another type"), ("slopes of float64", "another type"), ("bounds of float64", "another type"),
     ("negative multipliers", "multiplier is none"), ("slopes that are NaN", "multiplier is none"), ("a split by two", "is none"),
     ("leaves about another class", "not all of the box"), ("a search called alpha-CROWN", "say otherwise"), ("a method that is none", "is claimed"),
     ("a figure that the report shows twice", "has others"), ("a figure of a class in the report", "class.3.verified"),
@@ -476,6 +493,20 @@ def test_tampering_is_found(whole, tmp_path, what, hashes):
 def test_the_sentence_says_what_is_wrong(whole, tmp_path, what, sentence):
     with pytest.raises(Wrong, match=sentence):
         recheck(tampered(whole, tmp_path, what, "new"))
+
+
+def test_a_bound_that_overflows_proves_nothing():
+    """NaN and inf are no numbers below which a margin cannot fall: y_0 = -max(16 x, 0), y_1 = 0 on [-1, 1], whose margin falls to -16."""
+    layers = [Affine([0], [np.array([[16.0]])], None), ReLU([1]), Affine([2], [np.array([[-1.0], [0.0]])], None)]
+    box, claims = (-np.ones(1), np.ones(1)), {1: (np.array([-17.0]), np.array([17.0]), np.zeros(1))}
+    sign = np.array([[1], [-1]], np.int8)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for beta in (1e300, 1.7e308):
+            leaves = [np.ones(2, np.int64), sign, np.zeros((2, 1)), beta * np.ones((2, 1))]
+            assert margin(layers, box, 0, claims, "branch_and_bound", leaves) < -16
+        boxes = [(np.zeros(2), np.ones(2)), (np.zeros(2), np.ones(2))]
+        for row in ([1.7e308, 1.7e308], [1.7e308, -1.7e308], [np.nan, 0.0]):
+            assert lowest([Affine([0], [16 * np.ones((2, 2))], np.ones(2))], boxes, np.array([row]), 1) == -np.inf
 
 
 def test_a_convolution_that_no_program_computes_is_refused():

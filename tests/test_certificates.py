@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from sparselab.robust import bounds, certify, margin_matrix, verify
-from sparselab.robust.certificates import exported, refuted, sha256
+from sparselab.robust import bounds, certificates, certify, input_box, margin_matrix, verify
+from sparselab.robust.certificates import exported, inner_box, refuted, sha256
 from sparselab.robust.recheck import FAULTS, SEARCHES, Affine, ReLU, Wrong, box_of, convolution, lower_end, lowest, margin, property_of, recheck
 from sparselab.robust.rounding import outer_box
 
@@ -86,10 +87,10 @@ def test_verdicts_are_those_of_verify_on_the_exported_network(made):
     net, certificate = made
     x, y = (part[1300:1360] for part in digits())
     proved = verify(exported(net, x), x, y, 0.03, sound=True)
-    for row, found, margin in zip(certificate.rows, proved.verified.tolist(), proved.margins.tolist(), strict=True):
+    for row, found, bound in zip(certificate.rows, proved.verified.tolist(), proved.margins.tolist(), strict=True):
         assert (row["verdict"] == "verified") == found
         if found:
-            assert 0 < float(row["margin"]) == pytest.approx(margin, rel=1e-3, abs=1e-3)
+            assert 0 < float(row["margin"]) == pytest.approx(bound, rel=1e-3, abs=1e-3)
 
 
 def test_a_counterexample_breaks_the_model_itself(made):
@@ -300,6 +301,15 @@ def with_method(folder, method):
     rewrite(folder, rows)
 
 
+def sum_of_three(folder):
+    """The first layer adds its input once more in two parts that cancel: exact numbers stay as they were, roundings are more."""
+    layer = json.loads((folder / "network.json").read_text())["layers"][0]
+    assert layer["op"] == "scale" and layer["inputs"] == [0]
+    edit_json("network.json", lambda net: net["layers"][0].update(inputs=[0, 0, 0]))(folder)
+    far = np.float32(2**-12)
+    edit_tensor("network.safetensors", "0.weight", lambda w: np.concatenate([w, 0 * w + far, 0 * w - far]))(folder)
+
+
 def overflowing(folder):
     """Two leaves for each class, with multipliers whose products overflow to inf - inf: NaN as a margin of 123."""
     proofs, rows = {name: t.copy() for name, t in load_file(folder / "proofs.safetensors").items()}, read_rows(folder)
@@ -368,6 +378,8 @@ TAMPERINGS = {
     "a bias": edit_tensor("network.safetensors", "6.bias", lambda b: b + np.arange(10, dtype=np.float32)),
     "a ReLU of another kind": edit_json("network.json", lambda net: net["layers"][3].update(op="gelu")),
     "a ReLU of two inputs": edit_json("network.json", lambda net: net["layers"][3].update(inputs=[3, 2])),
+    "a sum of three": lambda folder: sum_of_three(folder),
+    "a linear layer of two inputs": edit_json("network.json", lambda net: net["layers"][-1].update(inputs=[3, 5])),
     "a ReLU left out": edit_json("network.json", lambda net: net["layers"][4].update(inputs=[3])),
     "an image": edit_tensor("samples.safetensors", "images", lambda x: put(x, (3, 0, 4, 4), 1 - x[3, 0, 4, 4])),
     "the images' order": edit_tensor("samples.safetensors", "images", lambda x: x[::-1].copy()),
@@ -488,11 +500,37 @@ def test_tampering_is_found(whole, tmp_path, what, hashes):
     ("leaves about another class", "not all of the box"), ("a search called alpha-CROWN", "say otherwise"), ("a method that is none", "is claimed"),
     ("a figure that the report shows twice", "has others"), ("a figure of a class in the report", "class.3.verified"),
     ("a figure of a class in the summary", "class.3.verified"), ("images called clean that are not", "called clean"),
+    ("a sum of three", "scale of 3 inputs"), ("a linear layer of two inputs", "linear of 2 inputs"),
     ("the manifest left out", "not finished"), ("a ReLU of another kind", "does not know"),
 ])
 def test_the_sentence_says_what_is_wrong(whole, tmp_path, what, sentence):
     with pytest.raises(Wrong, match=sentence):
         recheck(tampered(whole, tmp_path, what, "new"))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 8 / 255, 0.08, 0.25, 0.4999, 1.0])
+def test_counterexamples_are_sought_within_eps_in_exact_numbers(eps):
+    x = torch.cat([torch.rand(200), torch.tensor([0.0, 0.5, 1.0, 1e-30])])
+    ends = inner_box(x, eps)
+    for pixel, lb, ub in zip(x.tolist(), *(end.tolist() for end in ends), strict=True):
+        assert 0 <= lb <= pixel <= ub <= 1 and max(Fraction(pixel) - Fraction(lb), Fraction(ub) - Fraction(pixel)) <= Fraction(eps)
+    for mine, theirs in zip(ends, input_box(x, eps), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-7, rtol=0)
+
+
+def test_falsified_is_no_network_that_is_right_within_eps(tmp_path, monkeypatch):
+    """The margin 1000 x - 0.09999 is above zero on all of [0.5 - eps, 0.5 + eps], but not at the float32 number below."""
+    net = nn.Sequential(nn.Linear(1, 2))
+    net[0].weight.data, net[0].bias.data = torch.tensor([[1000.0], [0.0]]), torch.tensor([-0.09999, 0.0])
+    bias, eps = Fraction(net[0].bias.tolist()[0]), 0.4999
+    assert 1000 * (Fraction(1, 2) - Fraction(eps)) + bias > 0
+    certificate = certify(net, torch.tensor([[0.5]]), torch.tensor([0]), eps, tmp_path / "c", radii=())
+    assert certificate.summary["falsified"] == recheck(certificate.folder)["falsified"] == 0
+    monkeypatch.setattr(certificates, "inner_box", input_box)  # whose ends are rounded to float32
+    forged = certify(net, torch.tensor([[0.5]]), torch.tensor([0]), eps, tmp_path / "forged", radii=())
+    assert forged.summary["falsified"] == 1
+    with pytest.raises(Wrong, match="lies outside"):
+        recheck(forged.folder)
 
 
 def test_a_bound_that_overflows_proves_nothing():

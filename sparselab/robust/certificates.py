@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENTRIES', 'MOST', 'RADII', 'BINS', 'STYLE', 'PROMISES', 'ScaleBy', 'Plus', 'Exported', 'describe', 'extend', 'kept',
            'with_weights', 'linear', 'leaky', 'average', 'greatest', 'as_matrices', 'unsupported', 'exported',
-           'onnx_of', 'rounded_out', 'rounded_down', 'ProofPass', 'prove', 'leads', 'refuted', 'LeafReLU',
+           'onnx_of', 'rounded_out', 'rounded_down', 'ProofPass', 'prove', 'leads', 'inner_box', 'refuted', 'LeafReLU',
            'ClaimedPass', 'Leaves', 'searched', 'Sample', 'write_whole', 'Findings', 'Certificate', 'certify',
            'check_folder', 'check_samples', 'check_options', 'check_indices', 'begun', 'telling', 'rows_of', 'sha256',
            'property_2', 'proofs_of', 'write', 'instances', 'write_json', 'table_of', 'calibration', 'neurons', 'curve',
@@ -375,6 +375,18 @@ def leads(net: Exported, points: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (own[0] - others[1]).nan_to_num(-math.inf), (own[1] - others[0]).nan_to_num(math.inf)
 
 
+def inner_box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The least and the greatest float32 numbers in [0, 1] that lie within eps of each pixel, in exact numbers, but for the last one."""
+    ends = []
+    for side in (-1, 1):
+        far = torch.full_like(x, side * math.inf)
+        end = torch.nextafter(x.double() + side * eps, -far.double())  # rounded, and one further in
+        near = end.float()
+        near = torch.where(side * near.double() > side * end, torch.nextafter(near, -far), near)
+        ends.append((side * torch.maximum(side * near, side * x)).clamp(0, 1))  # eps may be less than one float
+    return ends[0], ends[1]
+
+
 def refuted(net: Exported, points: Tensor, y: Tensor) -> Tensor:
     """(B,) bool: at this point another class wins, in every order of summation."""
     return leads(net, points, y)[1] < -1e-9 * (1 + net(points).detach().double().abs().amax(1).nan_to_num(math.inf))
@@ -485,7 +497,7 @@ def searched(net: Exported, x: Tensor, y: Tensor, eps: float, budget: float) -> 
     lost = 2 * float((rough - sure).clamp(min=0).max()) + 1e-6 * (1 + float(rough.abs().max()))  # what rounding may take
 
     def images(points: Tensor) -> Tensor:
-        return small.image(points).to(x).view(-1, *x.shape[1:]).clamp(*input_box(x, eps))
+        return small.image(points).to(x).view(-1, *x.shape[1:]).clamp(*inner_box(x, eps))
 
     def wrong(points: Tensor) -> Tensor:
         return (worst_margin(net(images(points)), y.expand(len(points))) <= 0).cpu()
@@ -602,6 +614,7 @@ class Findings:
             attacked = pgd(self.net, x[left], y[left], self.eps, generator=torch.Generator().manual_seed(self.seed))
             wrong = worst_margin(self.net(x[left]).detach(), y[left]) <= 0
             points = torch.where(wrong.view(-1, *(1,) * (x.dim() - 1)), x[left], attacked).detach()
+            points = points.clamp(*inner_box(x[left], self.eps))
             broken = refuted(self.net, points, y[left]).tolist()
             for k, point, falsified, misclassified in zip(left.tolist(), points, broken, wrong.tolist(), strict=True):
                 self._falsify(samples[k], point) if falsified else None

@@ -18,6 +18,7 @@ from torch import nn
 from sparselab.robust import bounds, certificates, certify, input_box, margin_matrix, verify
 from sparselab.robust.certificates import exported, inner_box, refuted, sha256
 from sparselab.robust.recheck import FAULTS, SEARCHES, Affine, ReLU, Wrong, box_of, convolution, lower_end, lowest, margin, property_of, recheck
+from sparselab.robust.replay import Contradiction
 from sparselab.robust.rounding import outer_box
 
 
@@ -629,6 +630,20 @@ def test_a_point_within_rounding_is_no_counterexample():
     part = exported(net, torch.rand(2, 2))
     points = torch.tensor([[0.5, 0.5], [0.5, 0.5 + 2**-24], [0.5, 0.6]])
     assert refuted(part, points, torch.zeros(3, dtype=torch.long)).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("beyond", [-1.0, math.nan])
+def test_the_model_and_its_export_are_compared_at_every_image(beyond, tmp_path, monkeypatch):
+    """The model answers otherwise for bright images, which lie in the second batch."""
+    def ask(model, points, answer=certificates.ask):
+        return answer(model, points) * torch.where(points.mean(1, keepdim=True) > 0.5, beyond, 1.0)
+
+    monkeypatch.setattr(certificates, "ask", ask)
+    net, x = nn.Linear(4, 3), torch.cat([0.3 * torch.rand(2, 4), 0.65 + 0.3 * torch.rand(2, 4)])
+    with pytest.raises(Contradiction, match="differs from the model"):
+        certify(net, x, torch.zeros(4, dtype=torch.long), 0.001, tmp_path / "c", batch_size=2)
+    assert not list(tmp_path.iterdir())
+    certify(net, x[:2], torch.zeros(2, dtype=torch.long), 0.001, tmp_path / "c", batch_size=2, radii=())
 
 
 @pytest.mark.parametrize("net, sentence", [

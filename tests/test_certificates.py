@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from sparselab.robust import bounds, certify, margin_matrix, verify
-from sparselab.robust.certificates import exported, refuted, sha256
-from sparselab.robust.recheck import FAULTS, SEARCHES, Affine, Wrong, box_of, convolution, lower_end, property_of, recheck
+from sparselab.robust import bounds, certificates, certify, input_box, margin_matrix, verify
+from sparselab.robust.certificates import exported, inner_box, refuted, sha256
+from sparselab.robust.recheck import FAULTS, SEARCHES, Affine, ReLU, Wrong, box_of, convolution, lower_end, lowest, margin, property_of, recheck
+from sparselab.robust.replay import Contradiction
 from sparselab.robust.rounding import outer_box
 
 
@@ -86,10 +88,10 @@ def test_verdicts_are_those_of_verify_on_the_exported_network(made):
     net, certificate = made
     x, y = (part[1300:1360] for part in digits())
     proved = verify(exported(net, x), x, y, 0.03, sound=True)
-    for row, found, margin in zip(certificate.rows, proved.verified.tolist(), proved.margins.tolist(), strict=True):
+    for row, found, bound in zip(certificate.rows, proved.verified.tolist(), proved.margins.tolist(), strict=True):
         assert (row["verdict"] == "verified") == found
         if found:
-            assert 0 < float(row["margin"]) == pytest.approx(margin, rel=1e-3, abs=1e-3)
+            assert 0 < float(row["margin"]) == pytest.approx(bound, rel=1e-3, abs=1e-3)
 
 
 def test_a_counterexample_breaks_the_model_itself(made):
@@ -300,6 +302,28 @@ def with_method(folder, method):
     rewrite(folder, rows)
 
 
+def sum_of_three(folder):
+    """The first layer adds its input once more in two parts that cancel: exact numbers stay as they were, roundings are more."""
+    layer = json.loads((folder / "network.json").read_text())["layers"][0]
+    assert layer["op"] == "scale" and layer["inputs"] == [0]
+    edit_json("network.json", lambda net: net["layers"][0].update(inputs=[0, 0, 0]))(folder)
+    far = np.float32(2**-12)
+    edit_tensor("network.safetensors", "0.weight", lambda w: np.concatenate([w, 0 * w + far, 0 * w - far]))(folder)
+
+
+def overflowing(folder):
+    """Two leaves for each class, with multipliers whose products overflow to inf - inf: NaN as a margin of 123."""
+    proofs, rows = {name: t.copy() for name, t in load_file(folder / "proofs.safetensors").items()}, read_rows(folder)
+    k = next(k for k, row in enumerate(rows) if row["method"] == "branch_and_bound")
+    sign = np.zeros((18, proofs[f"leaves.{k}.sign"].shape[1]), np.int8)
+    sign[::2, 0], sign[1::2, 0] = 1, -1
+    other = np.repeat(np.delete(np.arange(10), int(rows[k]["label"])), 2)
+    parts = {"other": other, "sign": sign, "alpha": np.zeros(sign.shape), "beta": 1.7e308 * abs(sign.astype(np.float64))}
+    save_file(proofs | {f"leaves.{k}.{part}": t for part, t in parts.items()}, folder / "proofs.safetensors")
+    rows[k]["margin"] = "123.0"
+    rewrite(folder, rows)
+
+
 def shrink_one(folder):
     """The upper bound of one unstable neuron, by a thousandth: of a stable one, for which IBP was enough, CROWN may prove that much."""
     proofs = {name: t.copy() for name, t in load_file(folder / "proofs.safetensors").items()}
@@ -327,6 +351,9 @@ TAMPERINGS = {
     "negative multipliers": edit_leaves(lambda o, s, a, b: (o, s, a, -b)),
     "one negative multiplier": edit_leaves(lambda o, s, a, b: (o, s, a, put(b, np.unravel_index(b.argmax(), b.shape), -b.max()))),
     "multipliers a thousand times as large": edit_leaves(lambda o, s, a, b: (o, s, a, 1000 * b)),
+    "multipliers that overflow": overflowing,
+    "slopes of float64": edit_leaves(lambda o, s, a, b: (o, s, a.astype(np.float64), b)),
+    "bounds of float64": edit_tensor("proofs.safetensors", "5.ub", lambda ub: ub.astype(np.float64)),
     "an infinite multiplier": edit_leaves(lambda o, s, a, b: (o, s, a, put(b, np.unravel_index(b.argmax(), b.shape), np.inf))),
     "slopes that are NaN": edit_leaves(lambda o, s, a, b: (o, s, a * np.nan, b)),
     "slopes of fewer neurons": edit_leaves(lambda o, s, a, b: (o, s, a[:, 1:], b)),
@@ -344,6 +371,14 @@ TAMPERINGS = {
     "a figure of a method in the report": edit_text("report.html", r'<data value="by.crown">\d+', '<data value="by.crown">99'),
     "an interval in the report": edit_text("report.html", r'<data value="between">[\d.]+%', '<data value="between">99.0%'),
     "a figure that the report shows twice": edit_text("report.html", r"</h1>", '</h1><data value="verified">30</data>'),
+    "a figure with two spaces": edit_text("report.html", r"</h1>", '</h1><data  value="verified">30</data>'),
+    "figures in a comment": edit_text("report.html", r"(?s)<p>(<data value=.verified.*?)<h2>1", r"<p>All samples are verified.</p><!--\1--><h2>1"),
+    "figures that are hidden": edit_text("report.html", r'<p><data value="verified">', '<p>All are verified.</p><p hidden><data value="verified">'),
+    "figures that a style hides": edit_text("report.html", r"</style>", "data{display:none}</style>"),
+    "a style more": edit_text("report.html", r"</h1>", "</h1><style>data{display:none}</style>"),
+    "a script": edit_text("report.html", r"</h1>", "</h1><script>document.body.hidden = 1</script>"),
+    "a drawing with a script": edit_text("report.html", r"<svg ", '<svg onload="document.body.hidden = 1" '),
+    "seconds with a mark": lambda folder: rewrite(folder, [{**row, "seconds": "1<b>30 verified</b>"} for row in read_rows(folder)]),
     "a figure under a new name": edit_text("report.html", r"</h1>", '</h1><data value="proved">30</data>'),
     "a figure of a class in the summary": edit_json("summary.json", lambda s: s.update({"class.3.verified": 99})),
     "the manifest left out": lambda folder: (folder / "manifest.json").unlink(),
@@ -352,6 +387,8 @@ TAMPERINGS = {
     "a bias": edit_tensor("network.safetensors", "6.bias", lambda b: b + np.arange(10, dtype=np.float32)),
     "a ReLU of another kind": edit_json("network.json", lambda net: net["layers"][3].update(op="gelu")),
     "a ReLU of two inputs": edit_json("network.json", lambda net: net["layers"][3].update(inputs=[3, 2])),
+    "a sum of three": lambda folder: sum_of_three(folder),
+    "a linear layer of two inputs": edit_json("network.json", lambda net: net["layers"][-1].update(inputs=[3, 5])),
     "a ReLU left out": edit_json("network.json", lambda net: net["layers"][4].update(inputs=[3])),
     "an image": edit_tensor("samples.safetensors", "images", lambda x: put(x, (3, 0, 4, 4), 1 - x[3, 0, 4, 4])),
     "the images' order": edit_tensor("samples.safetensors", "images", lambda x: x[::-1].copy()),
@@ -467,15 +504,57 @@ def test_tampering_is_found(whole, tmp_path, what, hashes):
     ("a certificate inside", "other/001300.vnnlib"), ("a figure left out of the report", "leaves figures out"),
     ("the eps of the report", "another property"), ("a leaf left out", "not all of the box"), ("a leaf twice", "not all of the box"),
     ("every leaf left out", "the leaves say otherwise|not all of the box"), ("a split the other way", "not all of the box"),
+    ("multipliers that overflow", "another type"), ("slopes of float64", "another type"), ("bounds of float64", "another type"),
     ("negative multipliers", "multiplier is none"), ("slopes that are NaN", "multiplier is none"), ("a split by two", "is none"),
     ("leaves about another class", "not all of the box"), ("a search called alpha-CROWN", "say otherwise"), ("a method that is none", "is claimed"),
     ("a figure that the report shows twice", "has others"), ("a figure of a class in the report", "class.3.verified"),
     ("a figure of a class in the summary", "class.3.verified"), ("images called clean that are not", "called clean"),
+    ("a figure with two spaces", "marks"), ("figures in a comment", "marks"), ("a script", "marks"), ("figures that a style hides", "marks"),
+    ("seconds with a mark", "could not convert"), ("a sum of three", "scale of 3 inputs"), ("a linear layer of two inputs", "linear of 2 inputs"),
     ("the manifest left out", "not finished"), ("a ReLU of another kind", "does not know"),
 ])
 def test_the_sentence_says_what_is_wrong(whole, tmp_path, what, sentence):
     with pytest.raises(Wrong, match=sentence):
         recheck(tampered(whole, tmp_path, what, "new"))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 8 / 255, 0.08, 0.25, 0.4999, 1.0])
+def test_counterexamples_are_sought_within_eps_in_exact_numbers(eps):
+    x = torch.cat([torch.rand(200), torch.tensor([0.0, 0.5, 1.0, 1e-30])])
+    ends = inner_box(x, eps)
+    for pixel, lb, ub in zip(x.tolist(), *(end.tolist() for end in ends), strict=True):
+        assert 0 <= lb <= pixel <= ub <= 1 and max(Fraction(pixel) - Fraction(lb), Fraction(ub) - Fraction(pixel)) <= Fraction(eps)
+    for mine, theirs in zip(ends, input_box(x, eps), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-7, rtol=0)
+
+
+def test_falsified_is_no_network_that_is_right_within_eps(tmp_path, monkeypatch):
+    """The margin 1000 x - 0.09999 is above zero on all of [0.5 - eps, 0.5 + eps], but not at the float32 number below."""
+    net = nn.Sequential(nn.Linear(1, 2))
+    net[0].weight.data, net[0].bias.data = torch.tensor([[1000.0], [0.0]]), torch.tensor([-0.09999, 0.0])
+    bias, eps = Fraction(net[0].bias.tolist()[0]), 0.4999
+    assert 1000 * (Fraction(1, 2) - Fraction(eps)) + bias > 0
+    certificate = certify(net, torch.tensor([[0.5]]), torch.tensor([0]), eps, tmp_path / "c", radii=())
+    assert certificate.summary["falsified"] == recheck(certificate.folder)["falsified"] == 0
+    monkeypatch.setattr(certificates, "inner_box", input_box)  # whose ends are rounded to float32
+    forged = certify(net, torch.tensor([[0.5]]), torch.tensor([0]), eps, tmp_path / "forged", radii=())
+    assert forged.summary["falsified"] == 1
+    with pytest.raises(Wrong, match="lies outside"):
+        recheck(forged.folder)
+
+
+def test_a_bound_that_overflows_proves_nothing():
+    """NaN and inf are no numbers below which a margin cannot fall: y_0 = -max(16 x, 0), y_1 = 0 on [-1, 1], whose margin falls to -16."""
+    layers = [Affine([0], [np.array([[16.0]])], None), ReLU([1]), Affine([2], [np.array([[-1.0], [0.0]])], None)]
+    box, claims = (-np.ones(1), np.ones(1)), {1: (np.array([-17.0]), np.array([17.0]), np.zeros(1))}
+    sign = np.array([[1], [-1]], np.int8)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for beta in (1e300, 1.7e308):
+            leaves = [np.ones(2, np.int64), sign, np.zeros((2, 1)), beta * np.ones((2, 1))]
+            assert margin(layers, box, 0, claims, "branch_and_bound", leaves) < -16
+        boxes = [(np.zeros(2), np.ones(2)), (np.zeros(2), np.ones(2))]
+        for row in ([1.7e308, 1.7e308], [1.7e308, -1.7e308], [np.nan, 0.0]):
+            assert lowest([Affine([0], [16 * np.ones((2, 2))], np.ones(2))], boxes, np.array([row]), 1) == -np.inf
 
 
 def test_a_convolution_that_no_program_computes_is_refused():
@@ -560,6 +639,20 @@ def test_a_point_within_rounding_is_no_counterexample():
     part = exported(net, torch.rand(2, 2))
     points = torch.tensor([[0.5, 0.5], [0.5, 0.5 + 2**-24], [0.5, 0.6]])
     assert refuted(part, points, torch.zeros(3, dtype=torch.long)).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("beyond", [-1.0, math.nan])
+def test_the_model_and_its_export_are_compared_at_every_image(beyond, tmp_path, monkeypatch):
+    """The model answers otherwise for bright images, which lie in the second batch."""
+    def ask(model, points, answer=certificates.ask):
+        return answer(model, points) * torch.where(points.mean(1, keepdim=True) > 0.5, beyond, 1.0)
+
+    monkeypatch.setattr(certificates, "ask", ask)
+    net, x = nn.Linear(4, 3), torch.cat([0.3 * torch.rand(2, 4), 0.65 + 0.3 * torch.rand(2, 4)])
+    with pytest.raises(Contradiction, match="differs from the model"):
+        certify(net, x, torch.zeros(4, dtype=torch.long), 0.001, tmp_path / "c", batch_size=2)
+    assert not list(tmp_path.iterdir())
+    certify(net, x[:2], torch.zeros(2, dtype=torch.long), 0.001, tmp_path / "c", batch_size=2, radii=())
 
 
 @pytest.mark.parametrize("net, sentence", [

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENTRIES', 'MOST', 'RADII', 'BINS', 'STYLE', 'PROMISES', 'ScaleBy', 'Plus', 'Exported', 'describe', 'extend', 'kept',
            'with_weights', 'linear', 'leaky', 'average', 'greatest', 'as_matrices', 'unsupported', 'exported',
-           'onnx_of', 'rounded_out', 'rounded_down', 'ProofPass', 'prove', 'leads', 'refuted', 'LeafReLU',
+           'onnx_of', 'rounded_out', 'rounded_down', 'ProofPass', 'prove', 'leads', 'inner_box', 'refuted', 'LeafReLU',
            'ClaimedPass', 'Leaves', 'searched', 'Sample', 'write_whole', 'Findings', 'Certificate', 'certify',
            'check_folder', 'check_samples', 'check_options', 'check_indices', 'begun', 'telling', 'rows_of', 'sha256',
            'property_2', 'proofs_of', 'write', 'instances', 'write_json', 'table_of', 'calibration', 'neurons', 'curve',
@@ -250,8 +250,8 @@ def unsupported(step: Step) -> int:
 
 
 @torch.no_grad()
-def exported(model: nn.Module, x: Tensor) -> Exported:
-    """`model`, in eval mode, as the network of a certificate; `x` (B, ...) are images, at which both must agree.
+def exported(model: nn.Module, x: Tensor, batch_size: int = 100) -> Exported:
+    """`model`, in eval mode, as the network of a certificate; `x` (B, ...) are images, at all of which both must agree.
 
     Raises ValueError for a layer that certificates do not hold, Contradiction where the outputs differ by more than rounding.
     """
@@ -260,12 +260,13 @@ def exported(model: nn.Module, x: Tensor) -> Exported:
         shapes, net, place = [tuple(pass_.at(i).shape[1:]) for i in range(len(pass_.steps) + 1)], Exported(x.shape[1:]), {0: 0}
         for i, step in enumerate(pass_.steps, 1):
             place[i] = extend(net, step, [place[j] for j in step.inputs], [shapes[j] for j in step.inputs], shapes[i])
-        y, z = ask(model, x), net.eval()(x)
+        y, z = (torch.cat([answer(part) for part in x.split(batch_size)]) for answer in (lambda part: ask(model, part), net.eval()))
     last = next((step.layer for step in reversed(pass_.steps) if not isinstance(step.layer, Reshape)), None)
     if last is None or isinstance(last, ReLU | Leaky):
         raise ValueError(f"The network ends with {type(last).__name__}, but a certificate is about logits: leave its last layer out.")
-    if bool(((y - z).abs() > rounding(y)).any()):
-        raise Contradiction(f"The exported network differs from the model by up to {(y - z).abs().max():.3g}; no certificate is given.")
+    agree = ((y - z).abs() <= rounding(y)) | ~y.isfinite() & ~z.isfinite()
+    if not bool(agree.all()):
+        raise Contradiction(f"The exported network differs from the model by up to {(y - z).abs()[~agree].max():.3g}; no certificate is given.")
     return net
 
 # %% ../../nbs/robust/24_certificates.ipynb #204bfe27
@@ -373,6 +374,18 @@ def leads(net: Exported, points: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     others = [end.scatter(1, y.unsqueeze(1), -math.inf).amax(1) for end in (lb, ub)]
     own = [end.gather(1, y.unsqueeze(1)).squeeze(1) for end in (lb, ub)]
     return (own[0] - others[1]).nan_to_num(-math.inf), (own[1] - others[0]).nan_to_num(math.inf)
+
+
+def inner_box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The least and the greatest float32 numbers in [0, 1] that lie within eps of each pixel, in exact numbers, but for the last one."""
+    ends = []
+    for side in (-1, 1):
+        far = torch.full_like(x, side * math.inf)
+        end = torch.nextafter(x.double() + side * eps, -far.double())  # rounded, and one further in
+        near = end.float()
+        near = torch.where(side * near.double() > side * end, torch.nextafter(near, -far), near)
+        ends.append((side * torch.maximum(side * near, side * x)).clamp(0, 1))  # eps may be less than one float
+    return ends[0], ends[1]
 
 
 def refuted(net: Exported, points: Tensor, y: Tensor) -> Tensor:
@@ -485,7 +498,7 @@ def searched(net: Exported, x: Tensor, y: Tensor, eps: float, budget: float) -> 
     lost = 2 * float((rough - sure).clamp(min=0).max()) + 1e-6 * (1 + float(rough.abs().max()))  # what rounding may take
 
     def images(points: Tensor) -> Tensor:
-        return small.image(points).to(x).view(-1, *x.shape[1:]).clamp(*input_box(x, eps))
+        return small.image(points).to(x).view(-1, *x.shape[1:]).clamp(*inner_box(x, eps))
 
     def wrong(points: Tensor) -> Tensor:
         return (worst_margin(net(images(points)), y.expand(len(points))) <= 0).cpu()
@@ -602,6 +615,7 @@ class Findings:
             attacked = pgd(self.net, x[left], y[left], self.eps, generator=torch.Generator().manual_seed(self.seed))
             wrong = worst_margin(self.net(x[left]).detach(), y[left]) <= 0
             points = torch.where(wrong.view(-1, *(1,) * (x.dim() - 1)), x[left], attacked).detach()
+            points = points.clamp(*inner_box(x[left], self.eps))
             broken = refuted(self.net, points, y[left]).tolist()
             for k, point, falsified, misclassified in zip(left.tolist(), points, broken, wrong.tolist(), strict=True):
                 self._falsify(samples[k], point) if falsified else None
@@ -695,7 +709,7 @@ def certify(
     check_options(methods, batch_size, seed, budget, radii, progress)
     indices = check_indices(indices, len(x))
     with full_precision(x.device):
-        net = exported(model, x[:batch_size])
+        net = exported(model, x, batch_size)
         check_classes(net(x[:1]).detach(), y)
         work, inputs = begun(folder, net, x, y, eps, indices, {"methods": list(methods), "budget": budget, "batch_size": batch_size, "seed": seed,
                                                               "radii": list(radii)})

@@ -167,7 +167,8 @@ def figure_parts(title: str, titles: list[str], sources: list[Source], moments: 
     """One of the other PANELS at every moment, of every source; two share their y axes. Margins are those of the final network."""
     still = title == "Margins"
     panel = partial(PANELS[title], **OPTIONS.get(title, {}))
-    drawn = [attempt(lambda source=source: [panel(source, within(source, step)) for step in (moments[-1:] if still else moments)]) for source in sources]
+    steps = moments[-1:] if still else moments
+    drawn = [attempt(lambda source=source: [panel(source, within(source, step)) for step in steps]) for source in sources]
     parts = []
     for name, (panels, problem), (peers, _) in zip(titles, drawn, drawn[::-1], strict=True):
         of = film_of(panels, peers if len(sources) > 1 else None) if panels else {}

@@ -25,6 +25,7 @@ _HOME = {  # public name -> the module that defines it
     "TextTraining": "text_tickets",
     "TrainingStopped": "learner",
     "Unrolled": "unrolled",
+    "as_floats": "data",
     "as_texts": "text",
     "build": "models",
     "certify": "certifying",
@@ -36,10 +37,13 @@ _HOME = {  # public name -> the module that defines it
     "fine_tuned": "text_tickets",
     "growth_scores": "growth",
     "learn_gates": "text_tickets",
+    "lightning_callback": "loops",
     "load": "data",
     "make_optimizer": "optimizers",
     "margins_of": "margins",
     "objective": "objectives",
+    "own_data": "samples",
+    "own_model": "factories",
     "read_parameters": "parameters",
     "resources": "footprint",
     "robust_accuracy": "text_attacks",
@@ -49,6 +53,7 @@ _HOME = {  # public name -> the module that defines it
     "text_model": "text",
     "to_float": "data",
     "train": "experiments",
+    "trainer_callback": "loops",
 }
 __all__ = [
     "ALL_METHODS",
@@ -72,6 +77,7 @@ __all__ = [
     "TextTraining",
     "TrainingStopped",
     "Unrolled",
+    "as_floats",
     "as_texts",
     "build",
     "certify",
@@ -83,10 +89,13 @@ __all__ = [
     "fine_tuned",
     "growth_scores",
     "learn_gates",
+    "lightning_callback",
     "load",
     "make_optimizer",
     "margins_of",
     "objective",
+    "own_data",
+    "own_model",
     "read_parameters",
     "resources",
     "robust_accuracy",
@@ -96,6 +105,7 @@ __all__ = [
     "text_model",
     "to_float",
     "train",
+    "trainer_callback",
 ]
 __getattr__, __dir__ = lazy(__name__, _HOME)
 
@@ -104,15 +114,17 @@ if TYPE_CHECKING:
     from .claims import Claim, Comparison
     from .config import Config
     from .corruptions import CORRUPTIONS, corrupt, corruption_accuracy
-    from .data import Data, load, to_float
+    from .data import Data, as_floats, load, to_float
     from .decks import Deck
     from .evaluation import evaluate
     from .experiments import ALL_METHODS, family, train
+    from .factories import own_model
     from .footprint import resources
     from .growth import growth_scores
     from .known import DATASETS
     from .learner import Callback, Learner, TrainingStopped
     from .live import Live
+    from .loops import lightning_callback, trainer_callback
     from .margins import margins_of
     from .models import MODELS, build
     from .objectives import OBJECTIVES, objective
@@ -120,6 +132,7 @@ if TYPE_CHECKING:
     from .parameters import read_parameters
     from .reading import Given, Source
     from .runs import Run, examples, runs_in
+    from .samples import own_data
     from .text import ENCODERS, TEXTS, as_texts, sentences, text_model
     from .text_attacks import robust_accuracy, spelling_accuracy
     from .text_tickets import TextTraining, fine_tuned, learn_gates

@@ -107,6 +107,9 @@ def _at_once(folder: Path, config: Config, callbacks: Sequence[Callback]) -> Cal
 def _in_rounds(folder: Path, config: Config, callbacks: Sequence[Callback]) -> Callable[[], Run]:
     """The same for a method of several trainings."""
     procedure = PROCEDURES[config.method].of(config, folder, callbacks)
+    if procedure.data.train.scale is not None:
+        raise ValueError(f"{config.method} attacks or bounds all numbers of an input by one eps, and those of {procedure.data.name} have radii of "
+                         "their own: choose a method of one training.")
     procedure.check()
     return procedure.train
 

@@ -137,7 +137,7 @@ def _hub(name: str, classes: int, options: dict) -> nn.Module:
     try:
         found = transformers.AutoModelForImageClassification.from_pretrained(
             repository, num_labels=classes, ignore_mismatched_sizes=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: of a torchvision of another torch
         raise ValueError(f"model {name!r} is no image classifier that the Hugging Face hub gave ({str(error).splitlines()[0]}).") from error
     return Logits(found)
 

@@ -1,0 +1,375 @@
+"""Own data and own models: what they become, what their runs keep, and what is said of those that cannot be trained on."""
+import contextlib
+import io
+import json
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_loops import library
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+import sparselab
+from sparselab.learn import Config, Run, factories, load, own_data, own_model, samples, train
+from sparselab.learn.learner import Callback
+from sparselab.robust import input_box, verify
+from sparselab.view import Explorer
+
+ROOT = Path(__file__).resolve().parents[1]
+PATHS = {source.split("\n")[0][2:]: source for cell in json.loads((ROOT / "nbs/own.ipynb").read_text())["cells"]
+         if cell["cell_type"] == "code" and (source := "".join(cell["source"])).startswith("# ")}
+
+
+def points(count: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A table of three columns in units of their own; the class is whether the first two are large together."""
+    rng = np.random.default_rng(seed)
+    x = rng.uniform([0, -5, 100], [10, 5, 200], (count, 3)).astype(np.float32)
+    return x, (x[:, 0] + x[:, 1] > 5).astype(int)
+
+
+def small(seed: int = 0, inputs: int = 3) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(inputs, 12), nn.ReLU(), nn.Linear(12, 2))
+
+
+def quick(folder: Path, **changes: object) -> Config:
+    return replace(Config(method="rigl", sparsity=0.5, objective="ibp", eps=0.02, epochs=2, batch_size=16, runs_dir=str(folder)), **changes)
+
+
+def quiet(config: Config, callbacks: tuple = (), **given: object) -> Run:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train(config, callbacks, **given)
+
+
+@pytest.mark.parametrize("name", ["pictures", "arrays", "loader", "table", "transformer"])
+def test_a_newcomers_path_of_ten_lines_ends_in_a_run_that_the_explorer_opens(name, tmp_path):
+    lines = [line for line in PATHS[name].splitlines()[1:] if line.strip()]
+    assert len(lines) <= 10, "\n".join(lines)
+    names = {"runs": str(tmp_path), "np": np, "torch": torch, "nn": nn, "Path": Path, "Image": Image}
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(PATHS[name].replace("epochs=5", "epochs=2").replace("epochs=3", "epochs=1"), names)
+    run = Run(names["run"].path)
+    assert run.finished and not run.damage and set(run.summary["accuracy"]) == {"clean", "pgd", "verified"}
+    assert run.summary["nnz"] == round((1 - run.config.sparsity) * run.summary["total"])
+    explorer = Explorer(run)
+    assert len(explorer.children) > 1 and explorer.timeline.max > 0
+    assert bool(run.summary.get("no_bounds")) == (name == "transformer")
+
+
+def test_samples_are_the_same_from_every_source(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 1, 4, 4), np.uint8)
+    y = np.arange(40) % 4
+    dataset = TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
+    sources = [(x, y), (torch.from_numpy(x), y.tolist()), (x[:, 0], y), dataset, DataLoader(dataset, 7, shuffle=True)]
+    paths = {own_data(source, folder=tmp_path) for source in sources}
+    assert len(paths) == 1
+    data = load(paths.pop(), validation=0)
+    assert (len(data.train), len(data.test), data.classes, data.shape) == (32, 8, 4, (1, 4, 4))
+    seen = np.concatenate([data.train.images.numpy(), data.test.images.numpy()]).reshape(40, -1)
+    assert sorted(map(bytes, seen)) == sorted(map(bytes, x.reshape(40, -1))), "each picture once"
+    halves = own_data((Subset(dataset, range(20)), Subset(dataset, range(20, 40))), folder=tmp_path)
+    assert (load(halves, validation=0).train.images.numpy() == x[:20]).all()
+    assert halves == own_data({"train": (x[:20], y[:20]), "test": (x[20:], y[20:])}, folder=tmp_path)
+    texts = load(own_data((x, np.array(["b", "a", "d", "c"])[y]), folder=tmp_path))
+    assert texts.class_names == ("a", "b", "c", "d")
+
+
+def test_a_set_of_datasets_is_read_from_memory_and_from_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
+    pictures = [Image.new("L", (4, 4), 100 * (i % 2) + i) for i in range(20)]
+    whole = datasets.Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(20)]}, features)
+    whole.save_to_disk(str(tmp_path / "whole"))
+    datasets.DatasetDict(train=whole.select(range(10)), test=whole.select(range(10, 20))).save_to_disk(str(tmp_path / "split"))
+    disk, memory = load(str(tmp_path / "whole"), validation=0), load(own_data(whole, folder=tmp_path), validation=0)
+    assert disk.class_names == memory.class_names == ("dark", "light") and torch.equal(disk.test.images, memory.test.images)
+    assert len(disk.test) == 4 and disk.test.images[:, 0, 0, 0].tolist() == [100 * y + i for i, y in zip(
+        (disk.test.images[:, 0, 0, 0] % 100).tolist(), disk.test.labels.tolist(), strict=True)]
+    split = load(str(tmp_path / "split"), validation=0)
+    assert split.train.images[:, 0, 0, 0].tolist() == [100 * (i % 2) + i for i in range(10)]
+    assert quick(tmp_path, dataset=str(tmp_path / "whole")).fingerprint != quick(tmp_path, dataset=str(tmp_path / "split")).fingerprint
+
+
+def test_radii_of_their_own_are_those_of_the_bounds_and_of_the_attack(tmp_path):
+    x, y = points()
+    radius = np.float32([1, 0, 30])
+    data = load(own_data((x, y), low=[0, -5, 100], high=[10, 5, 200], radius=radius, folder=tmp_path))
+    scale = data.test.radius(1.0)
+    assert torch.allclose(scale, torch.tensor([0.1, 0.0, 0.3])) and torch.allclose(data.test.radius(0.5), scale / 2)
+    u, labels = data.test.images, data.test.labels
+    lower, upper = input_box(u, scale)
+    assert torch.equal(lower[:, 1], u[:, 1]) and torch.equal(upper[:, 1], u[:, 1]) and float((upper - u).max()) <= 0.3 + 1e-6
+    linear = nn.Linear(3, 2)
+    w = linear.weight[labels] - linear.weight[1 - labels]  # the margin of a linear network over a box, in closed form
+    least = (w * torch.where(w > 0, lower, upper)).sum(1) + linear.bias[labels] - linear.bias[1 - labels]
+    found = verify(linear, u, labels, scale)
+    assert torch.equal(found.verified, least > 1e-6)
+    moved = sparselab.robust.pgd(linear, u, labels, scale)
+    assert torch.equal(moved[:, 1], u[:, 1]) and bool(((moved >= lower - 1e-6) & (moved <= upper + 1e-6)).all())
+    with torch.no_grad():
+        worst = (linear(moved).gather(1, labels[:, None]) - linear(moved).gather(1, 1 - labels[:, None]))[:, 0]
+    assert torch.allclose(worst, least, atol=1e-5), "on a linear network the attack finds the worst corner"
+
+
+def test_a_run_proves_in_the_units_of_its_table(tmp_path):
+    x, y = points()
+    path = own_data((x, y), radius=[0.5, 0.5, 0], folder=tmp_path)
+    run = quiet(quick(tmp_path, dataset=path, eps=1.0, epochs=3), model=small())
+    inner, data = run.model().model, run.data()
+    raw = data.low + data.test.images * (data.high - data.low)
+    assert torch.allclose(run.model()(data.test.images), inner(raw), atol=1e-4), "the network is given the numbers in their own units"
+    found = verify(run.model(), data.test.images, data.test.labels, data.test.radius(1.0))
+    assert float(found.verified.double().mean()) == pytest.approx(run.summary["accuracy"]["verified"])
+    with pytest.raises(ValueError, match="have radii of their own, and a certificate is about one eps for all"):
+        sparselab.certify(run)
+    with pytest.raises(ValueError, match="^imp attacks or bounds all numbers of an input by one eps"):
+        quiet(quick(tmp_path, dataset=path, method="imp"), model=small())
+
+
+def test_a_run_is_never_that_of_other_data_or_of_another_network(tmp_path):
+    x, y = points()
+    first = quiet(quick(tmp_path), data=(x, y), model=small())
+    changed = x.copy()
+    changed[3, 0] += 0.5
+    others = [quiet(quick(tmp_path), data=(changed, y), model=small()), quiet(quick(tmp_path), data=(x, y), model=small(1)),
+              quiet(quick(tmp_path), data=(x, 1 - y), model=small())]
+    assert len({run.name for run in (first, *others)}) == 4
+    written = (first.path / "metrics.jsonl").stat().st_mtime_ns
+    again = quiet(quick(tmp_path), data=(torch.from_numpy(x), y.tolist()), model=small())
+    assert again.path == first.path and (again.path / "metrics.jsonl").stat().st_mtime_ns == written, "returned, not trained again"
+    with pytest.raises(ValueError, match="it is not the run of this configuration"):
+        first.of(others[1].config)
+
+
+def test_a_stopped_run_of_an_own_model_resumes_to_the_same_bits(tmp_path):
+    class Stop(Callback):
+        def after_epoch(self, learner):
+            if learner.epoch == 1:
+                raise KeyboardInterrupt
+
+    whole = quiet(quick(tmp_path / "a", epochs=3), data=points(), model=small())
+    with pytest.raises(KeyboardInterrupt):
+        quiet(quick(tmp_path / "b", epochs=3), (Stop(),), data=points(), model=small())
+    again = quiet(quick(tmp_path / "b", epochs=3), data=points(), model=small())
+    assert again.path.name == whole.path.name and len(again.metrics) == 3
+    assert all(torch.equal(value, again.weights[name]) for name, value in whole.weights.items())
+
+
+def test_another_process_has_the_network_of_a_run_without_its_object(tmp_path, monkeypatch):
+    run = quiet(quick(tmp_path), data=points(), model=small())
+    x, y = run.data().test.images, run.data().test.labels
+    logits = run.model()(x)
+    monkeypatch.setattr(factories, "_GIVEN", {})  # as in a new process
+    run = Run(run.path)
+    assert torch.allclose(run.model()(x), logits, atol=1e-6)
+    assert torch.equal(run.model(small())(x), logits), "an equal object holds the same weights"
+    assert sparselab.certify(run, count=3, folder=tmp_path / "certificate").folder.is_dir()
+    assert verify(run.model(), x, y, 0.01).verified.equal(verify(run.model(small()), x, y, 0.01).verified)
+    with pytest.raises(ValueError, match="^The weights of .* are of other layers than those of this Linear"):
+        run.model(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="^The model 'own:Sequential-.*' is an object that was given to train, in another process"):
+        quiet(run.config, model=None) if (run.path / "summary.json").unlink() is None else None
+
+
+NETS = '''
+from torch import nn
+
+class Tiny(nn.Sequential):
+    def __init__(self, shape, classes, width=8):
+        super().__init__(nn.Flatten(), nn.Linear(shape[0], width), nn.ReLU(), nn.Linear(width, classes))
+
+def pair(shape, classes):
+    class Pair(Tiny):
+        def forward(self, x):
+            z = super().forward(x)
+            return z, z
+    return Pair(shape, classes)
+'''
+
+
+def test_a_factory_is_a_parameter_and_its_file_is_part_of_the_run(tmp_path, monkeypatch):
+    (tmp_path / "ownnets.py").write_text(NETS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = own_data(points(), folder=tmp_path)
+    config = quick(tmp_path, dataset=path, model="ownnets:Tiny", model_options={"width": 6})
+    run = quiet(config)
+    assert run.weights["model.1.weight"].shape == (6, 3) and Run(run.path).model()(run.data().test.images).shape == (12, 2)
+    assert config.run_id == run.name and replace(config, model_options={}).run_id != run.name
+    by_file = replace(config, model=f"{tmp_path / 'ownnets.py'}:Tiny")
+    before = by_file.run_id
+    (tmp_path / "ownnets.py").write_text(NETS.replace("nn.ReLU()", "nn.Tanh()"))
+    assert by_file.run_id != before
+    with pytest.raises(ValueError, match=r"was begun with another model \(fingerprint"):
+        run.of(config)
+    with pytest.raises(ValueError, match="^The model 'ownnets:pair' returns a tuple of 2 outputs; one tensor of logits is needed"):
+        quiet(replace(config, model="ownnets:pair", model_options={}))
+
+
+@pytest.mark.parametrize("model, sentence", [
+    ("ownnet:Tiny", "there is no module 'ownnet' here"), ("ownnets:Tinny", "^There is no factory in ownnets called 'Tinny'. Did you mean 'Tiny'?"),
+    ("ownnets:nn", "^There is no factory in ownnets called 'nn'"), ("ownnets:", "is no name: package.module:factory has a module before the colon"),
+    ("own:Net-12345678", "is an object that was given to train, in another process"), ("nowhere/nets.py:Tiny", "and there is no such file"),
+    ("tiny", "^There is no model called 'tiny'"), ("hub:/no/such/folder", "is no (model|image classifier) that the Hugging Face hub gave")])
+def test_a_model_that_does_not_exist_is_a_sentence(model, sentence, tmp_path, monkeypatch):
+    if model.startswith("hub:"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        library("transformers", "AutoModelForImageClassification")
+    (tmp_path / "ownnets.py").write_text(NETS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "ownnets", raising=False)
+    with pytest.raises(ValueError, match=sentence):
+        quiet(quick(tmp_path, dataset=own_data(points(), folder=tmp_path), model=model))
+
+
+def test_names_of_timm_and_of_the_hub_are_built_for_the_data(tmp_path, monkeypatch):
+    timm = types.SimpleNamespace(__version__="1", is_model=lambda name: name == "flat", list_models=lambda pattern: ["flat"],
+                                 create_model=lambda name, num_classes, in_chans: nn.Sequential(nn.Flatten(), nn.Linear(16 * in_chans, num_classes)))
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    assert factories.build_own("timm:flat", (3, 4, 4), 5, {})(torch.rand(2, 3, 4, 4)).shape == (2, 5)
+    with pytest.raises(ValueError, match="^There is no model of timm called 'flot'. Did you mean 'flat'?"):
+        factories.build_own("timm:flot", (3, 4, 4), 5, {})
+    assert factories.model_fingerprint("timm:flat") == "timm 1"
+    library("transformers", "ViTForImageClassification")
+    from transformers import ViTConfig, ViTForImageClassification
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=4, patch_size=2, num_channels=1)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4), np.uint8)
+    dataset = own_data((images, np.arange(40) % 3), folder=tmp_path)
+    run = quiet(quick(tmp_path, model=f"hub:{tmp_path / 'vit'}", objective="natural", epochs=1, dataset=dataset))
+    assert "has no bound rule" in run.summary["no_bounds"] and run.model()(torch.rand(2, 1, 4, 4)).shape == (2, 3) and not run.damage
+
+
+LAYERS = {
+    "conv1d": ((2, 12), lambda: [nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(40, 2)]),
+    "conv3d": ((1, 4, 4, 4), lambda: [nn.Conv3d(1, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(108, 2)]),
+    "transposed": ((2, 6), lambda: [nn.ConvTranspose1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)]),
+    "linear on tokens": ((5, 4), lambda: [nn.Linear(4, 8), nn.ReLU(), nn.Flatten(), nn.Linear(40, 2)]),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_inputs_of_any_shape_train_under_bounds(name, tmp_path):
+    shape, layers = LAYERS[name]
+    x = np.random.default_rng(0).random((40, *shape), np.float32)
+    torch.manual_seed(0)
+    run = quiet(quick(tmp_path, epochs=1), data=(x, (x.reshape(40, -1).mean(1) > 0.5).astype(int)), model=nn.Sequential(*layers()))
+    assert run.summary["nnz"] == round(0.5 * run.summary["total"]) and run.margins.images.ndim == 4 and not run.damage
+    accuracy = run.summary["accuracy"]
+    assert accuracy["verified"] <= accuracy["pgd"] <= accuracy["clean"]
+
+
+def test_a_transformer_under_an_objective_of_bounds_is_a_sentence(tmp_path):
+    x = np.random.default_rng(0).random((40, 5, 8), np.float32)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(40, 2))
+    with pytest.raises(ValueError, match="^objective 'ibp' needs bounds of the whole network. Layer .*softmax.* Choose objective 'natural' or 'pgd'"):
+        quiet(quick(tmp_path), data=(x, np.arange(40) % 2), model=model)
+
+
+@pytest.mark.parametrize("model", [
+    lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)), lambda: None])
+def test_exports_give_the_logits_of_the_run(model, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8)
+    run = quiet(quick(tmp_path, model="mlp"), data=(images, np.arange(60) % 3), model=model())
+    x = torch.rand(5, 1, 8, 8)
+    logits = run.model()(x).detach()
+    onnx = runtime.InferenceSession(str(run.export("net.onnx"))).run(None, {"x": x.numpy()})[0]
+    assert np.abs(onnx - logits.numpy()).max() <= 1e-5
+    assert (torch.export.load(run.export(tmp_path / "net.pt2")).module()(x) - logits).abs().max() <= 1e-5
+    from safetensors.torch import load_file
+    weights = load_file(run.export("plain.safetensors"))
+    assert all(torch.equal(value, weights[name]) for name, value in run.model().state_dict().items()) and not Run(run.path).damage
+    with pytest.raises(ValueError, match="^There is no form of a network .* called '.pth'"):
+        run.export("net.pth")
+
+
+class Broken(Dataset):
+    """A dataset as torchvision's folders are, of which one picture cannot be read, or is of another size."""
+    samples = [("cat/0.png", 0), ("cat/1.png", 0), ("dog/2.png", 1)]
+
+    def __init__(self, size: int = 0):
+        self.size = size
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, i: int):
+        if i == 1 and not self.size:
+            raise OSError("truncated")
+        return torch.zeros(1, 4, self.size if i == 1 else 4), self.samples[i][1]
+
+
+def unlabelled(folder: Path) -> DataLoader:
+    return DataLoader(TensorDataset(torch.rand(8, 3)), 4)
+
+
+@pytest.mark.parametrize("data, sentence", [
+    (unlabelled, "^Sample 0 of the data set gives a tuple of 1; .input, label. is needed, and without a label"),
+    (lambda folder: np.zeros((4, 3)), "^The data set is an array without labels"),
+    (lambda folder: 7, "^The data set is of type int; samples are a pair"),
+    (lambda folder: Broken(), r"^Sample 1 of the data set \(cat/1.png\) cannot be read \(OSError: truncated\)"),
+    (lambda folder: Broken(5), r"^Sample 1 of the data set \(cat/1.png\) has shape \(1, 4, 5\), the ones before it have \(1, 4, 4\)"),
+    (lambda folder: (np.zeros((4, 3)), [0, 1, 2]), "^There are 4 inputs and 3 labels in the data set"),
+    (lambda folder: (np.full((40, 3), np.inf), [0, 1] * 20), r"^Sample 0 of the data set holds inf at \(0,\)"),
+    (lambda folder: (np.zeros((40, 3)), [0, -1] * 20), "has the label -1; 1 classes are numbered 0 to 0"),
+    (lambda folder: (np.zeros((40, 3)), [0] * 40), "^All labels are of the class '0'"),
+    (lambda folder: {"training": (1, 2)}, "^The data have the parts training; 'train' is needed"),
+    (lambda folder: (np.zeros((2, 3)), [0, 1]), "^There are 2 samples of 2 classes, too few to set a fifth of each apart"),
+])
+def test_data_that_cannot_be_trained_on_are_a_sentence(data, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        quiet(quick(tmp_path), data=data(tmp_path), model=small())
+    assert not list(tmp_path.rglob("config.json"))
+
+
+def test_labels_and_models_that_do_not_fit_are_a_sentence(tmp_path):
+    x, y = points()
+    with pytest.raises(ValueError, match="^Sample .* of the training set has the label [34]; 3 classes are numbered 0 to 2"):
+        own_data((x, y + 3), classes=3, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"makes an output of shape \(2, 2\) of 2 inputs, and the data have 3 classes"):
+        quiet(quick(tmp_path), data=(x, np.arange(60) % 3), model=small())
+    with pytest.raises(ValueError, match=r"^The model 'own:.*' does not take inputs of shape \(2, 3\): RuntimeError"):
+        quiet(quick(tmp_path), data=(x, y), model=small(inputs=4))
+    with pytest.raises(ValueError, match="^model is a function; an nn.Module is needed"):
+        quiet(quick(tmp_path), data=(x, y), model=small)
+    with pytest.raises(ValueError, match="lenet300 take inputs of any shape"):
+        quiet(quick(tmp_path, model="cnn4"), data=(x, y))
+    for given, sentence in (({"low": 0}, "outside its range"), ({"radius": -1}, "^radius holds -1; how far"),
+                            ({"radius": [1, 2]}, "^radius is one number, or one")):
+        with pytest.raises(ValueError, match=sentence):
+            own_data((x, y), folder=tmp_path, **given)
+
+
+def test_what_is_wrong_with_a_folder_of_pictures_names_the_file(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="^No data set is read from this: .*empty holds nothing"):
+        quiet(quick(tmp_path, dataset=str(empty)))
+    for k, kind in enumerate(("cat", "dog")):
+        (tmp_path / "pets" / kind).mkdir(parents=True)
+        for i in range(10):
+            Image.new("L", (8, 8), 100 * k + i).save(tmp_path / "pets" / kind / f"{i}.png")
+    assert (len(load(str(tmp_path / "pets")).test), load(str(tmp_path / "pets")).class_names) == (4, ("cat", "dog"))
+    Image.new("L", (8, 9)).save(tmp_path / "pets" / "dog" / "7.png")
+    with pytest.raises(ValueError, match=r"pets/dog/7.png has size \(9, 8\), the ones before it have \(8, 8\)"):
+        load(str(tmp_path / "pets"))
+    (tmp_path / "pets" / "cat" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="pets/cat/3.png cannot be read"):
+        load(str(tmp_path / "pets"))
+
+
+def test_an_object_is_named_by_everything_that_it_computes_with():
+    others = nn.Sequential(*small(), nn.Identity()), nn.Sequential(small()[0], nn.Tanh(), small()[2])
+    names = {own_model(model) for model in (small(), small(1), *others)}
+    assert len(names) == 4 and own_model(small()) in names
+    slow, fast = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.1)), nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.2))
+    fast.load_state_dict(slow.state_dict())
+    assert own_model(slow) != own_model(fast)
+    assert samples.is_array([1]) and not samples.is_array((1,))

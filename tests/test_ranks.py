@@ -172,5 +172,6 @@ def test_processes_that_differ_stop(alone, monkeypatch):
 
 def test_outside_of_torchrun_there_is_a_sentence(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    found = subprocess.run([sys.executable, "-m", "sparselab.scale.ranks", "epochs=1"], capture_output=True, text=True, env=environment, cwd=Path.cwd())
+    command = [sys.executable, "-m", "sparselab.scale.ranks", "epochs=1"]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path.cwd())
     assert found.returncode == 1 and "start it by torchrun" in found.stderr and "Traceback" not in found.stderr

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import counted
-from .assembly import load_data, trained_model
 from .corruptions import CORRUPTIONS, SEVERITIES, corruption_accuracy
-from .data import Data, Split, to_float
+from .data import Data, Split, as_floats
 from .runs import Run
 from ..robust import Certificate
 from ..robust import certify as certify_network
@@ -59,8 +58,11 @@ def certify(
     if not isinstance(what, Run | str | os.PathLike):
         raise ValueError(f"certify takes a model, a run or the folder of one, not {type(what).__name__}.")
     run = what if isinstance(what, Run) else Run(what)
-    data, trained = load_data(run.config), run.config.eps
-    model = trained_model(run.config, data, run.weights).eval()
+    data, trained = run.data(), run.config.eps
+    model = run.model()
+    if data.test.scale is not None:
+        raise ValueError(f"The numbers of an input of {data.name} have radii of their own, and a certificate is about one eps for all: "
+                         "robust.verify(run.model(), x, y, data.test.radius(eps)) proves with each of them.")
     images, labels = tensors_of(data.test if x is None else x, y, count)
     about = options.pop("data", "") or (f"The first {counted(len(images), 'test image')} of {data.name}." if x is None else "")
     eps = trained if eps is None else eps
@@ -90,4 +92,4 @@ def tensors_of(x: Tensor | Split | Data, y: Tensor | None, count: int) -> tuple[
     if type(count) is not int or count < 1:
         raise ValueError(f"count={count!r}, but a certificate is about at least 1 image.")
     split = split.take(slice(count))
-    return to_float(split.images), split.labels
+    return as_floats(split.images), split.labels

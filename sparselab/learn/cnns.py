@@ -6,6 +6,7 @@
 __all__ = ['CNNS', 'Layers', 'mlp', 'lenet300', 'CNN', 'cnn']
 
 # %% ../../nbs/learn/08_cnns.ipynb #713f8bf0
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -50,7 +51,7 @@ class Layers:
     def flatten(self) -> None:
         """From an image to a vector."""
         self.modules["flatten"] = nn.Flatten()
-        self.features = self.shape[0] * self.shape[1] * self.shape[2]
+        self.features = math.prod(self.shape)
 
     def fc(self, features: int, bn: bool = False, relu: bool = True) -> None:
         """A fully connected layer, with BatchNorm if asked for, and with a ReLU unless it is the last."""

@@ -105,12 +105,22 @@ class Config:
         return fingerprint(self.dataset, self.data_dir or None)
 
     @property
-    def run_id(self) -> str:
-        """A name for the run: method, data set, a short hash of the non-default fields and the data, and the seed.
+    def model_fingerprint(self) -> str | None:
+        """What a model is that is not in the zoo, see `learn.factories`; None for one that is. Raises ValueError for an unknown name."""
+        if ":" not in self.model:
+            return None
+        from sparselab.learn.factories import model_fingerprint  # with it comes torch, which takes a while
 
-        Raises what `fingerprint` raises.
+        return model_fingerprint(self.model)
+
+    @property
+    def run_id(self) -> str:
+        """A name for the run: method, data set, a short hash of the non-default fields, the data and an own model, and the seed.
+
+        Raises what `fingerprint` and `model_fingerprint` raise.
         """
-        what = json.dumps([self.changed(), self.fingerprint], sort_keys=True)
+        own = [self.model_fingerprint] if ":" in self.model else []
+        what = json.dumps([self.changed(), self.fingerprint, *own], sort_keys=True)
         digest = hashlib.blake2b(what.encode(), digest_size=4).hexdigest()
         return f"{self.method}-{called(self.dataset).replace(':', '-').replace('/', '-')}-{digest}-s{self.seed}"
 

@@ -21,11 +21,9 @@ from typing import NamedTuple
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
-import numpy as np
-
 from ..checksums import digest
 from ..errors import unknown
-from .formats import FORMS, IMAGE_COLUMNS, LABEL_COLUMNS, TEST_SPLITS, Encoded, cell_bytes, column, decoded, need
+from .formats import FORMS, Encoded, decoded, encoded_splits, need, read_class_folders
 from .known import DATASETS, Raw
 
 # %% ../../nbs/learn/05_find.ipynb #23513165
@@ -112,8 +110,8 @@ def unreadable(folders: list[Path]) -> ValueError:
     """A ValueError that says what was seen in folders of which none holds a data set; for the caller to raise."""
     train = [folder / "train" for folder in folders if (folder / "train").is_dir()]
     seen = "; ".join(f"{folder} holds {contents(folder)}" for folder in [*folders, *train])
-    return ValueError(f"No data set is read from this: {seen}. A data set is four IDX files, train.parquet and test.parquet, or "
-                      "pictures in train/<class>/ and test/<class>/.")
+    return ValueError(f"No data set is read from this: {seen}. A data set is four IDX files, train.parquet and test.parquet, "
+                      "pictures in train/<class>/ and test/<class>/, or in <class>/, what `datasets` saved, or what own_data wrote.")
 
 
 def locate(name: str, data_dir: str | Path | None = None) -> Located | None:
@@ -131,6 +129,8 @@ def locate(name: str, data_dir: str | Path | None = None) -> Located | None:
         places = [folder for root in roots(data_dir) for folder in candidates(root, name)]
     for folder in places:
         for files, read in FORMS:
+            if read is read_class_folders and name in DATASETS:  # folders of pictures beside a known set are no form of it
+                continue
             if found := files(folder):
                 return Located(called(name), folder, found, read)
     if is_path(name):
@@ -142,14 +142,6 @@ def locate(name: str, data_dir: str | Path | None = None) -> Located | None:
     return None
 
 # %% ../../nbs/learn/05_find.ipynb #af3c6f45
-def _split(split, where: str) -> tuple[Encoded, list[str] | None]:
-    """Encoded images and labels of a `datasets.Dataset`, and the classes' names if it knows them."""
-    image, label = (column(split.column_names, names, where) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
-    encoded = split.cast_column(image, need("datasets").Image(decode=False))
-    labels = np.asarray(split.with_format("numpy")[label][:], np.int64)
-    return (cell_bytes(list(encoded[image]), where), labels), getattr(split.features[label], "names", None)
-
-
 def _unreachable() -> bool:
     """True if the hub has no address on this machine and there is no proxy that could know it."""
     host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
@@ -173,11 +165,7 @@ def fetched(repository: str, cache: Path | None = None) -> tuple[Encoded, Encode
         found = datasets.load_dataset(path, configuration or None, cache_dir=cache and str(cache))
     except Exception as error:  # each of the three has classes of its own
         raise FileNotFoundError(f"The Hugging Face hub gave no data set {repository!r}: {error}") from error
-    test = next((split for split in TEST_SPLITS if split in found), None)
-    if "train" not in found or test is None:
-        raise ValueError(f"{repository} has the splits {', '.join(found)}; a training and a test split are needed.")
-    (train, classes), (held_out, _) = _split(found["train"], repository), _split(found[test], repository)
-    return train, held_out, classes
+    return encoded_splits(found, repository)
 
 
 def read_hub(repository: str, name: str, cache: Path | None = None) -> Raw:

@@ -15,7 +15,7 @@ import torch
 from ..errors import check_known
 from .assembly import Start, new_model, trained_model
 from .config import Config
-from .data import to_float
+from .data import as_floats
 from .jackpots import FineTuned
 from .learner import Learner
 from .rounds import check_source, final_masks
@@ -70,7 +70,7 @@ class Grafting(FineTuned):
             raise ValueError("The score asks which neurons are unstable on boxes of radius eps, and eps is 0: give eps, or choose 'random'.")
         check_source(self.source, self.source_options, self.config.sparsity)
         super().check()
-        if not sites(new_model(self.config, self.data, self.config.seed), to_float(self.data.train.images[:1])):
+        if not sites(new_model(self.config, self.data, self.config.seed), as_floats(self.data.train.images[:1])):
             raise ValueError(f"The model {self.config.model!r} has no ReLU that could be grafted.")
 
     def last(self) -> tuple[Config, Start]:
@@ -85,7 +85,7 @@ class Grafting(FineTuned):
     def chosen(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """ReLU -> which of its neurons are grafted."""
         train = self.data.train.take(slice(self.samples))
-        images = to_float(train.images)
+        images = as_floats(train.images)
         shapes, generator = sites(model, images[:1]), generator_for(self.config.seed, "graft")
         together = [list(shapes)] if self.ranking == "global" else [[name] for name in shapes]
         if self.choose == "random":

@@ -35,10 +35,10 @@ def robust_cross_entropy(margins: Tensor) -> Tensor:
 # %% ../../nbs/learn/15_losses.ipynb #4c9a80c4
 @dataclass(frozen=True)
 class Ball:
-    """The boxes of radius `eps` around the images `x`, inside [0, 1]."""
+    """The boxes of radius `eps`, one for all numbers or one for each, around the images `x`, inside [0, 1]."""
 
     x: Tensor
-    eps: float
+    eps: float | Tensor
 
     @property
     def ends(self) -> tuple[Tensor, Tensor]:
@@ -63,12 +63,13 @@ class Batch:
     moment: Moment
     logits: Tensor | None = None
     statistics: object = None
+    scale: Tensor | None = None  # how far each number of an input may move where eps is 1, see `Split`
     attacked: Tensor | None = None  # the images that the attack of this batch has found, once it has run
 
     @property
     def ball(self) -> Ball:
         """The training box around each image."""
-        return Ball(self.x, self.moment.eps)
+        return Ball(self.x, self.moment.eps if self.scale is None else self.moment.eps * self.scale)
 
     @property
     def C(self) -> Tensor:
@@ -94,12 +95,13 @@ class Objective:
     `eps` is the radius to be robust at, `train_eps_factor` what it is multiplied by where training ends; `warmup`, `until`, `shape`,
     `kappa_start`, `kappa_end`: see `Ramp`; `regularizer`: weight of the warm-up regularisers; `rs` or `nrs`: weight of a loss that asks
     for stable ReLUs, bounded by `stability_bounds` ("ibp", "crown_ibp" or "crown") over the training box; these three need the native
-    engine. `seed`: of the noise that attacks start from.
+    engine. `seed`: of the noise that attacks start from. `scale`: how far each number of an input may move where eps is 1, see `Split`.
     """
 
     eps: float
     engine: str = "native"
     seed: int = 0
+    scale: Tensor | None = None
     train_eps_factor: float = 1.5
     warmup: float = 0.0
     until: float = 0.3
@@ -144,7 +146,7 @@ class Objective:
         """What the loss is computed of: the clean pass is done."""
         with recorded_statistics(model) as statistics:
             logits = model(x)
-        return Batch(model, x, y, self.ramp(progress), logits, statistics)
+        return Batch(model, x, y, self.ramp(progress), logits, statistics, self.scale)
 
     def loss(self, batch: Batch) -> Tensor:
         """The scalar loss of a batch."""
@@ -207,6 +209,8 @@ class Objective:
         """Why the loss of a moment is not made of `shares` alone, so that it needs the dense network; else an empty sentence."""
         if self.engine != "native":
             return f"engine {self.engine!r} needs the dense network"
+        if self.scale is not None:
+            return "radii of several sizes need the dense network"
         if self.regularizer and moment.ramped < 1:
             return "the warm-up regularisers need the dense network"
         if self.steadies(moment):
@@ -239,7 +243,8 @@ class Objective:
         """The warm-up regularisers, weighted; 0 once eps has arrived."""
         if not self.regularizer or batch.moment.ramped == 1:
             return 0.0
-        lower, upper = input_box(batch.x, max(batch.moment.eps, 1e-6))
+        least = max(batch.moment.eps, 1e-6)
+        lower, upper = input_box(batch.x, least if batch.scale is None else least * batch.scale)
         found = interval_pass(batch.model, lower, upper, batch.statistics, self.reading(batch)).preactivations
         weight = self.regularizer * (1 - batch.moment.ramped)
         return weight * (tightness(found, (upper - lower).mean() / 2) + balance(found))
@@ -264,7 +269,7 @@ class PGD(Objective):
         """The attacked images, computed once; the random start follows from the run's seed and the moment, not from how the run got there."""
         if batch.attacked is None:
             generator = generator_for(self.seed, "attack", batch.moment.progress)
-            batch.attacked = pgd(batch.model, batch.x, batch.y, batch.moment.eps, self.attack_steps, loss="ce", generator=generator)
+            batch.attacked = pgd(batch.model, batch.x, batch.y, batch.ball.eps, self.attack_steps, loss="ce", generator=generator)
         return batch.attacked
 
     def robust_shares(self) -> Shares:

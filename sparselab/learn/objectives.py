@@ -71,7 +71,7 @@ class SABR(PGD):
         return Shares(0.0, boxes=1.0)
 
     def boxes(self, batch: Batch) -> Box:
-        attacked, radius = self.attack(batch), self.lam * batch.moment.eps
+        attacked, radius = self.attack(batch), self.lam * batch.ball.eps
         lower, upper = batch.ball.ends
         middle = torch.clamp(attacked, lower + radius, (upper - radius).clamp(min=lower + radius))
         return Box(((middle - radius).clamp(min=lower), (middle + radius).clamp(max=upper)))
@@ -105,7 +105,7 @@ OBJECTIVES: dict[str, type[Objective]] = {"natural": Natural, "pgd": PGD, "ibp":
 def objective(name: str, eps: float, engine: str = "native", seed: int = 0, **options: object) -> Objective:
     """The objective called `name` at radius `eps`; the noise of its attacks follows from `seed`. Raises ValueError for unknown names and options."""
     check_known("objective", name, OBJECTIVES)
-    known = [f.name for f in fields(OBJECTIVES[name]) if f.name not in ("eps", "engine", "seed")]
+    known = [f.name for f in fields(OBJECTIVES[name]) if f.name not in ("eps", "engine", "seed", "scale")]
     for option in options:
         check_known(f"option of objective {name}", option, known)
     return OBJECTIVES[name](eps=eps, engine=engine, seed=seed, **options)

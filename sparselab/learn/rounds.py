@@ -75,6 +75,9 @@ class Procedure(ABC):
 
     def check(self) -> None:
         """Raise ValueError, before anything is written, for what cannot be; here, for what `inner` cannot train."""
+        if self.data.train.scale is not None:
+            raise ValueError(f"{self.config.method} attacks or bounds all numbers of an input by one eps, and those of {self.data.name} have radii "
+                             "of their own: choose a method of one training.")
         make_learner(self.changed(self.inner, method_options=self.rest), data=self.data)
 
     def round(self, name: str, config: Config, start: Start | None = None, callbacks: Sequence[Callback] = ()) -> Run:

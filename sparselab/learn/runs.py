@@ -9,6 +9,7 @@ __all__ = ['HUES', 'CHECKS', 'described', 'achieved', 'courses', 'Run', 'runs_in
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load
 from torch import Tensor
@@ -24,6 +25,11 @@ from .reading import Kept, Source
 from .recordings import NeuronRecordings, Recordings
 from ..sparse.history import MaskHistory
 from ..sparse.history_files import load as load_history
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparselab.learn.data import Data
 
 # %% ../../nbs/learn/32_runs.ipynb #f3f92b99
 HUES = {"loss": "purple", "clean": "sky", "pgd": "orange", "verified": "blue", "nnz": "green"}
@@ -78,7 +84,7 @@ class Run(Shown, Source):
     @cached_property
     def config(self) -> Config:
         """The configuration that the run was started with."""
-        return Config.read({name: value for name, value in self._begun.items() if name not in ("fingerprint", "continues")})
+        return Config.read({name: value for name, value in self._begun.items() if name not in ("fingerprint", "continues", "model_fingerprint")})
 
     @property
     def fingerprint(self) -> str | None:
@@ -97,6 +103,9 @@ class Run(Shown, Source):
             if one.get(name) != other.get(name):
                 raise ValueError(f"{self.path} was begun with {name} {getattr(self.config, name)!r}, not {getattr(config, name)!r}; "
                                  "it is not the run of this configuration. Move the folder away, or choose another runs_dir.")
+        if self._begun.get("model_fingerprint") != config.model_fingerprint:
+            raise ValueError(f"{self.path} was begun with another model (fingerprint {self._begun.get('model_fingerprint')}) than {config.model} is "
+                             f"now ({config.model_fingerprint}). Move the folder away, or choose another runs_dir.")
         if self.fingerprint != config.fingerprint:
             raise ValueError(f"{self.path} was begun with other data (fingerprint {self.fingerprint}) than {config.dataset} is now "
                              f"({config.fingerprint}). Move the folder away, or choose another runs_dir.")
@@ -158,6 +167,8 @@ class Run(Shown, Source):
     def margins(self) -> Margins:
         """Proved margins of some test samples over eps. Raises Unavailable when there are none."""
         if not (self.path / "margins.safetensors").exists():
+            if self.finished and (reason := self.summary.get("no_bounds")):
+                raise Unavailable(f"Nothing is proved of this network. {reason}")
             raise Unavailable(f"{self.path} has no margins.safetensors: margins are computed when training has ended, by "
                               "runs with eps above 0; learn.margins.margins_of computes them from any model.")
         return load_margins(self.path / "margins.safetensors")
@@ -170,6 +181,33 @@ class Run(Shown, Source):
         if (self.path / "model.safetensors").exists():
             found[self.moments[-1]] = lambda: self.weights
         return dict(sorted(found.items()))
+
+    def data(self) -> "Data":
+        """The data of the run, with its validation split. Raises ValueError when they are not the ones that it was trained on."""
+        from sparselab.learn.assembly import load_data  # with it come models and objectives, which a reader of records needs not
+
+        if self.fingerprint not in (None, now := self.config.fingerprint):
+            raise ValueError(f"{self.path} was trained on other data (fingerprint {self.fingerprint}) than {self.config.dataset} is now ({now}).")
+        return load_data(self.config)
+
+    def model(self, given: "nn.Module | None" = None) -> "nn.Module":
+        """The trained network in eval mode; inputs are in [0, 1], see `learn.data.load`.
+
+        `given`: an nn.Module of the same layers, to hold the weights; of a run whose model was an object of another process it may be left out
+        too: what comes back then is its exported program. Raises ValueError when the run has no weights yet, or other layers.
+        """
+        from sparselab.learn.exports import network_of  # as above
+
+        return network_of(self, given)
+
+    def export(self, file: str | Path) -> Path:
+        """Write the trained network as `file`: .onnx, .pt2 (torch.export) or .safetensors (its weights), without a checksum of sparselab's own.
+
+        A file of no folder goes into the run's. Raises ValueError for another ending, ImportError where a package is missing.
+        """
+        from sparselab.learn.exports import export  # as above
+
+        return export(self, file)
 
     @property
     def name(self) -> str:
@@ -229,7 +267,8 @@ class Run(Shown, Source):
         files = ["masks"] * bool(self._recorded)
         if self.finished:
             partners = [name.removesuffix("_accuracy") for name in self.summary if name.endswith("_accuracy")]
-            files += [f"{name}.safetensors" for name in ("model", *partners, *["margins"] * (self.config.eps > 0))]
+            margins = ["margins"] * (self.config.eps > 0 and "no_bounds" not in self.summary)
+            files += [f"{name}.safetensors" for name in ("model", *partners, *margins)]
         if lost := [file for file in files if not (self.path / file).exists()]:
             raise ValueError(f"{self.path} lacks {', '.join(lost)}, which the training has written.")
 

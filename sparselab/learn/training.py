@@ -21,9 +21,11 @@ from .callbacks import Record, StopWhenLost, ToTheEnd, Validate, collapse
 from .changes import Changes
 from .config import Config
 from .costs import cost, silent_copy
-from .data import Data
+from .data import Data, as_floats
 from .ensembles import ensemble_summary
 from .evaluation import evaluate
+from .exports import keep_program
+from .factories import is_own
 from .files import locked, read_rows, write_sealed, write_tensors
 from .learner import Callback, Learner
 from .margins import Margins, margins_of, save_margins
@@ -79,7 +81,8 @@ def summarise(learner: Learner, config: Config) -> dict:
     found = {**evaluate(learner.model, test, config.eps, config.engine, kernels=config.kernels).summary(), "sparsity": masks.sparsity,
              "nnz": masks.nnz, "total": masks.total, "layers": layers, "seconds": round(learner.seconds, 1),
              "flops": cost(learner), "epochs": learner.epoch, "samples": len(test),
-             "data": {"name": learner.data.name, "source": learner.data.source}, "config": asdict(config)}
+             "data": {"name": learner.data.name, "source": learner.data.source, "shape": list(learner.data.shape), "classes": learner.data.classes},
+             "config": asdict(config)}
     if others:
         together = ensemble_summary([*others.values(), learner.model], test)
         found |= {f"{name}_accuracy": right for name, right in zip(others, together["members"]["accuracy"], strict=False)}
@@ -91,7 +94,7 @@ def sample_margins(learner: Learner, config: Config, samples: int = 100) -> Marg
     """Margins over eps of the first `samples` test images, or of `config.test_samples` when that is fewer."""
     test = learner.data.test.take(slice(min(samples, config.test_samples or samples)))
     x, y = next(iter(test.batches(samples, shuffle=False)))
-    return margins_of(learner.model, x, y, config.eps, seed=config.seed, engine=config.engine, kernels=config.kernels)
+    return margins_of(learner.model, x, y, config.eps, seed=config.seed, engine=config.engine, kernels=config.kernels, scale=test.scale)
 
 # %% ../../nbs/learn/38_training.ipynb #16849643
 def watchers(folder: Path, config: Config, callbacks: Sequence[Callback] = ()) -> list[Callback]:
@@ -106,7 +109,8 @@ def begin(folder: Path, config: Config) -> None:
     if (folder / "config.json").exists():
         Run(folder).of(config)
     else:
-        write_sealed(folder / "config.json", {**asdict(config), "fingerprint": config.fingerprint})
+        own = {"model_fingerprint": config.model_fingerprint} if is_own(config.model) else {}
+        write_sealed(folder / "config.json", {**asdict(config), "fingerprint": config.fingerprint, **own})
 
 
 def complete(folder: Path, config: Config, learner: Learner, callbacks: Sequence[Callback] = (),
@@ -123,9 +127,11 @@ def complete(folder: Path, config: Config, learner: Learner, callbacks: Sequence
             learner.fit()
         for name, state in {"model": learner.model.state_dict(), **learner.sparsifier.snapshots}.items():
             write_model(folder / f"{name}.safetensors", state)
-        if config.eps:  # at radius 0 there is nothing to prove
-            save_margins(folder / "margins.safetensors", sample_margins(learner, config))
+        if config.model.startswith("own:"):  # another process has no such object
+            keep_program(folder / "model.pt2", learner.model, as_floats(learner.data.test.images[:2]))
         summary = summarise(learner, config)
+        if config.eps and "no_bounds" not in summary:  # at radius 0, and without bounds, there is nothing to prove
+            save_margins(folder / "margins.safetensors", sample_margins(learner, config))
         if problem := collapse(read_rows(folder / "metrics.jsonl")):
             summary["collapse"] = problem
             print(problem)

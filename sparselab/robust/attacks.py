@@ -107,7 +107,7 @@ def pgd(
     model: nn.Module,
     x: Tensor,  # images (B, ...), pixels in [0, 1]
     y: Tensor,  # labels (B,)
-    eps: float,  # radius in pixel space
+    eps: float | Tensor,  # radius in pixel space, or one for each input, see `input_box`
     steps: int = 20,
     step_size: float | None = None,  # in pixel space; from 2 eps down to 0 when None
     restarts: int = 1,
@@ -125,7 +125,8 @@ def pgd(
     box = input_box(x, eps)
     check_labels(x, y)
     _check_options(steps, step_size, restarts, loss), check_switch("early_stop", early_stop)
-    if eps == 0 or not len(x):
+    eps = eps.to(x) if isinstance(eps, Tensor) else eps
+    if not len(x) or not (eps.any() if isinstance(eps, Tensor) else eps):
         return x.clone()
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     with eval_mode(model):
@@ -143,7 +144,7 @@ def survivors(
     model: nn.Module,
     x: Tensor,  # images (N, ...), pixels in [0, 1]
     y: Tensor,  # labels (N,)
-    eps: float,
+    eps: float | Tensor,
     batch_size: int = 500,
     **options,  # of `pgd`
 ) -> Tensor:  # (N,) bool

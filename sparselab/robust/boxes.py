@@ -19,15 +19,17 @@ from torch import Tensor
 # %% ../../nbs/robust/01_boxes.ipynb #3197de0c
 def input_box(
     x: Tensor,  # images (B, ...), pixels in [0, 1]
-    eps: float,  # radius in pixel space, 0 <= eps
+    eps: float | Tensor,  # radius in pixel space, 0 <= eps; or one for each input, of the shape of an image
 ) -> tuple[Tensor, Tensor]:  # lower, upper: the same shape as x
     """The l-infinity ball of radius `eps` around each image of `x`, clipped to [0, 1].
 
     Raises ValueError when `eps` is negative or not finite, or when `x` leaves [0, 1].
     """
     check_dense("x", x)
-    too_large = isinstance(eps, int) and eps > sys.float_info.max  # an integer of Python may be finite and yet no float
-    if isinstance(eps, bool | np.bool_) or not isinstance(eps, int | float | np.number) or not 0 <= eps < math.inf or too_large:
+    if isinstance(eps, Tensor):
+        _check_radii(eps, x)
+        eps = eps.to(x)
+    elif not _is_radius(eps):
         raise ValueError(f"eps is {shortened(eps)}, but a radius in pixel space is a finite number >= 0, for example 8/255.")
     if not torch.is_floating_point(x):
         raise ValueError(f"The images are of type {x.dtype}: convert them to floats in [0, 1] before making a box.")
@@ -38,6 +40,18 @@ def input_box(
             "normalisation belongs in the model's first layer, not in the data."
         )
     return (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+
+
+def _is_radius(eps: object) -> bool:
+    too_large = isinstance(eps, int) and eps > sys.float_info.max  # an integer of Python may be finite and yet no float
+    return isinstance(eps, int | float | np.number) and not isinstance(eps, bool | np.bool_) and not too_large and 0 <= eps < math.inf
+
+
+def _check_radii(eps: Tensor, x: Tensor) -> None:
+    if eps.dim() and eps.shape != x.shape[1:]:
+        raise ValueError(f"eps has shape {tuple(eps.shape)}, but an image has {tuple(x.shape[1:])}: give one radius for each input, or one number.")
+    if eps.dtype == torch.bool or eps.is_complex() or not bool(((eps >= 0) & (eps < math.inf)).all()):
+        raise ValueError("eps holds what is no radius: each is a finite number >= 0.")
 
 # %% ../../nbs/robust/01_boxes.ipynb #2bb24ec5
 def check_dense(name: str, x: Tensor) -> None:

@@ -152,7 +152,7 @@ ATTACKED, STEPS = 32, 3  # samples of a batch that are attacked before they are 
 
 def _hunted(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor | None:
     """What the model says, (B, K), where a short attack ends; None where no attack can run, or none is needed."""
-    if not len(x) or not eps:
+    if not len(x) or not (eps.any() if isinstance(eps, Tensor) else eps):
         return None
     try:
         return ask(model, pgd(model, x, y, eps, STEPS))
@@ -226,7 +226,7 @@ def verify(
     model: nn.Module,
     x: Tensor,  # images (B, ...), pixels in [0, 1]
     y: Tensor,  # labels (B,)
-    eps: float,  # radius in pixel space
+    eps: float | Tensor,  # radius in pixel space, or one for each input, see `input_box`
     methods: Sequence[str] = METHODS,
     engine: str | Engine = "native",  # or "auto_lirpa", or an engine that was made for this model, as `learn.Unrolled`
     batch_size: int = 500,  # at most; fewer where the model is large
@@ -249,6 +249,8 @@ def verify(
 
         if robust is not None:
             raise ValueError("robust= and budget= do not go together: with a budget the samples are attacked anyway.")
+        if isinstance(eps, Tensor):
+            raise ValueError(f"eps is a tensor of shape {tuple(eps.shape)}, and branch and bound takes one radius for all inputs: leave budget= out.")
         if sound:
             raise ValueError("sound=True and budget= do not go together: branch and bound proves in real arithmetic. Leave one of them out.")
         return decide(model, x, y, eps, budget, METHODS + LEARNED if methods is METHODS else order, engine, batch_size=batch_size)

@@ -198,6 +198,11 @@ def effective_nnz(run: Run) -> int:
     config, masks = run.config, last_masks(run)
     if not masks:
         raise ValueError("it has no masks.")
-    shape = DATASETS[config.dataset].shape if config.dataset in DATASETS else run.margins.images.shape[1:]
-    model = build(config.model, shape, list(masks.values())[-1].shape[0], **config.model_options)
+    shape = DATASETS[config.dataset].shape if config.dataset in DATASETS else run.summary["data"].get("shape") or run.margins.images.shape[1:]
+    if ":" in config.model:
+        model = run.model()
+        if not masks.keys() <= dict(model.named_parameters()).keys():
+            raise ValueError("its network is an exported program, through which paths are not followed.")
+    else:
+        model = build(config.model, shape, list(masks.values())[-1].shape[0], **config.model_options)
     return sum(int(mask.sum()) for mask in effective(model, masks, shape).values())

@@ -40,6 +40,11 @@ class Job:
         return Path(self.folder) / Path(self.notebook).name
 
     @property
+    def part(self) -> Path:
+        """Where the notebook is while it is executed."""
+        return self.executed.with_name(f".{self.executed.name}.part.ipynb")
+
+    @property
     def failed(self) -> Path:
         """Where the notebook is when one of its cells has failed."""
         return Path(self.folder) / "failed.ipynb"
@@ -90,14 +95,13 @@ def execute(job: Job) -> None:
         job.failed.unlink(missing_ok=True)
         while being_written(job.folder):
             time.sleep(0.2)
-        part = job.executed.with_name(f".{job.executed.name}.part.ipynb")
         kernel = {"config": Config({"KernelManager": {"transport_encryption": "auto"}}), "extra_arguments": [f"--IPKernelApp.exec_lines={FIRST}"]}
         try:
-            execute_notebook(job.notebook, part, job.parameters, cwd=job.cwd or None, progress_bar=False, **kernel)
+            execute_notebook(job.notebook, job.part, job.parameters, cwd=job.cwd or None, progress_bar=False, **kernel)
         except PapermillExecutionError:
-            os.replace(part, job.failed)
+            os.replace(job.part, job.failed)
         else:
-            os.replace(part, job.executed)
+            os.replace(job.part, job.executed)
 
 # %% ../../nbs/scale/01_execution.ipynb #05eb1c05
 WORKER = "from sparselab.scale.execution import work; work()"

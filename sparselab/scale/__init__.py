@@ -1,1 +1,44 @@
-"""Many runs."""
+"""Many runs: sweeps over grids, on the cores and GPUs of one machine or on a cluster, and the search for fronts."""
+from typing import TYPE_CHECKING
+
+from .._surface import lazy
+
+_HOME = {  # public name -> the module that defines it
+    "Executor": "executors",
+    "Job": "execution",
+    "Local": "executors",
+    "Outcome": "execution",
+    "Point": "grids",
+    "Ray": "on_ray",
+    "Slurm": "on_slurm",
+    "Sweep": "sweeps",
+    "execute": "execution",
+    "execute_all": "sweeps",
+    "expand": "grids",
+    "read_sweep": "grids",
+    "sweep": "sweeps",
+}
+__all__ = [
+    "Executor",
+    "Job",
+    "Local",
+    "Outcome",
+    "Point",
+    "Ray",
+    "Slurm",
+    "Sweep",
+    "execute",
+    "execute_all",
+    "expand",
+    "read_sweep",
+    "sweep",
+]
+__getattr__, __dir__ = lazy(__name__, _HOME)
+
+if TYPE_CHECKING:
+    from .execution import Job, Outcome, execute
+    from .executors import Executor, Local
+    from .grids import Point, expand, read_sweep
+    from .on_ray import Ray
+    from .on_slurm import Slurm
+    from .sweeps import Sweep, execute_all, sweep

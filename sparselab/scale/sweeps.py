@@ -253,6 +253,7 @@ def sweep(base: Config | Mapping | None = None, grid: Mapping | Iterable[Mapping
     continues, and what has failed is tried again. A process that dies is started again, at most `retries` times.
     Raises ValueError for names and values that cannot be, before anything is trained; a run that fails is listed, and stops no other.
     """
+    needed("papermill", "lab", "A sweep")
     points = expand(base, grid, with_dense)
     if not points:
         raise ValueError('The grid has no points: give axes, such as {"sparsity": [0.9, 0.99], "seed": "0..4"}.')

@@ -15,7 +15,9 @@ _HOME = {  # public name -> the module that defines it
     "execute": "execution",
     "execute_all": "sweeps",
     "expand": "grids",
+    "front": "fronts",
     "read_sweep": "grids",
+    "search": "fronts",
     "sweep": "sweeps",
 }
 __all__ = [
@@ -30,7 +32,9 @@ __all__ = [
     "execute",
     "execute_all",
     "expand",
+    "front",
     "read_sweep",
+    "search",
     "sweep",
 ]
 __getattr__, __dir__ = lazy(__name__, _HOME)
@@ -38,6 +42,7 @@ __getattr__, __dir__ = lazy(__name__, _HOME)
 if TYPE_CHECKING:
     from .execution import Job, Outcome, execute
     from .executors import Executor, Local
+    from .fronts import front, search
     from .grids import Point, expand, read_sweep
     from .on_ray import Ray
     from .on_slurm import Slurm

@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 
-from ..errors import check_known, counted
+from ..errors import check_known
 from ..learn.config import Config
 from ..learn.experiments import dense_partner
 from ..learn.values import READERS, read_bool

@@ -15,9 +15,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("plotly", "ipywidgets", "anywidget", "papermill", "auto_LiRPA", "nbdev", "fastcore", "datasets", "IPython",
-            "pyarrow", "PIL", "pytest", "kaleido", "matplotlib", "numba", "pandas")
+            "pyarrow", "PIL", "pytest", "kaleido", "matplotlib", "numba", "pandas", "ray", "submitit", "optuna")
 HEAVY = ("torch", "numpy", "sklearn", *OPTIONAL)
-WINGS = ("sparse", "robust", "learn", "view")
+WINGS = ("sparse", "robust", "learn", "view", "scale")
 PUBLIC = ("sparselab", *(f"sparselab.{wing}" for wing in WINGS))
 
 
@@ -97,7 +97,7 @@ def test_every_folder_of_modules_is_a_package():
 
 def test_the_wheel_says_who_it_is(packed):
     assert packed.metadata["Name"] == "sparselab" and packed.metadata["Requires-Python"] == ">=3.11"
-    assert packed.metadata.get_all("Provides-Extra") == ["lab", "hub", "text", "fast", "onnx", "lirpa", "dev"]
+    assert packed.metadata.get_all("Provides-Extra") == ["lab", "hub", "text", "fast", "onnx", "lirpa", "ray", "slurm", "search", "dev"]
     assert any(file.name == "LICENSE" for file in packed.files)
     plain = [Requirement(line) for line in packed.requires if "extra ==" not in line]
     assert sorted(requirement.name for requirement in plain) == ["filelock", "joblib", "numpy", "safetensors", "scikit-learn", "scipy", "torch"]

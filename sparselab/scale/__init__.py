@@ -1,4 +1,4 @@
-"""Many runs: sweeps over grids, on the cores and GPUs of one machine or on a cluster, and the search for fronts."""
+"""Many runs: sweeps over grids, on one machine or a cluster, and the search for fronts; and one training on several processes."""
 from typing import TYPE_CHECKING
 
 from .._surface import lazy

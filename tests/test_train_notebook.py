@@ -1,4 +1,5 @@
 """nbs/train.ipynb and the tour are run by papermill as a user would, and what they leave is read."""
+import importlib.util
 import json
 import os
 import re
@@ -122,11 +123,19 @@ def test_a_misspelt_parameter_stops_the_notebook_with_a_sentence(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.fixture(scope="module")
+def launcher():
+    """nbs/run.py as a module: what it refuses before it starts a kernel needs no process of its own."""
+    spec = importlib.util.spec_from_file_location("launcher", ROOT / "nbs" / "run.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
 @pytest.mark.parametrize("notebook, wrong, sentence", [
     ("train", ("-p", "sparsity", "99"), "got 99.0"), ("papers/acdc", ("-p", "scale", "fulll"), "Did you mean 'full'?")])
 def test_the_launcher_shows_the_sentence_alone(tmp_path, notebook, wrong, sentence):
-    launcher, path = ROOT / "nbs" / "run.py", ROOT / "nbs" / f"{notebook}.ipynb"
-    done = subprocess.run([sys.executable, launcher, path, "out.ipynb", "-p", "runs_dir", "runs", *wrong],
+    path = ROOT / "nbs" / f"{notebook}.ipynb"
+    done = subprocess.run([sys.executable, ROOT / "nbs" / "run.py", path, "out.ipynb", "-p", "runs_dir", "runs", *wrong],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "WARNING" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -142,12 +151,14 @@ def test_the_launcher_shows_the_sentence_alone(tmp_path, notebook, wrong, senten
     ((str(TRAIN), "a/out.ipynb", "-f", "none.yaml"), "There is no file of parameters none.yaml."),
     ((str(TRAIN), "a/out.ipynb", "-y", "{a: ["), "The parameters are not YAML"),
     (("file", "a/out.ipynb"), "file is not a notebook.")])
-def test_the_launcher_says_in_a_sentence_what_cannot_be_read_or_written(tmp_path, arguments, sentence):
+def test_the_launcher_says_in_a_sentence_what_cannot_be_read_or_written(launcher, tmp_path, monkeypatch, capsys, arguments, sentence):
     (tmp_path / "file").write_text("text")
-    done = subprocess.run([sys.executable, ROOT / "nbs" / "run.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"Error: {sentence}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        launcher.main(list(arguments))
+    shown = capsys.readouterr().err
+    assert ended.value.code == 1 and "Traceback" not in shown
+    assert shown.strip().splitlines()[-1].startswith(f"Error: {sentence}")
 
 
 def test_the_launcher_makes_the_folder_of_its_output(tmp_path):

@@ -336,6 +336,11 @@ def test_many_layers_show_the_busiest_below_the_sum():
     moved = {name: sum(r["grown"] + r["dropped"] for r in history.flow() if r["name"] == name) for name in shapes}
     left_out = [moved[name] for name in shapes if name.removesuffix(".weight") not in titles]
     assert max(left_out) <= min(moved[f"{title}.weight"] for title in titles[1:])
+    unseen = [name for name in (key.removesuffix(".weight") for key in shapes) if name not in titles]
+    assert len(unseen) == 3 and fig.layout.meta["note"].endswith(f"own, as less changed: {', '.join(unseen)}")
+    assert "without bars" not in updates_panel(of(history), most=9).figure.layout.meta["note"]
+    deep = updates_panel(of(history), most=1).figure.layout.meta["note"]
+    assert deep.endswith(", 2 others")
     assert (np.array(fig.data[0].y) + fig.data[1].y).sum() == sum(r["grown"] for r in history.flow())
 
 

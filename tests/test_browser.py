@@ -299,7 +299,7 @@ def download(book: Notebook, button: str, block: int) -> bytes:
     """What a button of a panel of the first explorer hands to the browser."""
     with book.page.expect_download() as expected:
         book.page.locator(".sparselab-explorer").first.get_by_role("button", name=button, exact=True).nth(block).click()
-    assert expected.value.suggested_filename.endswith(button.lower())
+    assert expected.value.suggested_filename == f"{book.value(f'one.sides[0].blocks[{block}].name')}.{button.lower()}"
     return Path(expected.value.path()).read_bytes()
 
 

@@ -55,6 +55,11 @@ class NeuronBlock(Block):
             self.redraw()
 
     @property
+    def part(self) -> str:
+        """The ReLU on display."""
+        return self.layer.value or ""
+
+    @property
     def links(self) -> dict[str, str]:
         """ReLU -> weight of the layer that feeds it."""
         layers = self.recorded.layers if self.recorded else {}

@@ -44,7 +44,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@echo "[2/5] PyTorch"
 	@$(PIP) torch
 	@echo "[3/5] Jupyter, plotly, papermill, nbdev, pytest and the rest of constraints.txt"
-	@$(PIP) -e '.[lab,hub,text,fast,onnx,dev,lirpa]'
+	@$(PIP) -e '.[lab,hub,text,fast,onnx,ray,slurm,search,dev,lirpa]'
 	@echo "[4/5] auto_LiRPA, without the torch<1.13 that it asks for (README.md says why)"
 	@$(PIP) --no-deps auto_LiRPA
 	@echo "[5/5] check"

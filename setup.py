@@ -32,7 +32,8 @@ setup(
     packages=find_packages(include=["sparselab", "sparselab.*"]),
     package_data={"sparselab": ["py.typed"], "sparselab.view.explorer": ["*.js", "*.css"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("lab", "hub", "text", "fast", "onnx", "lirpa", "dev")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split()
+                    for extra in ("lab", "hub", "text", "fast", "onnx", "lirpa", "ray", "slurm", "search", "dev")},
     entry_points={
         "nbdev": ["sparselab=sparselab._modidx:d"],
         "console_scripts": ["recheck=sparselab.robust.opinions:main", "sparselab-verify=sparselab.robust.properties:main"],

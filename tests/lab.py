@@ -21,11 +21,10 @@ BENIGN = ("favicon", "ResizeObserver loop")  # what the browser and JupyterLab s
 
 
 @contextmanager
-def server(root: Path, scratch: Path, theme: str = "JupyterLab Light") -> Iterator[str]:
+def server(root: Path, scratch: Path) -> Iterator[str]:
     """JupyterLab on the notebooks below `root`; everything that it writes of its own goes to `scratch`."""
-    settings = SETTINGS | {"@jupyterlab/apputils-extension:themes": {"theme": theme}}
     (scratch / "config" / "labconfig").mkdir(parents=True, exist_ok=True)
-    (scratch / "config" / "labconfig" / "default_setting_overrides.json").write_text(json.dumps(settings))
+    (scratch / "config" / "labconfig" / "default_setting_overrides.json").write_text(json.dumps(SETTINGS))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -52,7 +52,7 @@ def chrome():
 def lab(tmp_path_factory, chrome):
     root, scratch = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("lab")
     with server(root, scratch) as url:
-        yield root, lambda path: Notebook(chrome, url, path, scratch)
+        yield root, lambda path, script="": Notebook(chrome, url, path, scratch, script=script)
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +78,20 @@ def wait_for_figures(book: Notebook, plots: int, canvases: int) -> None:
 IMPATIENT = "const wait = AbortSignal.timeout.bind(AbortSignal); AbortSignal.timeout = time => wait(time === 2000 ? 0 : time);"
 
 
-def test_an_explorer_lives_where_scripts_take_longer_to_load_than_anywidget_waits(tmp_path, chrome, runs):
+def test_an_explorer_lives_where_scripts_take_longer_to_load_than_anywidget_waits(lab, runs):
     """anywidget gives a model two seconds, here none; what the kernel sent to it before, while and after is drawn."""
-    (root := tmp_path / "notebooks").mkdir()
+    root, open_notebook = lab
     notebook(root / "slow.ipynb", "from sparselab.view import Explorer", f"one = Explorer({str(runs[0].path)!r})\none", "one.timeline.value = 3")
-    with server(root, tmp_path / "lab") as url:
-        book = Notebook(chrome, url, "slow.ipynb", tmp_path / "lab", script=IMPATIENT)
-        book.run_all()
-        wait_for_figures(book, 6, 2)
-        assert any("Failed to initialize model" in text for text in book.errors), "anywidget waits as long as it takes: listen.js may go"
-        assert until(lambda: codes(book, 0) == expected(runs[0], *shown(book)), 20)
-        press(book, ".sparselab-canvas canvas", "ArrowRight")
-        until(lambda: book.value("one.timeline.value") == 4)
-        assert until(lambda: codes(book, 0) == expected(runs[0], *shown(book)), 20)
-        assert book.tracebacks() == []
+    book = open_notebook("slow.ipynb", IMPATIENT)
+    book.run_all()
+    wait_for_figures(book, 6, 2)
+    assert any("Failed to initialize model" in text for text in book.errors), "anywidget waits as long as it takes: listen.js may go"
+    assert until(lambda: codes(book, 0) == expected(runs[0], *shown(book)), 20)
+    press(book, ".sparselab-canvas canvas", "ArrowRight")
+    until(lambda: book.value("one.timeline.value") == 4)
+    assert until(lambda: codes(book, 0) == expected(runs[0], *shown(book)), 20)
+    assert book.tracebacks() == []
+    book.page.close()
 
 
 def codes(book: Notebook, canvas: int) -> list[int]:
@@ -299,7 +299,7 @@ def download(book: Notebook, button: str, block: int) -> bytes:
     """What a button of a panel of the first explorer hands to the browser."""
     with book.page.expect_download() as expected:
         book.page.locator(".sparselab-explorer").first.get_by_role("button", name=button, exact=True).nth(block).click()
-    assert expected.value.suggested_filename.endswith(button.lower())
+    assert expected.value.suggested_filename == f"{book.value(f'one.sides[0].blocks[{block}].name')}.{button.lower()}"
     return Path(expected.value.path()).read_bytes()
 
 
@@ -368,17 +368,22 @@ sparsifier = sparsify(model, torch.optim.SGD(model.parameters(), 0.1), method="r
 x = torch.rand(20, 1, 8, 8)"""
 
 
-@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
-def test_cards_and_panels_can_be_read_in_light_and_dark(theme, tmp_path, chrome, runs):
+def show_in(book: Notebook, theme: str) -> None:
+    """Choose JupyterLab's theme, as its menu does, and run all cells in it."""
+    book.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+    until(lambda: book.page.evaluate("() => document.body.dataset.jpThemeName") == theme)
+    book.run_all()
+    wait_for_figures(book, 5, 2)
+
+
+def test_cards_and_panels_can_be_read_in_light_and_dark(lab, runs):
     """What a name in a cell shows, and the explorer: every text stands out from the page, at least 4.5 to 1."""
-    root, scratch = tmp_path / "notebooks", tmp_path / "lab"
-    root.mkdir()
+    root, open_notebook = lab
     notebook(root / "cards.ipynb", CARDS, "sparsifier.masks", "sparsifier", f"Run({str(runs[0].path)!r})",
              "verify(model, x, model(x).argmax(1), 0.001)", f"Explorer({str(runs[0].path)!r})")
-    with server(root, scratch, theme) as url:
-        book = Notebook(chrome, url, "cards.ipynb", scratch)
-        book.run_all()
-        wait_for_figures(book, 5, 2)
+    book = open_notebook("cards.ipynb")
+    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+        show_in(book, theme)
         cards = book.page.locator(".jp-RenderedHTMLCommon > div > div:first-child > b")
         assert cards.all_text_contents() == ["Masks", "RigL", runs[0].path.name, "Verification"]
         pictures = book.page.locator(".jp-RenderedHTMLCommon img").evaluate_all("all => all.map(each => each.naturalWidth)")
@@ -388,10 +393,11 @@ def test_cards_and_panels_can_be_read_in_light_and_dark(theme, tmp_path, chrome,
             assert card.is_visible()
         texts = ".jp-RenderedHTMLCommon b, .jp-RenderedHTMLCommon td, .sparselab-line, .sparselab-note, .sparselab-heading, " \
                 ".sparselab-plot .xtick text, .sparselab-plot .legendtext"
-        seen = [text.evaluate(CONTRAST) for text in book.page.locator(texts).all()]
+        seen = book.page.locator(texts).evaluate_all(f"all => all.map({CONTRAST})")
         assert len(seen) > 60 and min(contrast for contrast, _ in seen) > 4.5
         assert all((behind < 0.1) == (theme == "JupyterLab Dark") for _, behind in seen)
-        assert book.errors == [] and book.tracebacks() == []
+    assert book.errors == [] and book.tracebacks() == []
+    book.page.close()
 
 
 # seconds from a click on pause, by the page's clock, until the kernel's snapshot says so

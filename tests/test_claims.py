@@ -96,7 +96,8 @@ def check_one_seed(folder: Path, paper: str) -> None:
     assert found and all(claim.paper == paper and claim.verdict == "undecided" for claim in found), "one seed decides nothing"
 
 
-def test_a_notebook_writes_its_record(tmp_path):
+def test_a_notebook_writes_its_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("BROWSER_PATH", "none")  # matplotlib draws the pictures: browsers for them took longer than the trainings
     execute(ROOT / "nbs" / "papers" / "acdc.ipynb", tmp_path, seeds="[10]")  # as papermill's -p hands it over
     check_one_seed(tmp_path, "acdc")
     assert all(Claim.load(record).seeds == [10] for record in (tmp_path / "records").glob("*.json"))

@@ -211,6 +211,16 @@ def opened(chrome):
     assert failed == []
 
 
+@pytest.mark.browser
+def test_a_page_fills_a_large_window(opened, single):
+    page = opened(single)
+    size = "() => [document.querySelector('main').clientWidth, ...[...document.querySelectorAll('img')].map(each => each.clientHeight)]"
+    narrow = page.evaluate(size)
+    page.set_viewport_size({"width": 1920, "height": 1080})
+    wide = page.evaluate(size)
+    assert narrow[0] > 1380 and wide[0] > 1860 and min(wide[1:]) > 340 > 320 > narrow[1]
+
+
 def settled(page) -> dict:
     """title -> what the part shows, when every figure is drawn for the moment of the timeline."""
     page.wait_for_function("() => parts.every(part => !part.querySelector('.plotly-graph-div') || part.dataset.drawn === wanted(part))")

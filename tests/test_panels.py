@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_view import decode
 
 pytest.importorskip("plotly", reason="figures need the extra lab")
 from sparselab.learn import Given, Live, growth_scores
@@ -41,7 +42,7 @@ from sparselab.view import (
     updates_panel,
 )
 from sparselab.view.figures.masks import erk_densities
-from sparselab.view.figures.pixels import COLOURINGS, LEGENDS, PALETTES, mask_raster, tiles
+from sparselab.view.figures.pixels import COLOURINGS, EMPTY, LEGENDS, PALETTES, mask_raster, tiles
 from sparselab.view.figures.theme import COLORS
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "nbs" / "example"
@@ -81,6 +82,18 @@ def test_the_bundled_runs_are_small_whole_and_nobodys():
         assert run.config.runs_dir == run.summary["config"]["runs_dir"] == ".new"
         assert len(run.neurons.steps) == len(run.values.steps) == len(run.metrics) == run.config.epochs
         assert not run.neurons.skipped and len(run.margins.labels) == 100
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 4, 4), (32, 3, 3, 3), (3, 2, 5, 5), (48, 1, 8, 8)])
+def test_pictures_of_units_fill_their_panel(shape):
+    """In a column of the explorer, 500 pixels wide, a quarter of the figure or more is pictures; the rest is title, legend and lines between."""
+    dense = np.ones(shape, bool)
+    history = MaskHistory({"conv.weight": torch.from_numpy(dense)})
+    fig = filters_panel(Given("dense", history=history)).figure
+    high, wide = decode(fig.data[0].source).shape[:2]
+    margin = fig.layout.margin
+    scale = min((500 - margin.l - margin.r) / (wide + 1), (fig.layout.height - margin.t - margin.b) / (high + 1))
+    assert (decode(fig.data[0].source) != EMPTY).sum() * scale**2 > 500 * fig.layout.height / 4
 
 
 def test_every_panel_draws_says_how_to_read_it_and_can_be_called_again(run):

@@ -2,6 +2,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed: pip install 'sparselab[dev]'")
@@ -49,7 +50,8 @@ def in_sight(book: Notebook, explorer: int) -> list[str]:
     """What of it lies outside the window."""
     found = places(book, explorer)
     left, top, right, bottom = found.pop("window")
-    return [name for name, (x0, y0, x1, y1) in found.items() if x0 < left or y0 < top or x1 > right or y1 > min(bottom, 900)]
+    bottom = min(bottom, book.page.viewport_size["height"])
+    return [name for name, (x0, y0, x1, y1) in found.items() if x0 < left or y0 < top or x1 > right or y1 > bottom]
 
 
 def test_no_panel_has_a_problem(book):
@@ -70,6 +72,27 @@ def test_run_all_shows_timeline_metrics_mask_and_neurons_without_scrolling(book)
     assert in_sight(book, 0) == []
     scroll(book, 0, 400)
     assert places(book, 0)["timeline"][1] > places(book, 0)["window"][1]  # it stays while the page scrolls
+
+
+def test_a_large_window_is_used(book):
+    """At 1920 x 1080 all of it is still in sight, wider and higher; back at 1440 x 900 it is as before."""
+    def sizes() -> tuple[float, float, float]:
+        found = places(book, 0)
+        (left, top, right, bottom), window = found["mask"], found["window"]
+        return right - left, bottom - top, window[2] - found["neurons"][2]
+
+    book.page.evaluate("() => document.activeElement.blur()")
+    small = sizes()
+    book.page.set_viewport_size({"width": 1920, "height": 1080})
+    try:
+        until(lambda: sizes()[0] > 1.3 * small[0] and sizes()[1] > 50 + small[1], 20, lambda: f"{small} {sizes()}")
+        scroll(book, 0)
+        assert sizes()[2] < 60 and in_sight(book, 0) == []
+        plots = "() => [...document.querySelectorAll('.sparselab-plot')].map(plot => [plot.clientWidth, plot._fullLayout?.width])"
+        until(lambda: all(abs(box - drawn) < 2 for box, drawn in book.page.evaluate(plots) if box and drawn), 20)
+    finally:
+        book.page.set_viewport_size({"width": 1440, "height": 900})
+    until(lambda: np.allclose(sizes(), small, atol=2), 20, lambda: f"{small} {sizes()}")
 
 
 def test_a_finished_run_opens_at_the_moment_with_most_change(book):
@@ -178,10 +201,9 @@ def test_a_saved_picture_of_a_mask_has_axes_title_and_legend(book):
     image = pytest.importorskip("PIL.Image")
     import io
 
-    import numpy as np
-
     with book.page.expect_download() as expected:
         book.page.locator(".sparselab-explorer").first.get_by_role("button", name="PNG", exact=True).nth(1).click()
+    assert expected.value.suggested_filename == book.value("explorer.sides[0].mask.name") + ".png"
     picture = np.asarray(image.open(io.BytesIO(Path(expected.value.path()).read_bytes())).convert("RGBA")).astype(int)
     codes = np.array(book.page.evaluate("() => Array.from(document.querySelector('.sparselab-canvas canvas').codes())"))
     palette = np.array(book.value("explorer.sides[0].mask.content.palette"))

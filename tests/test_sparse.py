@@ -306,14 +306,14 @@ def test_saved_in_the_middle_a_method_continues_to_the_same_bits(method):
             opt.step()
             sparsifier.step()
 
-    whole = start()
-    run(*whole, 24)
+    whole, saved, done = start(), {}, 0
     for cut in (1, 10, 11, 24):
-        first, second = start(), start()
-        run(*first, cut)
-        second[0].load_state_dict(first[0].state_dict())
-        second[2].load_state_dict(first[2].state_dict())
-        second[3].load_state_dict(first[3].state_dict())
+        run(*whole, cut - done)
+        done, saved[cut] = cut, copy.deepcopy([whole[part].state_dict() for part in (0, 2, 3)])
+    for cut, states in saved.items():
+        second = start()
+        for part, state in zip((0, 2, 3), states, strict=True):
+            second[part].load_state_dict(state)
         run(*second, 24 - cut)
         for a, b in zip(whole[0].state_dict().values(), second[0].state_dict().values(), strict=True):
             assert a.numpy().tobytes() == b.numpy().tobytes()  # also the sign of a zero
@@ -893,14 +893,21 @@ def test_the_gradients_that_growth_sees_are_unscaled_also_by_a_fused_optimizer()
     assert grown(None, False) == grown(256.0, False) == grown(256.0, True)
 
 
+@pytest.fixture(scope="module")
+def late() -> tuple[nn.Module, torch.optim.Adam]:
+    """A network and its Adam late in a training, when the correction of the bias has gone."""
+    net = _tiny()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2, betas=(0.9, 0.999))
+    for _ in range(200):
+        _closure(net, optimizer)()
+        optimizer.step()
+    return net, optimizer
+
+
 @pytest.mark.parametrize("method", ["set", "rigl", "snfs", "ctre_sim", "edst", "granet", "mest", "gse", "srigl", "cht", "sparsevlr"])
-def test_the_warm_up_of_grown_weights_bounds_their_steps_and_is_resumed(method):
+def test_the_warm_up_of_grown_weights_bounds_their_steps_and_is_resumed(method, late):
     def start(warmup: int):
-        net = _tiny()
-        optimizer = torch.optim.Adam(net.parameters(), 1e-2, betas=(0.9, 0.999))
-        for _ in range(200):  # late in a training, when the correction of the bias has gone
-            _closure(net, optimizer)()
-            optimizer.step()
+        net, optimizer = copy.deepcopy(late)
         return net, optimizer, _sparsified(method, net, optimizer, steps=40, regrow_warmup=warmup)
 
     def largest(net, optimizer, sparsifier) -> float:

@@ -130,6 +130,22 @@ def naive(now, before, at):
     return image
 
 
+def at_once(now, before, at):
+    """`naive` for a large layer: every block as a row of its weights, those beyond the edge counted out."""
+    if not at.summarised:
+        return naive(now, before, at)
+    now, before = (mask.reshape(len(mask), -1) for mask in (now, before))
+    (h, w), (rows, columns) = at.block, at.size
+
+    def blocks(mask):
+        padded = np.pad(mask, ((0, rows * h - mask.shape[0]), (0, columns * w - mask.shape[1])))
+        return padded.reshape(rows, h, columns, w).transpose(0, 2, 1, 3).reshape(rows, columns, h * w).sum(-1)
+
+    counts = np.stack([blocks(now & ~before), blocks(before & ~now), blocks(now & before)])
+    strength, event = -(-4 * counts.sum(0) // blocks(np.ones_like(now))), np.array((2, 3, 1))[counts.argmax(0)]
+    return np.where(counts.any(0), 4 * event - 3 + strength, OFF)
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 11), st.integers(1, 13), st.sampled_from([(), (1, 1), (3,), (2, 3)]), st.integers(1, 300),
        st.integers(1, 12), st.sampled_from([0.02, 0.3, 1.0]), st.integers(0, 2 ** 32 - 1))
@@ -140,7 +156,7 @@ def test_pixels_are_the_masks_block_by_block(outputs, inputs, kernel, most, side
     image = mask_raster(updated(before, now), at=at).codes
     assert at.weights.sum() == now.size and (not at.summarised or max(image.shape) <= side)
     assert image.shape == at.size and image.max() < len(PALETTES["event"])
-    assert (image == naive(now, before, at)).all()
+    assert (image == naive(now, before, at)).all() and (image == at_once(now, before, at)).all()
 
 
 def test_long_rows_of_kernels_are_one_pixel_a_kernel_or_several_kernels():
@@ -185,7 +201,7 @@ def test_report_and_explorer_draw_the_same_pixels(kind, density):
         canvas = np.frombuffer(block.content.get_state("codes")["codes"], np.uint8).reshape(block.content.shape)
         drawn = decode(mask_panel(source, step).figure.data[0].source)
         assert (drawn == canvas).all() and (decode(slider.frames[step].data[0].source) == canvas).all()
-        assert (canvas == naive(now, before, tiles(shape))).all()
+        assert (canvas == at_once(now, before, tiles(shape))).all()
         if density == 1:
             assert set(np.unique(canvas)) <= {EMPTY, 5}, "a dense layer is as strong at its edges as inside"
 
@@ -320,6 +336,11 @@ def test_many_layers_show_the_busiest_below_the_sum():
     moved = {name: sum(r["grown"] + r["dropped"] for r in history.flow() if r["name"] == name) for name in shapes}
     left_out = [moved[name] for name in shapes if name.removesuffix(".weight") not in titles]
     assert max(left_out) <= min(moved[f"{title}.weight"] for title in titles[1:])
+    unseen = [name for name in (key.removesuffix(".weight") for key in shapes) if name not in titles]
+    assert len(unseen) == 3 and fig.layout.meta["note"].endswith(f"own, as less changed: {', '.join(unseen)}")
+    assert "without bars" not in updates_panel(of(history), most=9).figure.layout.meta["note"]
+    deep = updates_panel(of(history), most=1).figure.layout.meta["note"]
+    assert deep.endswith(", 2 others")
     assert (np.array(fig.data[0].y) + fig.data[1].y).sum() == sum(r["grown"] for r in history.flow())
 
 

@@ -1,4 +1,6 @@
 """What the explorer does with its sources, without a browser: a run that had finished, a refusal, two runs."""
+import csv
+import io
 import json
 import shutil
 import time
@@ -14,6 +16,7 @@ from ipywidgets import Widget
 from sparselab.learn import Config, Live, Run, train
 from sparselab.notebooks import at_root
 from sparselab.view import Explorer
+from sparselab.view.explorer.mask_block import table_of
 
 SMALL = dict(model="mlp", model_options={"widths": [24, 20]}, method="rigl", sparsity=0.8, eps=0.02, test_samples=40,
              method_options={"update_every": 4, "drop_fraction": 0.3}, device="cpu")
@@ -118,6 +121,45 @@ def test_the_difference_of_two_masks_is_that_of_the_masks(pair):
     assert all(name in block.legend.value for name in names) and not block.problem.value
     one, both = (sum(line.endswith(label) for line in block.csv().splitlines()) for label in ("only the first", "both"))
     assert (one, both) == ((expected == 2).sum(), (expected == 4).sum())
+
+
+def test_a_saved_file_names_runs_panel_layer_and_step(pair, configs):
+    run = Run(Live(configs[0]).folder)
+    explorer = Explorer(run.path)
+    explorer.go(8)
+    side, layer = explorer.sides[0], run.history.names[1]
+    side.mask.layer.value = layer
+    relu, eps = side.neurons.layer.value, f"{run.margins.eps:.4g}"
+    names = {block.title: block.name for block in side.blocks}
+    assert names["Mask"] == f"{run.name}-mask-{layer.removesuffix('.weight')}-step-8"
+    assert (names["Metrics"], names["Updates"]) == (f"{run.name}-metrics-step-8", f"{run.name}-updates-step-8")
+    assert names["Neurons"] == f"{run.name}-neurons-{relu}-step-8"
+    assert names["Margins"] == f"{run.name}-margins-{side.margins.method.value}-eps-{eps}"  # of the final network, at any step
+    assert len(set(names.values())) == len(names) and not any(set(name) & set(' /\\:*?"<>|') for name in names.values())
+    both = [side.source.name for side in pair.sides]
+    named = {block.title: block.name for block in pair.sides[0].blocks if block.title in ("Metrics", "Difference")}
+    assert all(all(name in text for name in both) for text in named.values()) and pair.sides[1].mask.name.startswith(both[1])
+
+
+def test_a_table_of_a_mask_names_units_and_places_of_its_weights(configs):
+    run = Run(Live(configs[0]).folder)
+    explorer = Explorer(run.path)
+    explorer.go(8)
+    mask = explorer.sides[0].mask
+    rows = list(csv.DictReader(io.StringIO(mask.csv())))
+    now, record = np.asarray(run.history.mask(mask.cursor.record, mask.layer.value)), mask.cursor.record
+    assert [(int(row["output_unit"]), int(row["input_unit"])) for row in rows] == list(map(tuple, np.argwhere(now)))
+    assert [int(row["weight"]) for row in rows] == np.flatnonzero(now).tolist()
+    for row in rows:  # on since then, and not the record before
+        place, since = (int(row["output_unit"]), int(row["input_unit"])), int(row["since_record"])
+        masks = [bool(np.asarray(run.history.mask(at, mask.layer.value))[place]) for at in range(max(0, since - 1), record + 1)]
+        assert all(masks[-1 - (record - since):]) and (since == 0 or not masks[0]) and int(row["since_step"]) == run.history.steps[since]
+
+
+def test_a_table_of_kernels_names_their_rows_and_columns():
+    lines = table_of((2, 3, 2, 2), [5, 23], value=["a", "b"]).splitlines()
+    assert lines == ["weight,output_unit,input_unit,kernel_row,kernel_column,value", "5,0,1,0,1,a", "23,1,2,1,1,b"]
+    assert table_of((2, 3, 4), [13]).splitlines() == ["weight,output_unit,input_unit,kernel_place", "13,1,0,1"]
 
 
 def test_a_colouring_without_values_keeps_the_picture(configs):
@@ -307,10 +349,12 @@ def test_what_a_key_press_sends_begins_with_the_mask_and_ends_with_the_slider(co
     for count, key in enumerate(("ArrowRight", "ArrowRight", "ArrowLeft", "End"), 1):
         sent.clear()
         canvas.set_state({"presses": [count, key]})
-        told = [(widget, state) for widget, method, state in sent if method == "update"]
-        assert sent[0][:2] == (canvas, "echo_update") and told[0][0] is canvas and "version" in told[0][1], "the mask is first"
+        told = [(widget, state) for widget, _, state in sent]
+        assert {method for _, method, _ in sent} == {"update"}, "what the browser wrote is not repeated to it"
+        assert told[0][0] is canvas and "version" in told[0][1], "the mask is first"
         assert told[-1][0] is explorer.timeline
-        assert len(told) == len({id(widget) for widget, _ in told}) <= 9, "each widget is told once"
+        assert len(told) == len({id(widget) for widget, _ in told}) <= 8, "each widget is told once"
+        assert explorer.sides[0].neurons.detail not in [widget for widget, _ in told], "it is out of sight"
 
 
 def test_paths_count_from_the_root_of_the_repository(monkeypatch):

@@ -23,6 +23,7 @@ _HOME = {  # public name -> the module that defines it
     "Source": "reading",
     "TEXTS": "text",
     "TextTraining": "text_tickets",
+    "Track": "trackers",
     "TrainingStopped": "learner",
     "Unrolled": "unrolled",
     "as_floats": "data",
@@ -75,6 +76,7 @@ __all__ = [
     "Source",
     "TEXTS",
     "TextTraining",
+    "Track",
     "TrainingStopped",
     "Unrolled",
     "as_floats",
@@ -136,4 +138,5 @@ if TYPE_CHECKING:
     from .text import ENCODERS, TEXTS, as_texts, sentences, text_model
     from .text_attacks import robust_accuracy, spelling_accuracy
     from .text_tickets import TextTraining, fine_tuned, learn_gates
+    from .trackers import Track
     from .unrolled import Unrolled

@@ -167,8 +167,8 @@ def check_bounds(model: nn.Module, x: Tensor, config: Config) -> None:
 
 
 def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Start | None = None,
-                 data: Data | None = None) -> Learner:
-    """The learner of `config`, on `data` if it is at hand already; raises ValueError for every name or value that cannot be."""
+                 data: Data | None = None, kind: type[Learner] = Learner) -> Learner:
+    """The learner of `config`, on `data` if it is at hand already, of a `kind`; raises ValueError for every name or value that cannot be."""
     start = start or Start()
     pick_device(config.device), method_options(config.method)  # a wrong name is refused before data are read
     scale = scales_to_masks(config, start)
@@ -188,5 +188,5 @@ def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Star
     sparsifier = sparsify(model, optimizer, config.method, config.sparsity, steps, config.seed, **sparsifier_options(config, start, data))
     if scale:
         scale_to_fan_in_(sparsifier.masks, model)
-    return Learner(model, data, goal, optimizer, sparsifier, config.epochs, config.batch_size, config.seed, config.grad_clip,
-                   augment, callbacks, config.schedule, config.kernels)
+    return kind(model, data, goal, optimizer, sparsifier, config.epochs, config.batch_size, config.seed, config.grad_clip,
+                augment, callbacks, config.schedule, config.kernels, config.amp)

@@ -39,6 +39,7 @@ class Config:
     device: str = "auto"
     engine: str = "native"
     kernels: str = "auto"
+    amp: bool = False
     runs_dir: str = "runs"
     data_dir: str = ""
     resume: bool = True

@@ -45,6 +45,10 @@ class Distilled(Objective):
             taught = log_softmax(self.teacher(x), 1)
         return (1 - self.share) * loss + self.share * kl_div(log_softmax(logits, 1), taught, reduction="batchmean", log_target=True)
 
+    @property
+    def bounding(self) -> bool:
+        return self.goal.bounding
+
     def dense_because(self, moment: Moment) -> str:
         return self.goal.dense_because(moment) or "distillation needs the dense network"
 

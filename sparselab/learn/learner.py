@@ -42,12 +42,17 @@ class Learner:
     """Trains `model` on `data` under `objective`, sparse by `sparsifier`; `callbacks` run in order.
 
     `epoch` and `step` count what is done; `row` holds the metrics of the last epoch. `augment`: see `Split.batches`;
-    `schedule`: one of SCHEDULES, unless the sparsifier has its own; `kernels`: see `SparseSteps`.
+    `schedule`: one of SCHEDULES, unless the sparsifier has its own; `kernels`: see `SparseSteps`; `amp`: passes are computed in bfloat16
+    where PyTorch's autocast does so, dense, while weights, moments, gradients and masks stay float32. Raises ValueError for `amp` under a
+    loss of bounds.
     """
+
+    ranks = 1  # processes that train together
 
     def __init__(self, model: nn.Module, data: Data, objective: Objective, optimizer: torch.optim.Optimizer,
                  sparsifier: Sparsifier, epochs: int, batch_size: int, seed: int = 0, grad_clip: float = 0.0,
-                 augment: Callable | None = None, callbacks: Sequence[Callback] = (), schedule: str = "cosine", kernels: str = "auto"):
+                 augment: Callable | None = None, callbacks: Sequence[Callback] = (), schedule: str = "cosine", kernels: str = "auto",
+                 amp: bool = False):
         check_known("schedule of the learning rate", schedule, SCHEDULES)
         self.model, self.data, self.objective = model, data, objective
         self.optimizer, self.sparsifier, self.callbacks = optimizer, sparsifier, list(callbacks)
@@ -59,6 +64,12 @@ class Learner:
         from sparselab.learn.sparse_steps import SparseSteps  # with it comes numba, which takes a while
 
         self.on_nonzeros = SparseSteps(model, optimizer, sparsifier, objective, kernels)
+        self.amp = amp
+        if amp:
+            if objective.bounding:
+                raise ValueError(f"amp computes in bfloat16, which keeps three digits, and {type(objective).__name__} trains on bounds, which are "
+                                 "sums of many terms: choose objective natural or pgd, or amp False.")
+            self.on_nonzeros.close("amp computes in bfloat16, for which there are no sparse kernels")
 
     @property
     def total_steps(self) -> int:
@@ -111,16 +122,25 @@ class Learner:
         self.step, self.losses = self.step + 1, self.losses + loss.detach()
         self._call("after_step")
 
+    def loss(self, x: Tensor, y: Tensor, progress: float) -> Tensor:
+        """The objective of a batch, in bfloat16 where `amp` asks for it."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            return self.objective(self.model, x, y, progress)
+
+    def backward(self, x: Tensor, y: Tensor, progress: float) -> Tensor:
+        """The loss of a batch; its gradients, those of missing weights included, are in the parameters then."""
+        if self.on_nonzeros.grows(x, progress):
+            return self.on_nonzeros.gradients(x, y, progress)
+        loss = self.loss(x, y, progress)
+        loss.backward()
+        return loss
+
     def _dense_step(self, x: Tensor, y: Tensor, progress: float) -> Tensor:
-        """A step of the whole model; its gradients, those of missing weights included, come from the nonzeros where that can be."""
+        """A step of the whole model; its gradients come from the nonzeros where that can be."""
         self.on_nonzeros.settle()
         self.optimizer.zero_grad()
-        self.sparsifier.see_loss(lambda: self.objective(self.model, x, y, progress))
-        if self.on_nonzeros.grows(x, progress):
-            loss = self.on_nonzeros.gradients(x, y, progress)
-        else:
-            loss = self.objective(self.model, x, y, progress)
-            loss.backward()
+        self.sparsifier.see_loss(lambda: self.loss(x, y, progress))
+        loss = self.backward(x, y, progress)
         if self.grad_clip:
             self.sparsifier.mask_gradients()  # so that the norm is that of the sparse network
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
@@ -140,10 +160,13 @@ class Learner:
         """Everything that the next step depends on."""
         return {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "losses": self.losses,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "sparsifier": self.sparsifier.state_dict()}
+                "sparsifier": self.sparsifier.state_dict(), "ranks": self.ranks}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` gave, to the same bits on the same machine."""
+        """Continue from what `state_dict` gave, to the same bits on the same machine. Raises ValueError for another number of processes."""
+        if (ranks := state.get("ranks", 1)) != self.ranks:
+            raise ValueError(f"The training was begun on {ranks} of the processes that train together, and would continue on {self.ranks}, to other "
+                             "bits. Continue it on as many, or begin anew with resume=False.")
         self.on_nonzeros.settle()
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.losses = state["losses"]

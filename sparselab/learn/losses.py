@@ -133,6 +133,11 @@ class Objective:
             raise ValueError(f"rs and nrs are about bounds over boxes: they need eps above 0 and engine='native'; got eps {self.eps!r}, "
                              f"train_eps_factor {self.train_eps_factor!r} and engine {self.engine!r}.")
 
+    @property
+    def bounding(self) -> bool:
+        """Whether the loss is made of bounds, which want float32; true of what is not known to do without."""
+        return type(self) not in (Natural, PGD) or bool(self.rs or self.nrs or self.regularizer)
+
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
         """The scalar loss of images `x` in [0, 1] and labels `y` at `progress`, the share of training done."""
         return self.loss(self.batch(model, x, y, progress))

@@ -207,7 +207,7 @@ class SparseSteps:
         self.flat: nn.Parameter | None = None
         self.closed, self.reason, self._moved, self.count = False, "", False, 0  # count: of sparse steps
         if reason := 'kernels="dense" was asked for' if kernels == "dense" else self._objection():
-            self._close(reason)
+            self.close(reason)
         if kernels == "sparse":
             self._refuse(next(filter(None, (goal.dense_because(goal.ramp(part / 100)) for part in range(101))), ""))
         if not self.closed:
@@ -234,7 +234,7 @@ class SparseSteps:
             return f"{method.__name__} is a method of your own, which may watch what sparse steps leave out"
         return objection(self.model, self.optimizer, self.goal)
 
-    def _close(self, reason: str) -> None:
+    def close(self, reason: str) -> None:
         """No step will be sparse any more."""
         self.closed, self.reason = True, reason
         self._refuse(reason)
@@ -286,7 +286,7 @@ class SparseSteps:
                     self._check(x)
             except (Unsupported, Unreadable) as reason:
                 self.net = None
-                self._close(f"the model is not done on rows: {reason}")
+                self.close(f"the model is not done on rows: {reason}")
                 return False
         return self._pays()
 
@@ -394,7 +394,7 @@ class SparseSteps:
                 self._own.state[self.flat] = gathered(self.net, states)
         except Unsupported as reason:
             self.flat = None
-            self._close(str(reason))
+            self.close(str(reason))
             return False
         self._take_moments()
         self._versions, self._moved = self._seen(), False

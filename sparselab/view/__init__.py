@@ -43,6 +43,7 @@ _HOME = {  # public name -> the module that defines it
     "show": "figures.panels",
     "stability_by_method": "runs.networks",
     "stability_panel": "figures.neurons",
+    "table_of": "runs.table",
     "titled": "figures.theme",
     "trade_off": "runs.trade_offs",
     "updates_panel": "figures.updates",
@@ -83,6 +84,7 @@ __all__ = [
     "show",
     "stability_by_method",
     "stability_panel",
+    "table_of",
     "titled",
     "trade_off",
     "updates_panel",
@@ -104,5 +106,5 @@ if TYPE_CHECKING:
     from .figures.updates import updates_panel
     from .runs.networks import effective_sparsity, layer_densities, overlap_by_method, stability_by_method
     from .runs.results import accuracy_bars, results_table
-    from .runs.table import left_out, ordered, run_csv, run_rows, run_table, selected
+    from .runs.table import left_out, ordered, run_csv, run_rows, run_table, selected, table_of
     from .runs.trade_offs import accuracy_by_flops, accuracy_by_sparsity, trade_off

@@ -64,12 +64,13 @@ export default () => {
       const data = box.dataset, shadow = document.createElement("canvas");
       let zoom = 1, left = 0, top = 0, pressed = null, drawn = 0, waiting = false, down = null, ruled = "", hinted = 0;
       canvas.codes = () => codes;
+      const tall = () => Math.round(model.get("height") * Math.max(1, innerHeight / 900));  // a higher window has room for more
 
       function paint() {  // -> the size of a block of weights that shares a pixel
         const [rows, columns] = model.get("shape"), palette = model.get("palette"), dense = devicePixelRatio || 1;
         const width = canvas.width = Math.max(1, Math.round(canvas.clientWidth * dense));
-        const height = canvas.height = Math.round(model.get("height") * dense);
-        canvas.style.height = model.get("height") + "px";
+        const height = canvas.height = Math.round(tall() * dense);
+        canvas.style.height = tall() + "px";
         if (!rows || !columns) return [1, 1];
         const down = Math.max(1, Math.ceil(rows / (height * zoom)));
         const across = Math.max(1, Math.ceil(columns / (width * zoom)));
@@ -83,7 +84,7 @@ export default () => {
         context.imageSmoothingEnabled = false;
         context.drawImage(shadow, -left * width, -top * height, width * zoom, height * zoom);
         outline(context, width, height, rows, columns);
-        rule(rows, columns, Math.round(width / dense), model.get("height"));
+        rule(rows, columns, Math.round(width / dense), tall());
         return [down, across];
       }
       function summarise(pixels, colours, rows, columns, down, across, w) {
@@ -190,9 +191,10 @@ export default () => {
       for (const [name, act] of Object.entries(listened)) model.on(name, act);
       views.add(redraw);
       const resized = new ResizeObserver(redraw); resized.observe(box);
+      window.addEventListener("resize", redraw);
       redraw();
       return () => {
-        views.delete(redraw); resized.disconnect();
+        views.delete(redraw); resized.disconnect(); window.removeEventListener("resize", redraw);
         for (const [name, act] of Object.entries(listened)) model.off(name, act);
       };
     },

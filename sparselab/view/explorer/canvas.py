@@ -13,7 +13,7 @@ import anywidget
 import numpy as np
 from traitlets import Bytes, Dict, Int, List, Unicode
 
-from .plot import asset
+from .plot import HEARD, asset
 
 # %% ../../../nbs/view/explorer/16_canvas.ipynb #4a693dbe
 class Canvas(anywidget.AnyWidget):
@@ -30,12 +30,13 @@ class Canvas(anywidget.AnyWidget):
     _esm, _css = asset("listen.js") + asset("canvas.js"), asset("canvas.css")
     asks = Int(0).tag(sync=True)  # counted up by a browser that lost what was sent
     codes, patch = Bytes().tag(sync=True), Bytes().tag(sync=True)
-    version, whole, missed = Int(0).tag(sync=True), Int(0).tag(sync=True), Int(0).tag(sync=True)
+    version, whole = Int(0).tag(sync=True), Int(0).tag(sync=True)
     height, shape = Int(320).tag(sync=True), List([0, 0]).tag(sync=True)
     palette, label, tip = List().tag(sync=True), Unicode().tag(sync=True), Unicode().tag(sync=True)
     axes, subject = Dict().tag(sync=True), Unicode().tag(sync=True)
-    mark, hover = List([-1, -1, 1, 1]).tag(sync=True), List([-1, -1]).tag(sync=True)
-    clicked, presses = List([-1, -1, 0]).tag(sync=True), List([0]).tag(sync=True)
+    mark = List([-1, -1, 1, 1]).tag(sync=True)
+    hover, missed = List([-1, -1]).tag(**HEARD), Int(0).tag(**HEARD)
+    clicked, presses = List([-1, -1, 0]).tag(**HEARD), List([0]).tag(**HEARD)
 
     def __init__(self, raster: np.ndarray, palette: list, **traits):
         self._raster, self._lock = np.ascontiguousarray(raster, np.uint8), threading.RLock()

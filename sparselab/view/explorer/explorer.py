@@ -65,6 +65,8 @@ class Side:
         own: dict[str, Block] = {block.title: block for block in (self.mask, self.neurons, self.margins)}
         self.blocks = [own.get(title) or PanelBlock(title, partial(self.draw, panel, **OPTIONS.get(title, {})), go if title in TIMED else None)
                        for title, panel in PANELS.items()]
+        for block in self.blocks:
+            block.runs = (source.name,)
         self.mask.layer.observe(lambda change: chosen(Selection(change["new"] or "")), "value")
         self.neurons.layer.observe(lambda change: chosen(Selection(relu=change["new"] or "")), "value")
 
@@ -141,7 +143,7 @@ class MetricsBlock(PanelBlock):
     """The metrics of all `sources` in one strip, which a button enlarges; a click on them goes to a step."""
 
     def __init__(self, sources: list[Source], go: Callable[[float], None]):
-        self.sources, self.folded = sources, True
+        self.sources, self.folded, self.runs = sources, True, tuple(dict.fromkeys(source.name for source in sources))
         self.size = press("enlarge", self.resize, "one part below the other, or all in one row")
         super().__init__("Metrics", lambda step: self.strip(step), go)
         self.buttons.children = (self.size, *self.buttons.children)
@@ -190,7 +192,8 @@ class Explorer(widgets.VBox):
             for one, other in zip(*(side.blocks[1:] for side in self.sides[:2]), strict=True):
                 if isinstance(one, PanelBlock):
                     one.peer, other.peer = other, one
-            self.sides[0].blocks.insert(1, DifferenceBlock(self.sides[0].mask, sources[1]))
+            self.sides[0].blocks.insert(1, difference := DifferenceBlock(self.sides[0].mask, sources[1]))
+            difference.runs = self.metrics.runs
         for side in self.sides:
             for block in side.blocks:
                 block.lock = self._lock  # what is chosen in one is drawn in others

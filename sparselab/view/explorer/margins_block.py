@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import attempt
 from ...learn.margins import Margins
 from ...learn.reading import Source
-from .blocks import PanelBlock
+from .blocks import PanelBlock, file_name
 from ..figures.margins import image_uri, margins_panel
 
 # %% ../../../nbs/view/explorer/20_margins_block.ipynb #8aae0bc7
@@ -32,6 +32,11 @@ class MarginsBlock(PanelBlock):
         for control in (self.method, self.eps):
             control.observe(lambda _: self.redraw(), "value")
         self.content.observe(lambda change: self.describe(change["new"]), "hovered")
+
+    @property
+    def name(self) -> str:
+        """Run, title, bound and radius as the name of a file; the margins are those of the final network."""
+        return file_name(" and ".join(self.runs), self.title.lower(), self.method.value, f"eps {self.eps.value:.4g}")
 
     def read(self) -> None:
         """Read the margins; they are there when a run has finished."""

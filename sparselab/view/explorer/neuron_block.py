@@ -55,6 +55,11 @@ class NeuronBlock(Block):
             self.redraw()
 
     @property
+    def part(self) -> str:
+        """The ReLU on display."""
+        return self.layer.value or ""
+
+    @property
     def links(self) -> dict[str, str]:
         """ReLU -> weight of the layer that feeds it."""
         layers = self.recorded.layers if self.recorded else {}
@@ -85,7 +90,8 @@ class NeuronBlock(Block):
             if self.raster is not None:
                 row = int(np.flatnonzero(self.order == self.neuron)[0]) if 0 <= self.neuron < len(self.order) else -1
                 self.content.mark = [row, self.recorded.steps.index(self.recorded.nearest(step)), 1, 1]
-                self.detail.at = step
+                if self.detail.layout.display is None:
+                    self.detail.at = step
 
     def settle(self, step: float) -> None:
         """Draw the bounds and incoming weights of the selected neuron for `step`."""
@@ -96,6 +102,7 @@ class NeuronBlock(Block):
             self.content.height = self.tall // 2 if panel else self.tall  # both in sight
             if panel:
                 self.panel, self.code.value = panel, panel.call
+                self.detail.at = step
                 self.detail.show(panel.figure)
 
     def select(self, selection: Selection) -> None:

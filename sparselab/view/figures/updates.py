@@ -66,11 +66,12 @@ def updates_panel(source: Source, step: float | None = None, layer: str | None =
     fig.update_xaxes(title_text="step", showticklabels=True, row=rows if several else 1, col=1)
     fig.for_each_xaxis(lambda axis: axis.update(title_text="step", showticklabels=True), {"anchor": fig.data[-1].yaxis})
     panel_titles(fig.update_layout(barmode="relative", bargap=0.1))
-    title = (f"Updates of {short(layer)}" if layer else "Updates") + ", busiest layers" * (several and len(shown) < 1 + len(counts))
+    left_out = [short(name) for name in counts if short(name) not in shown]
+    title = (f"Updates of {short(layer)}" if layer else "Updates") + ", busiest layers" * bool(left_out)
     return Panel("Updates", "Bars above zero were grown (light: not for the first time), below zero dropped; falling overlap with the first mask and "
                  "rising exploration say how much the training has searched.",
                  call_of("updates_panel", source, step=step, layer=layer, most=None if most == MOST else most),
-                 titled(fig, title, _note(history.steps, record_at(history, step), total), height=220 + 95 * rows))
+                 titled(fig, title, _note(history.steps, record_at(history, step), total) + _unseen(left_out), height=220 + 95 * rows))
 
 # %% ../../../nbs/view/figures/06_updates.ipynb #f4d56dd4
 def _parts(shown: Mapping[str, Counts], rows: int) -> go.Figure:
@@ -105,6 +106,12 @@ def _distance(fig: go.Figure, steps: list[int], counts: Mapping[str, Counts], si
         fig.add_scatter(x=steps, y=counts[name]["ever"] / size[name], name=f"{short(name)} ever active", mode=mode, marker_size=4,
                         line={"color": OKABE_ITO[hue], "width": 1.5}, row=below, col=2)
     fig.update_yaxes(tickformat=".3~%", rangemode="tozero", col=2)
+
+
+def _unseen(layers: list[str], most: int = 6) -> str:
+    """Which layers have no bars of their own, the first `most` by name."""
+    named = layers if len(layers) <= most + 1 else [*layers[:most], f"{len(layers) - most} others"]
+    return f"; without bars of {'its' if len(layers) == 1 else 'their'} own, as less changed: {', '.join(named)}" if named else ""
 
 
 def _note(steps: list[int], record: int, total: Counts) -> str:

@@ -77,7 +77,7 @@ slow: $(STAMP) ## the tests that take minutes each (marked slow; `make test` lea
 	@$(BIN)/python -m pytest -m slow $(PYTEST)
 
 lab: $(STAMP) ## JupyterLab on the workbench
-	@$(BIN)/python -m jupyterlab $(AS_ROOT) --ServerApp.root_dir="$(CURDIR)" $(firstword $(wildcard nbs/explore.ipynb) nbs) $(ARGS)
+	@$(BIN)/python -m jupyterlab $(AS_ROOT) --ServerApp.root_dir="$(CURDIR)" --ServerApp.jpserver_extensions=sparselab.server=True $(firstword $(wildcard nbs/explore.ipynb) nbs) $(ARGS)
 
 # $(call run-all,bench,ARGS): every notebook of nbs/bench/ through papermill into runs/bench/
 define run-all

@@ -17,12 +17,13 @@ SETTINGS = {
     "@jupyterlab/docmanager-extension:plugin": {"autosave": False},
     "@jupyterlab/filebrowser-extension:browser": {"navigateToCurrentDirectory": False},
 }
+AT_ONCE = "--ServerApp.jpserver_extensions=sparselab.server=True"  # as `make lab` does
 BENIGN = ("favicon", "ResizeObserver loop")  # what the browser and JupyterLab say by themselves
 
 
 @contextmanager
-def server(root: Path, scratch: Path) -> Iterator[str]:
-    """JupyterLab on the notebooks below `root`; everything that it writes of its own goes to `scratch`."""
+def server(root: Path, scratch: Path, at_once: bool = True) -> Iterator[str]:
+    """JupyterLab on the notebooks below `root`, by default as `make lab` starts it; everything that it writes of its own goes to `scratch`."""
     (scratch / "config" / "labconfig").mkdir(parents=True, exist_ok=True)
     (scratch / "config" / "labconfig" / "default_setting_overrides.json").write_text(json.dumps(SETTINGS))
     with socket.socket() as free:
@@ -34,7 +35,7 @@ def server(root: Path, scratch: Path) -> Iterator[str]:
     environment |= {"OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
                "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={root}",
-               "--LabApp.expose_app_in_browser=True"]
+               "--LabApp.expose_app_in_browser=True", *[AT_ONCE] * at_once]
     with open(scratch / "lab.log", "w") as log:
         lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=log)
     try:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,30 +35,23 @@ def same_files(first: Path, second: Path) -> None:
     assert rows == again
 
 
-CHILD = """
-import os, sys
-sys.path[:0] = {paths!r}
-import torch
-torch.set_num_threads(1)
-from test_certificates import digits, mlp, trained
-from sparselab.robust import certificates as module
-torch.manual_seed(0)
-net, (x, y) = trained(mlp()), (part[1300:1330] for part in digits())
-module.certify(net, x, y, 0.08, {folder!r}, indices=range(1300, 1330), budget=60, batch_size=10,
-               progress=lambda done, total, stage: print(stage, done, flush=True))
-"""
-
-
-def killed_after(line: str, folder: Path) -> None:
-    """Start a certification in a process, and kill it with SIGKILL when it has said `line`."""
-    paths = [str(Path(__file__).parent), str(Path(sparselab.__file__).parents[1])]
-    process = subprocess.Popen([sys.executable, "-c", CHILD.format(paths=paths, folder=str(folder))], stdout=subprocess.PIPE, text=True)
-    for said in process.stdout:
-        if said.strip() == line:
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.stdout.close()
-    assert process.wait(timeout=60) == -signal.SIGKILL
+def killed_after(line: str, certification) -> None:
+    """Start a certification in a forked process, and kill it with SIGKILL when it has said `line`."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            certification(progress=lambda done, total, stage: os.write(writes, f"{stage} {done}\n".encode()))
+        finally:
+            os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads) as pipe:
+        for said in pipe:
+            if said.strip() == line:
+                os.kill(child, signal.SIGKILL)
+                break
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 def test_a_killed_certification_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -68,13 +62,14 @@ def test_a_killed_certification_goes_on_where_it_was(tmp_path, monkeypatch):
     whole = certify(net, x, y, 0.08, tmp_path / "whole", **options)
     assert whole.summary["by.branch_and_bound"] > 1
     folder = tmp_path / "certificate"
-    killed_after("bounds 20", folder)
+    certification = partial(certify, net, x, y, 0.08, folder, **options)
+    killed_after("bounds 20", certification)
     part = tmp_path / "certificate.part"
     assert not folder.exists() and len(list((part / "samples").glob("[0-9]*.safetensors"))) >= 20
     with pytest.raises(Wrong, match="not finished"):
         recheck(part)
     kept = {p.name: p.stat().st_mtime_ns for p in (part / "samples").glob("[0-9]*.safetensors")}
-    killed_after("searches 1", folder)
+    killed_after("searches 1", certification)
     assert not folder.exists()
     samples = [Sample.load(part / f"samples/{k:06}.safetensors") for k in range(30)]
     assert any(sample.open for sample in samples) and sum(sample.method == "branch_and_bound" for sample in samples) >= 1
@@ -82,7 +77,7 @@ def test_a_killed_certification_goes_on_where_it_was(tmp_path, monkeypatch):
     assert sum(kept[name] == again[name] for name in kept) >= len(kept) - 1 - (len(kept) - 20)  # what was known was not computed again
     searched = []
     monkeypatch.setattr(module, "searched", lambda *a, found=module.searched: searched.append(1) or found(*a))
-    finished = certify(net, x, y, 0.08, folder, **options)
+    finished = certification()
     assert len(searched) == sum(sample.open for sample in samples)
     assert finished.summary == recheck(folder) == whole.summary and not part.exists()
     same_files(whole.folder, folder)

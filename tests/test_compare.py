@@ -52,7 +52,7 @@ from sparselab.view.runs.trade_offs import STYLES, style
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARE, EXAMPLE = ROOT / "nbs" / "compare.ipynb", ROOT / "nbs" / "example"
-SMALL = dict(model="mlp", model_options={"widths": [24, 16]}, objective="natural", epochs=2, batch_size=32, eps=0.02, test_samples=60,
+SMALL = dict(model="mlp", model_options={"widths": [24, 16]}, objective="natural", epochs=2, batch_size=32, eps=0.02, test_samples=20,
              device="cpu")
 
 

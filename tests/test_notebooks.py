@@ -3,13 +3,16 @@ import ast
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
+from base64 import b64decode
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from lab import AT_ONCE
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
@@ -64,6 +67,16 @@ def test_is_small_and_without_widget_state_or_errors(path):
     assert "widgets" not in notebook["metadata"], "a FigureWidget or slider was displayed; show a plain figure"
     outputs = [output for cell in code_cells(path) for output in cell["outputs"]]
     assert [output["evalue"] for output in outputs if output["output_type"] == "error"] == []
+
+
+@pytest.mark.parametrize("name", ["explorer", "live_explorer"])
+def test_the_workbench_shows_its_panels_where_there_is_no_kernel(name):
+    """As pictures, made by tests/screenshot.py: what a widget shows is gone with its kernel."""
+    (cell,) = [cell for cell in code_cells(ROOT / "nbs" / "explore.ipynb") if source(cell).endswith(f"\n{name}")]
+    (output,) = cell["outputs"]
+    png = b64decode(output["data"]["image/png"])
+    width, height = struct.unpack(">II", png[16:24])
+    assert width > 900 and height > 600 and set(output["data"]) == {"image/png", "text/plain"}
 
 
 @every
@@ -244,6 +257,7 @@ def test_a_script_that_is_asked_for_help_helps_and_does_nothing(script):
 def test_root_may_open_jupyterlab():
     lab = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True).stdout
     assert "-m jupyterlab" in lab and ("--allow-root" in lab) == (os.getuid() == 0)
+    assert AT_ONCE in lab  # as the browser tests and the bench have it
 
 
 def test_python_of_the_readme_runs(tmp_path):

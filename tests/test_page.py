@@ -312,7 +312,7 @@ def test_a_pair_of_runs_that_end_at_different_steps_has_every_panel(tmp_path):
     from sparselab.learn import Config, train
 
     torch.set_num_threads(1)
-    pair = [train(Config(dataset="digits", model="mlp", epochs=epochs, train_samples=256, test_samples=40, batch_size=64, runs_dir=str(tmp_path),
+    pair = [train(Config(dataset="digits", model="mlp", epochs=epochs, train_samples=256, test_samples=10, batch_size=64, runs_dir=str(tmp_path),
                          method_options={"update_every": 2}, device="cpu"), callbacks=[]) for epochs in (1, 3)]
     written = Written(explorer_html(tuple(pair), most=4))
     assert written.moments[-1] == 12 and Written(explorer_html(pair[0])).moments[-1] == 4

@@ -35,6 +35,11 @@ def book(tmp_path_factory):
         assert book.errors == [] and book.tracebacks() == []
 
 
+def test_the_server_has_loaded_what_sends_messages_at_once(book):
+    """Without it the mask of a key press waits 40 ms, until the page has acknowledged that the kernel is busy."""
+    assert "sparselab.server | extension was successfully loaded" in (book.scratch / "lab.log").read_text()
+
+
 def places(book: Notebook, explorer: int) -> dict[str, list[float]]:
     """[left, top, right, bottom] of what answers "what is the mask doing", and of the notebook's part of the window."""
     return book.page.evaluate("""at => {

@@ -62,13 +62,13 @@ def check(ours, theirs, exact) -> None:
 def test_bounds_are_those_of_the_dense_engine(name, numba):
     model = sparse_model(name)
     reference = copy.deepcopy(model).double()
-    x, y = torch.rand(11, *MODELS[name]), torch.randint(0, 10, (11,))
+    x, y = torch.rand(5, *MODELS[name]), torch.randint(0, 10, (5,))
     with machine(numba):
         net = Unrolled(model, x[:2])
         assert torch.allclose(net(x), model(x), atol=1e-4)
         for method in METHODS:
             for eps in (0.0, 0.03, 0.2):
-                for C in (margin_matrix(y, 10), None, torch.randn(11, 4, 10)):
+                for C in (margin_matrix(y, 10), None, torch.randn(5, 4, 10)):
                     ours = net.bounds(*input_box(x, eps), method, C)
                     with torch.no_grad():
                         theirs = bounds(model, *input_box(x, eps), method, C)

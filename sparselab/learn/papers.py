@@ -44,7 +44,8 @@ def costs(runs: Mapping[str, Sequence[Run]]) -> dict:
 # %% ../../nbs/learn/45_papers.ipynb #7d054272
 def claims_table(folder: str | Path) -> str:
     """A Markdown table of every record in `folder`: paper, claim and whose, verdict here and what failed, setting, dense row, other rows."""
-    lines = ["| paper | claim | whose | verdict here | setting | dense | other rows (training FLOPs, dense = 1; seconds of a training) |", "| --- " * 7 + "|"]
+    head = "| paper | claim | whose | verdict here | setting | dense | other rows (training FLOPs, dense = 1; seconds of a training) |"
+    lines = [head, "| --- " * 7 + "|"]
     for path in sorted(Path(folder).glob("*.json"), key=lambda path: path.stem):
         claim = Claim.load(path)
         paper = f"[{claim.name}](nbs/papers/{claim.paper}.ipynb) ([{claim.arxiv}](https://arxiv.org/abs/{claim.arxiv}))"

@@ -265,6 +265,35 @@ def test_jackpots_leaves_every_parameter_bit_by_bit_as_it_was(optimizer):
     assert all(int(masks[0][name].sum()) == int(masks[1][name].sum()) for name in masks[0])
 
 
+def test_shuffled_jackpots_begin_with_the_counts_of_the_largest_weights_at_other_places():
+    def first(**options):
+        torch.manual_seed(0)
+        net, _ = _network("cnn")
+        return sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "jackpots", 0.7, 12, **options).masks
+    largest, shuffled, again = first(), first(shuffle=True), first(shuffle=True)
+    for name, mask in largest.items():
+        assert int(mask.sum()) == int(shuffled[name].sum()) and torch.equal(shuffled[name], again[name])
+    assert any(not torch.equal(largest[name], shuffled[name]) for name in largest)
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_masks_of_edst_move_while_a_member_settles_and_rest_at_its_end(refine):
+    torch.manual_seed(0)
+    net, x = _network("mlp")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    edst, moved = sparsify(net, optimizer, "edst", 0.7, 90, update_every=6, refine=refine), []
+    for step in range(1, 91):
+        before = {name: mask.clone() for name, mask in edst.masks.items()}
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), torch.arange(16) % 4).backward()
+        optimizer.step()
+        edst.step()
+        moved += [step] * any(not torch.equal(mask, edst.masks[name]) for name, mask in before.items())
+    settling = [36, 42, 56, 62, 76, 82] if refine else []  # members end after 50, 70 and 90 steps
+    assert set(moved) <= {6, 12, 18, 24, 30, *settling, 50, 70} and {50, 70} <= set(moved)
+    assert bool(set(settling) & set(moved)) == refine
+
+
 def test_static_takes_a_mask_that_was_found_elsewhere_and_refuses_one_that_breaks_the_promise():
     net, x = _network("mlp")
     found = {name: torch.rand(w.shape) < 0.4 for name, w in prunable(net).items()}

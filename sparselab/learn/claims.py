@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVEL', 'OURS', 'PLACES', 'Comparison', 'Claim', 'spread', 'side_by_side', 'train_all', 'train_rows', 'accuracies',
-           'training_flops', 'collapsed']
+           'training_flops', 'training_seconds', 'collapsed']
 
 # %% ../../nbs/learn/44_claims.ipynb #fa86ab2d
 import contextlib
@@ -88,18 +88,19 @@ class Claim:
     part: str = ""  # tells several claims of one paper apart
     flops: dict[str, float] = field(default_factory=dict)  # row -> training FLOPs, as a share of the dense row's, where they are counted
     collapsed: dict[str, list[int]] = field(default_factory=dict)  # row -> seeds whose network ends without skill
+    times: dict[str, float] = field(default_factory=dict)  # row -> seconds of one training, where they are measured
 
     def __post_init__(self):
         if self.source != OURS and not self.source.startswith(PLACES):
             raise ValueError(f"source is {OURS!r}, or where the paper says it ({', '.join(PLACES)}, with its number); got {self.source!r}.")
-        for name in (*self.flops, *self.collapsed):
+        for name in (*self.flops, *self.collapsed, *self.times):
             check_known("row", name, self.values)
 
     @classmethod
     def load(cls, path: str | Path) -> "Claim":
         """The claim that `save` has written to `path`; its verdict is computed anew."""
         record = json.loads(Path(path).read_text())
-        given = {each.name: record[each.name] for each in fields(cls)}
+        given = {each.name: record[each.name] for each in fields(cls) if each.name in record}
         return cls(**given | {"comparisons": [Comparison(**each) for each in given["comparisons"]]})
 
     @property
@@ -128,6 +129,11 @@ class Claim:
         notes = [f"{len(found)} seeds"] * (len(found) != len(self.seeds)) + [f"{lost} collapsed"] * (lost > 0)
         return spread(found) + (f" ({', '.join(notes)})" if notes else "")
 
+    def cost(self, name: str) -> str:
+        """Training FLOPs of a row, as a share of the dense row's, and seconds of one training; nothing where neither is known."""
+        flops, times = ([known[name]] if name in known else [] for known in (self.flops, self.times))
+        return ", ".join([f"{share:.3g}" for share in flops] + [f"{spent:.3g} s" for spent in times])
+
     def record(self) -> dict:
         """Everything as JSON takes it, with the verdicts and the versions."""
         return {**asdict(self), "verdict": self.verdict, "verdicts": self.verdicts,
@@ -142,11 +148,13 @@ class Claim:
 
     def __str__(self) -> str:
         width = max(map(len, self.values))
-        costs = {name: f"   {share:.3g} x dense FLOPs" for name, share in self.flops.items()}
-        rows = [f"  {name:{width}}  {self.shown(name)}{costs.get(name, '')}" for name in self.values]
+        means = {name: self.shown(name) for name in self.values}
+        longest = max(map(len, means.values()))
+        rows = [f"  {name:{width}}  {shown:{longest}}  {self.cost(name)}".rstrip() for name, shown in means.items()]
+        known = ["training FLOPs (dense = 1)"] * bool(self.flops) + ["seconds of a training"] * bool(self.times)
         checks = [f"  {comparison}: {verdict}" for comparison, verdict in self.verdicts.items()]
-        return "\n".join([f"{self.claim} ({self.whose})", f"{self.metric}, {self.setting}, {counted(len(self.seeds), 'seed')}", *rows, *checks,
-                          f"verdict: {self.verdict}"])
+        what = ", ".join([self.metric, self.setting, counted(len(self.seeds), "seed")])
+        return "\n".join([f"{self.claim} ({self.whose})", "; ".join([what, *known]), *rows, *checks, f"verdict: {self.verdict}"])
 
 
 def spread(values: Sequence[float]) -> str:
@@ -201,6 +209,11 @@ def training_flops(runs: Mapping[str, Sequence[Run]]) -> dict[str, float]:
     """Row -> training FLOPs, the mean over its runs, as a share of those of the row "dense"."""
     spent = {name: mean(run.summary["flops"]["training"] for run in row) for name, row in runs.items()}
     return {name: flops / spent["dense"] for name, flops in spent.items()}
+
+
+def training_seconds(runs: Mapping[str, Sequence[Run]]) -> dict[str, float]:
+    """Row -> seconds of one training on this machine, the mean over its runs."""
+    return {name: round(mean(run.summary["seconds"] for run in row), 2) for name, row in runs.items()}
 
 
 def collapsed(runs: Mapping[str, Sequence[Run]]) -> dict[str, list[int]]:

@@ -15,22 +15,29 @@ from .schedules import ConstantDrop, Periodic
 # %% ../../nbs/sparse/19_edst.ipynb #e11c04c4
 @dataclass(frozen=True)
 class Escaping:
-    """Due when `regular` is, and at the steps `escapes`."""
+    """Due when `exploration` is, at the steps `escapes`, and while a member settles: see `refine`."""
 
-    regular: Periodic
+    exploration: Periodic
     escapes: tuple[int, ...]
+    total_steps: int
+    refine: bool
 
     def due(self, step: int) -> bool:
         """Whether masks change after step number `step`."""
-        return step in self.escapes or self.regular.due(step)
+        if step <= self.exploration.end or step in self.escapes:
+            return step in self.escapes or self.exploration.due(step)
+        begin = max((escape for escape in self.escapes if escape < step), default=self.exploration.end)
+        end = min((escape for escape in self.escapes if escape > step), default=self.total_steps)
+        every = self.exploration.every
+        return self.refine and (step - begin) % every == 0 and step + every <= end  # what has grown last is trained as well
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class EDST(RigL):
     """RigL until the share `end` of training, then `members` networks one after the other (arXiv 2106.14568).
 
-    `escape`: the share of the weights replaced between two members. All members but the last are in `snapshots`, as
-    "member-1" and so on; the last is the model itself.
+    `escape`: the share of the weights replaced between two members. `refine`: whether masks go on moving while a member settles; they
+    rest in its last `update_every` steps. All members but the last are in `snapshots`, as "member-1" and so on; the last is the model itself.
     """
 
     family = "ensemble"
@@ -39,6 +46,7 @@ class EDST(RigL):
     end: float = 1 / 3
     members: int = 3
     escape: float = 0.8
+    refine: bool = True
 
     def start(self) -> None:
         check_share("escape", self.escape)
@@ -48,7 +56,7 @@ class EDST(RigL):
         self.fraction = ConstantDrop(self.drop_fraction)
         rest = (1 - self.end) / self.members
         self.escapes = tuple(round((self.end + i * rest) * self.total_steps) for i in range(1, self.members))
-        self.updates = Escaping(self.updates, self.escapes)
+        self.updates = Escaping(self.updates, self.escapes, self.total_steps, self.refine)
 
     @property
     def replaced(self) -> float:

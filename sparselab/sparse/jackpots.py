@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .at_init import shuffled_layerwise
 from .fan_in import dense_fan_in
 from .masks import assign
 from .pruning import check_count, check_number, check_share
@@ -91,7 +92,7 @@ class MaskSearch(Frozen, ABC, abstract=True):
         check_number("mask_decay", self.mask_decay)
         check_count("record_every", self.record_every, least=1)
         self.freeze()
-        first = highest(self, {name: w.detach().abs() for name, w in self.masks.weights.items()}, self.sparsity)
+        first = self.first_masks()
         self.scores = self.first_scores(first)
         self.momenta = {name: torch.zeros_like(score) for name, score in self.scores.items()}
         self.kept = {name: int(mask.sum()) for name, mask in first.items()}
@@ -99,9 +100,13 @@ class MaskSearch(Frozen, ABC, abstract=True):
             assign(self.masks, name, mask)
         self.restore()
 
+    def first_masks(self) -> dict[str, Tensor]:
+        """The masks of all layers that the search begins with: those of the largest weights."""
+        return highest(self, {name: w.detach().abs() for name, w in self.masks.weights.items()}, self.sparsity)
+
     @abstractmethod
     def first_scores(self, first: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The scores of all layers that the search begins with; `first`: the masks of the largest weights."""
+        """The scores of all layers that the search begins with; `first`: its masks."""
 
     def rank(self, score: Tensor) -> Tensor:
         """What the mask keeps the highest of."""
@@ -152,10 +157,16 @@ class MaskSearch(Frozen, ABC, abstract=True):
 class Jackpots(MaskSearch):
     """Learn the mask of a trained `model` by scores that begin at 1 inside the magnitude mask and at 0.99 outside (arXiv 2104.08700).
 
-    `mask_lr`, `mask_momentum`, `mask_decay`, `record_every`: see `MaskSearch`.
+    `shuffle`: begin at random places of every layer, as many as the magnitude mask has there (control). `mask_lr`, `mask_momentum`,
+    `mask_decay`, `record_every`: see `MaskSearch`.
     """
 
     distribution: str = "global"
+    shuffle: bool = False
+
+    def first_masks(self) -> dict[str, Tensor]:
+        largest = super().first_masks()
+        return shuffled_layerwise(largest, self.seed) if self.shuffle else largest
 
     def first_scores(self, first: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: torch.where(mask, 1.0, NEAR).to(self.masks.weights[name].dtype) for name, mask in first.items()}

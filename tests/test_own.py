@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import sparselab
-from sparselab.learn import Config, Run, factories, load, own_data, own_model, samples, train
+from sparselab import sparsify
+from sparselab.learn import Config, Learner, Run, factories, load, objective, own_data, own_model, samples, train
 from sparselab.learn.learner import Callback
 from sparselab.robust import input_box, verify
 from sparselab.view import Explorer
@@ -79,6 +80,16 @@ def test_samples_are_the_same_from_every_source(tmp_path):
     assert halves == own_data({"train": (x[:20], y[:20]), "test": (x[20:], y[20:])}, folder=tmp_path)
     texts = load(own_data((x, np.array(["b", "a", "d", "c"])[y]), folder=tmp_path))
     assert texts.class_names == ("a", "b", "c", "d")
+
+
+def test_a_learner_takes_a_loader():
+    x, y = points()
+    loader, model = DataLoader(TensorDataset(torch.from_numpy(x) / 200 + 0.1, torch.from_numpy(y)), 10, shuffle=True), small()
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    learner = Learner(model, loader, objective("natural", 0.0), optimizer, sparsify(model, optimizer, "set", 0.5, 5 * 3), epochs=5, batch_size=16)
+    assert learner.total_steps == 15 and len(learner.data.test) == 12
+    learner.fit()
+    assert learner.sparsifier.steps == 15 and learner.row["nnz"] == round(0.5 * 60)
 
 
 def test_a_set_of_datasets_is_read_from_memory_and_from_disk(tmp_path):
@@ -358,10 +369,10 @@ def test_what_is_wrong_with_a_folder_of_pictures_names_the_file(tmp_path):
             Image.new("L", (8, 8), 100 * k + i).save(tmp_path / "pets" / kind / f"{i}.png")
     assert (len(load(str(tmp_path / "pets")).test), load(str(tmp_path / "pets")).class_names) == (4, ("cat", "dog"))
     Image.new("L", (8, 9)).save(tmp_path / "pets" / "dog" / "7.png")
-    with pytest.raises(ValueError, match=r"pets/dog/7.png has size \(9, 8\), the ones before it have \(8, 8\)"):
+    with pytest.raises(ValueError, match=r"pets/dog/7.png\) has size \(9, 8\), the ones before it have \(8, 8\)"):
         load(str(tmp_path / "pets"))
     (tmp_path / "pets" / "cat" / "3.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="pets/cat/3.png cannot be read"):
+    with pytest.raises(ValueError, match=r"pets/cat/3.png\) cannot be read"):
         load(str(tmp_path / "pets"))
 
 

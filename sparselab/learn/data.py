@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['torch_seed', 'epoch_generator', 'to_float', 'as_floats', 'Split', 'mean_std', 'validation_split', 'Data', 'load',
-           'subset', 'of_classes', 'with_label_noise']
+           'of_raw', 'subset', 'of_classes', 'with_label_noise']
 
 # %% ../../nbs/learn/07_data.ipynb #661f3231
 import math
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .find import find
-from .known import Domain
+from .known import Domain, Raw
 
 # %% ../../nbs/learn/07_data.ipynb #11b8ccf2
 def torch_seed(seed: int) -> int:
@@ -150,7 +150,11 @@ def load(name: str, data_dir: str | Path | None = None, device: str | torch.devi
 
     `name` and `data_dir` are those of `find`, which says what is looked for where, and what is raised.
     """
-    raw = find(name, data_dir)
+    return of_raw(find(name, data_dir), device, validation, seed)
+
+
+def of_raw(raw: Raw, device: str | torch.device = "cpu", validation: float = 0.1, seed: int = 0) -> Data:
+    """A data set as it was found on `device`, with `validation` of its training images set apart by `seed`."""
     low, high, scale = (None, None, None) if raw.domain is None else _units(raw.domain, device)
     whole, test = (Split(*(torch.from_numpy(np.require(a, requirements="CW")) for a in part), scale)
                    for part in (raw.train, raw.test))

@@ -26,7 +26,7 @@ from ..errors import unknown
 # %% ../../nbs/learn/11b_factories.ipynb #67483a84
 def is_own(name: str) -> bool:
     """Whether `name` is that of a model which is not in the zoo."""
-    return ":" in name
+    return isinstance(name, str) and ":" in name
 
 
 @lru_cache

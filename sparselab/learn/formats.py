@@ -97,7 +97,7 @@ def decode(pictures: Sequence[bytes], channels: int | None, where: str, files: S
     """Encoded pictures as uint8 (N, C, H, W), C = 1 (grey) or 3 (RGB); `where` names their origin in errors, or `files` those of each."""
     image_module, images = need("PIL.Image"), None
     for i, picture in enumerate(pictures):
-        which = str(files[i]) if files else f"Image {i} of {where}"
+        which = f"Image {i} of {where}" + (f" ({files[i]})" if files else "")
         try:
             image = image_module.open(io.BytesIO(picture))
             array = np.atleast_3d(image.convert("L" if channels == 1 else "RGB"))

@@ -41,6 +41,8 @@ class Callback:
 class Learner:
     """Trains `model` on `data` under `objective`, sparse by `sparsifier`; `callbacks` run in order.
 
+    `data` is a Data, or samples of your own, whatever `learn.own_data` takes: arrays, a torch Dataset, a DataLoader.
+
     `epoch` and `step` count what is done; `row` holds the metrics of the last epoch. `augment`: see `Split.batches`;
     `schedule`: one of SCHEDULES, unless the sparsifier has its own; `kernels`: see `SparseSteps`; `amp`: passes are computed in bfloat16
     where PyTorch's autocast does so, dense, while weights, moments, gradients and masks stay float32. Raises ValueError for `amp` under a
@@ -49,11 +51,15 @@ class Learner:
 
     ranks = 1  # processes that train together
 
-    def __init__(self, model: nn.Module, data: Data, objective: Objective, optimizer: torch.optim.Optimizer,
+    def __init__(self, model: nn.Module, data: Data | object, objective: Objective, optimizer: torch.optim.Optimizer,
                  sparsifier: Sparsifier, epochs: int, batch_size: int, seed: int = 0, grad_clip: float = 0.0,
                  augment: Callable | None = None, callbacks: Sequence[Callback] = (), schedule: str = "cosine", kernels: str = "auto",
                  amp: bool = False):
         check_known("schedule of the learning rate", schedule, SCHEDULES)
+        if not isinstance(data, Data):
+            from sparselab.learn.samples import as_data  # with it come PyTorch's loaders
+
+            data = as_data(data)
         self.model, self.data, self.objective = model, data, objective
         self.optimizer, self.sparsifier, self.callbacks = optimizer, sparsifier, list(callbacks)
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed

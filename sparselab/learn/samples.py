@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_array', 'as_inputs', 'as_labels', 'of_dataset', 'of_loader', 'read_part', 'parts_of', 'fitted_labels', 'domain_of',
-           'in_units', 'as_raw', 'own_data']
+           'in_units', 'as_raw', 'as_data', 'own_data']
 
 # %% ../../nbs/learn/05b_samples.ipynb #012781be
 import importlib.util
@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, SubsetRandomSampler
 
 from ..checksums import digest
+from .data import Data, of_raw
 from .formats import TEST_SPLITS, a_fifth, decode, encoded_splits, samples_files, write_samples
 from .known import Domain, Raw, numbered
 
@@ -245,6 +246,11 @@ def as_raw(data: object, name: str = "own", classes: int | Sequence[str] | None 
     if domain := domain_of(x, x_test, low, high, radius):
         x, x_test = in_units(x, domain), in_units(x_test, domain)
     return Raw((x, train), (x_test, test), names, name, f"own data, {len(train) + len(test):,} samples", domain)
+
+
+def as_data(data: object, validation: float = 0.1, seed: int = 0, device: str | torch.device = "cpu", **options: object) -> Data:
+    """The same in memory, for a `Learner`: nothing is written. `options` are those of `own_data` but `folder`."""
+    return of_raw(as_raw(data, **options), device, validation, seed)
 
 
 def own_data(

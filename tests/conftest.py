@@ -11,8 +11,8 @@ import pytest
 import torch
 
 # The files that take longest, of few tests each: they begin first, so that no core is left with one of them at the end.
-LONG = ("test_browser", "test_train_notebook", "test_train", "test_sparse", "test_screen", "test_page", "test_claims", "test_complete", "test_unrolled",
-        "test_crashes", "test_engines", "test_compare", "test_view", "test_tickets_and_gap", "test_packaging", "test_soundness")
+LONG = ("test_browser", "test_train_notebook", "test_train", "test_sparse", "test_screen", "test_page", "test_claims", "test_complete",
+        "test_unrolled", "test_crashes", "test_engines", "test_compare", "test_view", "test_tickets_and_gap", "test_packaging", "test_soundness")
 
 
 @pytest.fixture(autouse=True)

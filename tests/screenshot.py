@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 EXPLORE = ROOT / "nbs" / "explore.ipynb"
 
 
-def small(png: bytes, colours: int = 96) -> bytes:
-    """The picture in few colours, which for panels are enough."""
+def small(png: bytes) -> bytes:
+    """The picture in 256 colours, those of thin lines among them."""
     from PIL import Image
 
     made = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(colours).save(made, "png", optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(made, "png", optimize=True)
     return made.getvalue()
 
 

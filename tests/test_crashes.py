@@ -51,7 +51,7 @@ def killed_at_changes(tmp_path: Path, configs: list[Config]) -> int:
     return count
 
 
-KERNELS = [{"kernels": "dense"}, {"kernels": "sparse"}, {"kernels": "auto", "sparsity": 0.9}]
+KERNELS = [{"kernels": "dense"}, {"kernels": "sparse"}, {"kernels": "auto", "sparsity": 0.9, "method": "rigl"}]
 
 
 def test_killed_at_every_change_of_the_disk_a_run_resumes_to_the_same_bits(tmp_path):
@@ -60,7 +60,7 @@ def test_killed_at_every_change_of_the_disk_a_run_resumes_to_the_same_bits(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [*KERNELS, {"kernels": "auto", "sparsity": 0.9, "method": "rigl"}])
+@pytest.mark.parametrize("options", KERNELS)
 def test_killed_at_every_change_under_each_of_the_kernels(tmp_path, options):
     assert killed_at_changes(tmp_path, [Config(**SHORT | options)]) > 50
 

@@ -68,13 +68,13 @@ def open_study(storage: str | Path, goals: tuple[str, ...], seed: int) -> "optun
     return study
 
 # %% ../../nbs/scale/06_fronts.ipynb #0981cdbb
-def search(base: Config | Mapping | None, space: Mapping[str, object], trials: int, storage: str | Path = "", goals: tuple[str, ...] = ("clean", "verified"),
-           executor: str | Executor = "local", options: Mapping[str, object] | None = None, parallel: int = 2, notebook: str = "",
-           seed: int = 0, retries: int = 3, progress: bool = True) -> "optuna.Study":
+def search(base: Config | Mapping | None, space: Mapping[str, object], trials: int, storage: str | Path = "",
+           goals: tuple[str, ...] = ("clean", "verified"), executor: str | Executor = "local", options: Mapping[str, object] | None = None,
+           parallel: int = 2, notebook: str = "", seed: int = 0, retries: int = 3, progress: bool = True) -> "optuna.Study":
     """Train proposals until the study in `storage` (by default optuna.journal in runs_dir) has `trials` that have finished or failed.
 
-    `space`: axis -> values to choose from, or an interval such as "1e-4..1e-1 log". At most `parallel` runs at a time, since a proposal learns from those that have
-    ended. `front` has the result. Called again it continues. Raises ValueError for names that do not exist.
+    `space`: axis -> values to choose from, or an interval such as "1e-4..1e-1 log". At most `parallel` runs at a time, since a proposal
+    learns from those that have ended. `front` has the result. Called again it continues. Raises ValueError for names that do not exist.
     """
     values = asdict(base) if isinstance(base, Config) else dict(base or {})
     config = Config.read(values)

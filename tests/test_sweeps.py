@@ -1,9 +1,6 @@
 """Sweeps: what is refused at once, what is skipped, continued and tried again, and that a run of a sweep is the single run to the bit."""
 import importlib.util
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -15,17 +12,15 @@ import pytest
 
 from sparselab.learn import Config, train
 from sparselab.learn.experiments import dense_partner
-from sparselab.learn.files import locked, read_rows
-from sparselab.scale import Executor, Job, Local, execute_all, expand, read_sweep, sweep
+from sparselab.learn.files import locked, read_rows, write_sealed
+from sparselab.scale import Executor, Job, Local, execute_all, expand, front, read_sweep, search, sweep
 from sparselab.scale import executors as executors_module
-from sparselab.scale.execution import WORKER, outcome, surroundings
-from sparselab.scale.sweeps import Crew, executor_of, job_of, train_notebook
+from sparselab.scale.sweeps import Crew, job_of, train_notebook
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"epochs": 1, "objective": "natural", "model": "mlp", "model_options": {"widths": [16]}, "train_samples": 200, "test_samples": 40,
          "eps": 0.05, "batch_size": 50}
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (extra ray)")
-needs_slurm = pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed (extra slurm)")
+needs_optuna = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="optuna is not installed (extra search)")
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +60,7 @@ def trained(runs: Path) -> Counter:
     ({}, {"sparsity": [0.9, 99]}, "sparsity is a share from 0 up to but not including 1; got 99"),
     ({}, {"seed": []}, "seed has no values"),
     ({}, {"seed": "4..0"}, "seed has no values"),
-    ({}, [{"seed": 0}, 3], "or a list of them; got 3"),
-    ({}, {}, "The grid has no points")])
+    ({}, [{"seed": 0}, 3], "or a list of them; got 3")])
 def test_a_grid_that_cannot_be_is_refused_at_once(tmp_path, base, grid, sentence):
     with pytest.raises(ValueError) as refused:
         sweep({"runs_dir": str(tmp_path / "runs"), **base}, grid)
@@ -98,6 +92,10 @@ def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, executor, mo
 def test_a_list_of_grids_is_their_union_and_every_point_is_there_once():
     points = expand({"epochs": 3}, [{"method": ["set", "rigl"], "seed": [0, 1]}, {"method": "rigl", "seed": "1..2"}], with_dense=False)
     assert [(point.config.method, point.config.seed) for point in points] == [("set", 0), ("set", 1), ("rigl", 0), ("rigl", 1), ("rigl", 2)]
+
+
+def test_without_a_grid_the_base_is_the_only_point():
+    assert [point.config for point in expand({"method": "rigl", "seed": 3}, with_dense=False)] == [Config(method="rigl", seed=3)]
 
 
 def test_options_are_axes_too_and_keep_the_others():
@@ -224,6 +222,66 @@ def test_the_parameters_of_a_job_give_the_run_its_name():
     job = job_of(point, train_notebook())
     read = Config.read({name: value for name, value in json.loads(json.dumps(job.parameters)).items() if name != "with_dense"})
     assert read.run_id == job.name == config.run_id and Path(read.runs_dir) == Path.cwd() / "runs"
+
+
+# the search for fronts
+
+class Formula(Told):
+    """Writes accuracies that a formula gives; with `until`, the process that asks is killed at that call."""
+
+    def __init__(self, until=None):
+        super().__init__(2)
+        self.until = until
+
+    def ended(self):
+        if self.until is not None:
+            self.until -= 1
+            if self.until < 0:
+                raise KeyboardInterrupt
+        return super().ended()
+
+    def play(self, job):
+        eps = job.parameters.get("eps", 0.1)
+        Path(job.folder).mkdir(parents=True)
+        job.executed.write_text("{}")
+        write_sealed(Path(job.folder) / "summary.json", {"accuracy": {"clean": 1 - eps, "verified": min(eps, 0.2 - eps)}})
+        return ""
+
+
+@needs_optuna
+def test_a_search_that_was_killed_goes_on_with_what_was_being_trained(tmp_path):
+    base, space, killed, after = {"runs_dir": str(tmp_path)}, {"eps": "0.0..0.2"}, Formula(until=2), Formula()
+    with pytest.raises(KeyboardInterrupt):
+        search(base, space, 8, executor=killed, progress=False)
+    study = search(base, space, 8, executor=after, progress=False)
+    trials = [trial for trial in study.trials if trial.values]
+    assert len(trials) == 8 and [job.folder for job in after.got[:2]] == [job.folder for job in killed.got[-2:]]
+    best = front(study)
+    assert not any((best[best["clean"] > row.clean]["verified"] >= row.verified).any() for row in best.itertuples()), "one row is worse in both"
+    assert search(base, space, 8, executor=(idle := Formula()), progress=False).trials and idle.got == []
+    with pytest.raises(ValueError, match="is about clean, verified, not clean"):
+        search(base, space, 8, goals=("clean",), executor=Formula(), progress=False)
+
+
+@needs_optuna
+@pytest.mark.parametrize("space, goals, sentence", [({"epz": "0..1"}, ("clean",), "Did you mean 'eps'"),
+                                                    ({"eps": [0.1]}, ("cleen",), "Did you mean 'clean'")])
+def test_a_search_for_what_there_is_not_is_refused(tmp_path, space, goals, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        search({"runs_dir": str(tmp_path / "runs")}, space, 2, goals=goals)
+    assert not (tmp_path / "runs").exists()
+
+
+@needs_optuna
+def test_a_proposal_that_cannot_be_trained_is_told_and_counts(tmp_path):
+    study = search({"runs_dir": str(tmp_path)}, {"dataset": ["nowhere"]}, 2, executor=Formula(), progress=False)
+    assert ["nowhere" in trial.user_attrs["sentence"] for trial in study.trials] == [True, True] and len(front(study)) == 0
+
+
+def test_a_search_without_optuna_names_its_extra(monkeypatch, tmp_path):
+    monkeypatch.setattr(executors_module, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"A search for fronts needs optuna, .*'sparselab\[search\]'"):
+        search({"runs_dir": str(tmp_path)}, {"eps": "0..0.1"}, 2, executor=Formula())
 
 
 # with processes

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import attempt, check_known
 from ..learn.config import Config
 from ..learn.runs import Run
-from ..learn.values import read_float
+from ..learn.values import read_float, read_int
 from .execution import Job, Outcome
 from .executors import Executor, needed
 from .grids import Point, axis, check_axis, with_values
@@ -40,9 +40,10 @@ def _one(trial: "optuna.Trial", name: str, wanted: object) -> Any:
     low, high = (read_float(name, end) for end in ends.groups()[:2])
     if not low < high:
         raise ValueError(f"{name} is an interval first..last with first below last; got {wanted!r}.")
-    if Config.readers().get(name, float) is not int and not (low.is_integer() and high.is_integer() and "." in name):
-        return trial.suggest_float(name, low, high, log=bool(ends[3]))
-    return trial.suggest_int(name, int(low), int(high), log=bool(ends[3]))
+    whole = Config.readers()[name] is read_int if "." not in name else ends[1].isdigit() and ends[2].isdigit()  # an option has no type
+    if whole:
+        return trial.suggest_int(name, read_int(name, ends[1]), read_int(name, ends[2]), log=bool(ends[3]))
+    return trial.suggest_float(name, low, high, log=bool(ends[3]))
 
 # %% ../../nbs/scale/06_fronts.ipynb #2cc10f50
 GOALS = ("clean", "pgd", "verified")
@@ -67,13 +68,13 @@ def open_study(storage: str | Path, goals: tuple[str, ...], seed: int) -> "optun
     return study
 
 # %% ../../nbs/scale/06_fronts.ipynb #0981cdbb
-def search(base: Config | Mapping | None, space: Mapping[str, object], trials: int, storage: str | Path = "", goals: tuple[str, ...] = ("clean", "verified"),
-           executor: str | Executor = "local", options: Mapping[str, object] | None = None, parallel: int = 2, notebook: str = "",
-           seed: int = 0, retries: int = 3, progress: bool = True) -> "optuna.Study":
+def search(base: Config | Mapping | None, space: Mapping[str, object], trials: int, storage: str | Path = "",
+           goals: tuple[str, ...] = ("clean", "verified"), executor: str | Executor = "local", options: Mapping[str, object] | None = None,
+           parallel: int = 2, notebook: str = "", seed: int = 0, retries: int = 3, progress: bool = True) -> "optuna.Study":
     """Train proposals until the study in `storage` (by default optuna.journal in runs_dir) has `trials` that have finished or failed.
 
-    `space`: axis -> values to choose from, or an interval such as "1e-4..1e-1 log". At most `parallel` runs at a time, since a proposal learns from those that have
-    ended. `front` has the result. Called again it continues. Raises ValueError for names that do not exist.
+    `space`: axis -> values to choose from, or an interval such as "1e-4..1e-1 log". At most `parallel` runs at a time, since a proposal
+    learns from those that have ended. `front` has the result. Called again it continues. Raises ValueError for names that do not exist.
     """
     values = asdict(base) if isinstance(base, Config) else dict(base or {})
     config = Config.read(values)
@@ -89,7 +90,7 @@ def search(base: Config | Mapping | None, space: Mapping[str, object], trials: i
         return job_of(Point(Config.read(with_values(values, propose(trial, space)))), notebook)
 
     asked: dict[str, list] = {}  # folder -> the trials whose run it is
-    line = Progress(trials, judged(study), progress)
+    line = Progress(trials - judged(study), show=progress)
     try:
         while asked or judged(study) < trials:
             while (under_way := sum(map(len, asked.values()))) < parallel and judged(study) + under_way < trials:

@@ -93,7 +93,8 @@ class Point:
 def expand(base: Config | Mapping | None = None, grid: Mapping | Iterable[Mapping] = (), with_dense: bool = True) -> list[Point]:
     """The points of a sweep, each once: the dense partners, unless `with_dense` is false, and then the grid over `base` in its order.
 
-    `base` is a Config, or some of its fields. Raises ValueError for an unknown name, with the nearest, and for a value that Config refuses.
+    `base` is a Config, or some of its fields; without a grid it is the only point. Raises ValueError for an unknown name, with the nearest,
+    and for a value that Config refuses.
     """
     values = asdict(base) if isinstance(base, Config) else dict(base or {})
     configs = [Config.read(with_values(values, chosen)) for chosen in combinations(grid or {})]

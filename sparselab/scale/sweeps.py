@@ -118,6 +118,10 @@ def epochs_so_far(folder: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
+def _epochs(job: Job) -> str:
+    return f"{epochs_so_far(Path(job.folder))} of {counted(job.parameters.get('epochs', Config().epochs), 'epoch')}"
+
+
 class Progress:
     """The line of a sweep of `total` runs; `show=False` is silent."""
 
@@ -143,7 +147,7 @@ class Progress:
                 self._write(f"{job.name}: {found.sentence}", "\n")
         if self.live or ended:
             running = [job for job in crew.running.values() if job.part.exists()][:3] if self.live else []
-            now = [f"{job.name} {epochs_so_far(Path(job.folder))} of {counted(job.parameters.get('epochs', Config().epochs), 'epoch')}" for job in running]
+            now = [f"{job.name} {_epochs(job)}" for job in running]
             self._write(self.line(Counter(each.state for each in crew.outcomes.values()), now), "" if self.live else "\n")
 
     def end(self) -> None:
@@ -186,7 +190,7 @@ class Sweep(Shown):
         found = []
         for point in self.points:
             name, ended = _called(point), self.outcomes[point.key]
-            row = rows.get(name, {"run": name, **asdict(point.config)})
+            row = rows.get(name, {"run": name, "state": ended.state, **asdict(point.config)})
             found.append(row if ended.state == "finished" else {**row, "state": ended.sentence})
         return table_of(found)
 
@@ -214,7 +218,7 @@ def _called(point: Point) -> str:
 
 # %% ../../nbs/scale/05_sweeps.ipynb #9b429624
 def executor_of(name: str | Executor, options: Mapping[str, object] | None = None) -> Executor:
-    """The executor called `name`, with `options`, or the one that is given. Raises ImportError, naming the extra, for one that is not installed."""
+    """The executor called `name`, with `options`, or the one given. Raises ImportError, naming the extra, for one that is not installed."""
     if isinstance(name, Executor):
         return name
     check_known("executor", name, ("local", "ray", "slurm"))
@@ -231,7 +235,7 @@ def executor_of(name: str | Executor, options: Mapping[str, object] | None = Non
 
 
 def execute_all(jobs: Iterable[Job], executor: Executor, retries: int = 3, progress: bool = True) -> Crew:
-    """Execute `jobs`; afterwards `outcomes` of the crew has what came of each, by its folder. The executor is closed at the end, however that comes."""
+    """Execute `jobs`; `outcomes` of the crew then has what came of each, by its folder. The executor is closed, however it ends."""
     crew = Crew(executor, jobs, retries)
     line = Progress(len(crew.waiting) + len(crew.outcomes), len(crew.outcomes), progress)
     try:
@@ -255,8 +259,6 @@ def sweep(base: Config | Mapping | None = None, grid: Mapping | Iterable[Mapping
     """
     needed("papermill", "lab", "A sweep")
     points = expand(base, grid, with_dense)
-    if not points:
-        raise ValueError('The grid has no points: give axes, such as {"sparsity": [0.9, 0.99], "seed": "0..4"}.')
     notebook = str(Path(notebook or train_notebook()).resolve())
     if not Path(notebook).is_file():
         raise ValueError(f"There is no notebook {notebook}.")

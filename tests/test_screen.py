@@ -36,7 +36,7 @@ def book(tmp_path_factory):
 
 
 def test_the_server_has_loaded_what_sends_messages_at_once(book):
-    """Without it the mask of a key press waits 40 ms, until the page has acknowledged that the kernel is busy."""
+    """Without it the mask may wait, up to 40 ms, until the page has acknowledged that the kernel is busy."""
     assert "sparselab.server | extension was successfully loaded" in (book.scratch / "lab.log").read_text()
 
 

@@ -2,8 +2,11 @@
 import contextlib
 import io
 import json
+import pickle
+import shutil
 import sys
 import types
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,6 +176,16 @@ def test_a_stopped_run_of_an_own_model_resumes_to_the_same_bits(tmp_path):
     assert all(torch.equal(value, again.weights[name]) for name, value in whole.weights.items())
 
 
+class Harm:
+    """What runs code where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def test_another_process_has_the_network_of_a_run_without_its_object(tmp_path, monkeypatch):
     run = quiet(quick(tmp_path), data=points(), model=small())
     x, y = run.data().test.images, run.data().test.labels
@@ -180,6 +193,16 @@ def test_another_process_has_the_network_of_a_run_without_its_object(tmp_path, m
     monkeypatch.setattr(factories, "_GIVEN", {})  # as in a new process
     run = Run(run.path)
     assert torch.allclose(run.model()(x), logits, atol=1e-6)
+    with zipfile.ZipFile(run.path / "model.pt2") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(run.path / "model.pt2", "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(name, pickle.dumps(Harm(tmp_path / "harm")) if "/sample_inputs/" in name else part)
+    assert torch.allclose(Run(run.path).model()(x), logits, atol=1e-6) and not (tmp_path / "harm").exists(), "a pickle was loaded"
+    moved = Run(shutil.copytree(tmp_path, tmp_path.with_name("moved")) / run.name)
+    shutil.rmtree(Path(run.config.dataset))
+    assert torch.equal(moved.data().test.images, x), "runs and their data are moved together"
+    shutil.copytree(moved.path.parent / "data", tmp_path / "data", dirs_exist_ok=True)
     assert torch.equal(run.model(small())(x), logits), "an equal object holds the same weights"
     assert sparselab.certify(run, count=3, folder=tmp_path / "certificate").folder.is_dir()
     assert verify(run.model(), x, y, 0.01).verified.equal(verify(run.model(small()), x, y, 0.01).verified)

@@ -85,7 +85,7 @@ def validate(model: nn.Module, split: Split, eps: float, engine: str = "native",
     with eval_mode(model):
         example, eps = next(iter(split.batches(2, shuffle=False)))[0], split.radius(eps)
         net, _ = sparse_network(model, example, kernels, engine)
-        provable = net is not None or not without_bounds(model, example, engine)
+        provable = net is not None or engine != "native" or not without_bounds(model, example)
         for x, y in split.batches(batch_size, shuffle=False):
             logits, lb = (_logits_and_margins(model, x, y, eps, engine, neurons, provable) if net is None
                           else net.logits_and_margins(x, y, eps, neurons))
@@ -150,7 +150,7 @@ def evaluate(model: nn.Module, split: Split, eps: float, engine: str = "native",
     net, _ = sparse_network(model, x, kernels, engine)
     pgd = survivors(model if net is None else net, x, y, eps, steps=steps, restarts=restarts)
     with eval_mode(model), torch.no_grad():
-        if net is None and (reason := without_bounds(model, x, engine)):
+        if net is None and engine == "native" and (reason := without_bounds(model, x)):
             clean = torch.cat([worst_margin(model(part), of) > 0 for part, of in zip(x.split(500), y.split(500), strict=True)])
             return Evaluation(clean, pgd & clean, torch.zeros_like(clean), {}, reason)
     found = verify(model, x, y, eps, engine=engine if net is None else net, robust=pgd)

@@ -7,6 +7,7 @@ __all__ = ['HUES', 'CHECKS', 'described', 'achieved', 'courses', 'Run', 'runs_in
 
 # %% ../../nbs/learn/32_runs.ipynb #bd2b2d81
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from .arrays import Unavailable, check_file, or_unavailable
 from .checkpoints import load_state
 from .config import Config
 from .files import being_written, read_rows, read_sealed, read_tensors
+from .find import is_path
 from .margins import Margins, load_margins
 from .reading import Kept, Source
 from .recordings import NeuronRecordings, Recordings
@@ -183,12 +185,18 @@ class Run(Shown, Source):
         return dict(sorted(found.items()))
 
     def data(self) -> "Data":
-        """The data of the run, with its validation split. Raises ValueError when they are not the ones that it was trained on."""
+        """The data of the run, with its validation split. Raises ValueError when they are not the ones that it was trained on.
+
+        Own data that lie no longer where they did are looked for in the folder `data` beside the run, where `train` puts them.
+        """
         from sparselab.learn.assembly import load_data  # with it come models and objectives, which a reader of records needs not
 
-        if self.fingerprint not in (None, now := self.config.fingerprint):
-            raise ValueError(f"{self.path} was trained on other data (fingerprint {self.fingerprint}) than {self.config.dataset} is now ({now}).")
-        return load_data(self.config)
+        config, beside = self.config, self.path.resolve().parent / "data" / Path(self.config.dataset).name
+        if is_path(config.dataset) and not Path(config.dataset).expanduser().is_dir() and beside.is_dir():  # the folder of the runs was moved
+            config = replace(config, dataset=str(beside))
+        if self.fingerprint not in (None, now := config.fingerprint):
+            raise ValueError(f"{self.path} was trained on other data (fingerprint {self.fingerprint}) than {config.dataset} is now ({now}).")
+        return load_data(config)
 
     def model(self, given: "nn.Module | None" = None) -> "nn.Module":
         """The trained network in eval mode; inputs are in [0, 1], see `learn.data.load`.

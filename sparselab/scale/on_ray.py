@@ -59,8 +59,11 @@ class Ray(Executor):
         environment = worker_environment(self.cpus)
         self._ours = not ray.is_initialized()
         if self._ours:
+            address = os.environ.get("RAY_ADDRESS", "auto") if self.address == "auto" else self.address
             try:
-                ray.init(address=self.address, log_to_driver=False, logging_level="error", runtime_env=environment)
+                if ":" in address and "://" not in address and not reachable(address):  # Ray itself asks for minutes
+                    raise ConnectionError(f"nobody answers at {address}")
+                ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=environment)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ConnectionError(f"There is no Ray cluster at {self.address!r}: start one with `ray start --head`, give its address "
                                       "as host:port, or take the executor 'local'.") from error

@@ -152,7 +152,7 @@ class Progress:
 
     def end(self) -> None:
         """Leave the line."""
-        if self.show and self.live:
+        if self.width:
             print(flush=True)
 
     def _write(self, text: str, end: str) -> None:

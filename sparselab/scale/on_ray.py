@@ -67,8 +67,8 @@ class Ray(Executor):
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ConnectionError(f"There is no Ray cluster at {self.address!r}: start one with `ray start --head`, give its address "
                                       "as host:port, or take the executor 'local'.") from error
-        task = ray.remote(execute_values).options(max_calls=1, max_retries=0, num_cpus=self.cpus, num_gpus=self.gpus,
-                                                  resources=self.resources or None, runtime_env=environment)
+        task = ray.remote(max_calls=1, max_retries=0, num_cpus=self.cpus, num_gpus=self.gpus,
+                          resources=self.resources or None, runtime_env=environment)(execute_values)
         self._ray, self._task, self._head, self._seen = ray, task, ray.get_runtime_context().gcs_address, time.monotonic()
 
     def room(self) -> int:

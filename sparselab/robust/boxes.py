@@ -26,7 +26,7 @@ def input_box(
     Raises ValueError when `eps` is negative or not finite, or when `x` leaves [0, 1].
     """
     check_dense("x", x)
-    if isinstance(eps, Tensor):
+    if isinstance(eps, Tensor) and eps.dim():
         _check_radii(eps, x)
         eps = eps.to(x)
     elif not _is_radius(eps):

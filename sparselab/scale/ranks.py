@@ -83,7 +83,7 @@ class ParallelLearner(Learner):
         averaged([loss, *statistics, *(p.grad for p in self.model.parameters() if p.grad is not None)])
         return loss[0]
 
-    def train_step(self, x: Tensor, y: Tensor, updates: int = 0) -> None:
+    def train_step(self, x: Tensor, y: Tensor) -> None:
         """A step of all processes, which compare their masks when these have changed."""
         before = len(self.sparsifier.history.updates)
         super().train_step(x, y)

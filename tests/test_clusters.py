@@ -36,7 +36,7 @@ def test_thirty_runs_on_two_cores_are_the_single_runs_to_the_bit(tmp_path):
     """3 sparsities, 5 seeds and 2 methods on digits; the time is that of two cores that are never idle, but for 15 %."""
     base = {"epochs": 6, "eps": 0.05, "test_samples": 100, "runs_dir": str(tmp_path / "runs")}
     begun, before = time.monotonic(), os.times()
-    done = sweep(base, {"method": ["rigl", "sparsevlr"], "sparsity": [0.9, 0.95, 0.99], "seed": "0..4"}, options={"workers": 2})
+    done = sweep(base, {"method": ["rigl", "sparsevlr"], "sparsity": [0.5, 0.8, 0.9], "seed": "0..4"}, options={"workers": 2})
     wall, after = time.monotonic() - begun, os.times()
     busy = after.children_user + after.children_system - before.children_user - before.children_system
     print(f"{done}\nwall time {wall:.0f} s, {wall / (busy / 2):.2f} of half the processor time")

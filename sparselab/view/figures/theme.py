@@ -79,5 +79,5 @@ def short(name: str) -> str:
 
 
 def panel_titles(fig: go.Figure) -> go.Figure:
-    """The titles above the parts of a figure, small and grey."""
-    return fig.update_annotations(font={"size": 13, "color": TEXT})
+    """The titles above the parts of a figure, small, in the colour of its text."""
+    return fig.update_annotations(font_size=13)

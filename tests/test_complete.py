@@ -212,6 +212,24 @@ def broken_points(count: int) -> int:
     raise AssertionError("unreachable")
 
 
+def test_a_radius_for_each_input_is_its_box(tmp_path):
+    """As MILP says; an input of radius 0 rests, equal radii are the number, and other radii have a record of their own."""
+    verdicts = []
+    for seed in range(6):
+        net = network(seed, width=8, depth=2)
+        x, y = right(net, 4)
+        radii = 0.3 * torch.rand(x.shape[1:])
+        radii[seed % len(radii)] = 0
+        (lower, upper), found = input_box(x, radii), decide(net, x, y, radii, 20, record=tmp_path / f"{seed}.jsonl")
+        agree(found, [least_by_milp(net, lower[i], upper[i], int(y[i])) for i in range(4)], [True] * 4)
+        verdicts += found.verdicts
+    assert {"verified", "falsified"} == set(verdicts)
+    assert verify(net, x, y, radii, budget=20).verified.equal(found.verified)
+    assert decide(net, x, y, torch.full_like(radii, 0.1), 20).verdicts == decide(net, x, y, 0.1, 20).verdicts
+    with pytest.raises(ValueError, match="eps"):
+        decide(net, x, y, radii.flip(0), 20, record=tmp_path / f"{seed}.jsonl")
+
+
 def test_what_an_attack_breaks_is_never_verified():
     assert broken_points(1000) >= 1000
 

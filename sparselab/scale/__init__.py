@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 from .._surface import lazy
 
 _HOME = {  # public name -> the module that defines it
+    "Estimate": "estimates",
     "Executor": "executors",
     "Job": "execution",
     "Local": "executors",
@@ -13,6 +14,7 @@ _HOME = {  # public name -> the module that defines it
     "Ray": "on_ray",
     "Slurm": "on_slurm",
     "Sweep": "sweeps",
+    "estimate": "estimates",
     "execute": "execution",
     "execute_all": "sweeps",
     "expand": "grids",
@@ -23,6 +25,7 @@ _HOME = {  # public name -> the module that defines it
     "train_parallel": "ranks",
 }
 __all__ = [
+    "Estimate",
     "Executor",
     "Job",
     "Local",
@@ -32,6 +35,7 @@ __all__ = [
     "Ray",
     "Slurm",
     "Sweep",
+    "estimate",
     "execute",
     "execute_all",
     "expand",
@@ -44,6 +48,7 @@ __all__ = [
 __getattr__, __dir__ = lazy(__name__, _HOME)
 
 if TYPE_CHECKING:
+    from .estimates import Estimate, estimate
     from .execution import Job, Outcome, execute
     from .executors import Executor, Local
     from .fronts import front, search

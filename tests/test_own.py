@@ -1,10 +1,12 @@
 """Own data and own models: what they become, what their runs keep, and what is said of those that cannot be trained on."""
 import contextlib
+import functools
 import io
 import json
 import pickle
 import shutil
 import sys
+import threading
 import types
 import zipfile
 from dataclasses import replace
@@ -236,14 +238,14 @@ def test_a_factory_is_a_parameter_and_its_file_is_part_of_the_run(tmp_path, monk
     run = quiet(config)
     assert run.weights["model.1.weight"].shape == (6, 3) and Run(run.path).model()(run.data().test.images).shape == (12, 2)
     assert config.run_id == run.name and replace(config, model_options={}).run_id != run.name
+    with pytest.raises(ValueError, match="^The model 'ownnets:pair' returns a tuple of 2 outputs; one tensor of logits is needed"):
+        quiet(replace(config, model="ownnets:pair", model_options={}))
     by_file = replace(config, model=f"{tmp_path / 'ownnets.py'}:Tiny")
     before = by_file.run_id
     (tmp_path / "ownnets.py").write_text(NETS.replace("nn.ReLU()", "nn.Tanh()"))
     assert by_file.run_id != before
     with pytest.raises(ValueError, match=r"was begun with another model \(fingerprint"):
         run.of(config)
-    with pytest.raises(ValueError, match="^The model 'ownnets:pair' returns a tuple of 2 outputs; one tensor of logits is needed"):
-        quiet(replace(config, model="ownnets:pair", model_options={}))
 
 
 @pytest.mark.parametrize("model, sentence", [
@@ -407,3 +409,98 @@ def test_an_object_is_named_by_everything_that_it_computes_with():
     fast.load_state_dict(slow.state_dict())
     assert own_model(slow) != own_model(fast)
     assert samples.is_array([1]) and not samples.is_array((1,))
+
+
+class Net(nn.Module):
+    def __init__(self, act=torch.relu, mean: float = 0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.act, self.mean = nn.Linear(3, 2), act, torch.tensor(mean)
+        self.register_buffer("scale", torch.tensor(1.0 + mean), persistent=False)
+
+    def forward(self, x):
+        return self.act(self.layer((x - self.mean) / self.scale))
+
+
+def hooked() -> nn.Module:
+    net = Net()
+    net.layer.register_forward_hook(lambda module, args, output: 2 * output)
+    return net
+
+
+def patched() -> nn.Module:
+    net = Net()
+    net.forward = lambda x: net.layer(x) ** 3
+    return net
+
+
+def typed(source: str) -> nn.Module:
+    """The network `Typed` of a module with this source, as from a cell of a notebook."""
+    module = types.ModuleType("typed")
+    exec(f"from torch import nn\n{source}\nclass Typed(nn.Linear):\n    def forward(self, x):\n        return act(super().forward(x))", vars(module))
+    torch.manual_seed(0)
+    return module.Typed(3, 2)
+
+
+@pytest.mark.parametrize("one, other", [
+    (Net, lambda: Net(torch.tanh)), (Net, lambda: Net(mean=1.0)), (Net, hooked), (Net, patched), (Net, lambda: Net().requires_grad_(False)),
+    (lambda: Net(lambda x: x + 1), lambda: Net(lambda x: x + 2)),
+    (lambda: Net(functools.partial(torch.clamp, min=0)), lambda: Net(functools.partial(torch.clamp, min=-1))),
+    (lambda: typed("act = lambda x: 2 * x"), lambda: typed("act = lambda x: 3 * x")),
+    (lambda: typed("K = 2\ndef inner(x):\n    return K * x\ndef act(x):\n    return inner(x)"),
+     lambda: typed("K = 3\ndef inner(x):\n    return K * x\ndef act(x):\n    return inner(x)"))],
+    ids=["activation", "tensors beside the state", "hook", "forward of the object", "frozen", "lambda", "partial", "function called",
+         "constant of one"])
+def test_networks_of_equal_weights_that_compute_other_things_have_other_names(one, other):
+    """They had one name, and the second training returned the run of the first."""
+    assert own_model(one()) == own_model(one()) != own_model(other()) == own_model(other())
+
+
+def test_tied_weights_are_not_equal_ones_and_a_run_of_them_ends(tmp_path, monkeypatch):
+    tied, equal = (nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 2)) for _ in range(2))
+    tied[2].weight = tied[0].weight
+    equal.load_state_dict(tied.state_dict())
+    assert own_model(tied) != own_model(equal)
+    run = quiet(quick(tmp_path), data=points(), model=tied)
+    net = run.model()[1]
+    assert not run.damage and net[2].weight is net[0].weight and torch.equal(net[0].weight, run.weights["model.0.weight"])
+    assert run.summary["total"] == 9 + 6 and torch.equal(run.weights["model.0.weight"], run.weights["model.2.weight"])
+    for file in ("net.pt2", "net.safetensors"):
+        assert run.export(file).is_file()
+    x = run.data().test.images
+    logits = run.model()(x)
+    monkeypatch.setattr(factories, "_GIVEN", {})  # as in another process, which has the exported program alone
+    assert torch.allclose(Run(run.path).model()(x), logits, atol=1e-5)
+    with pytest.raises(ValueError, match="a Exported, cannot be written as .onnx .RuntimeError: .*choose another form"):
+        Run(run.path).export("net.onnx")
+
+
+def test_a_file_that_the_file_of_a_factory_imports_is_part_of_the_run(tmp_path, monkeypatch):
+    (tmp_path / "ownwidths.py").write_text("WIDTH = 5\n")
+    (tmp_path / "ownblocks.py").write_text("def width():\n    from ownwidths import WIDTH\n    return WIDTH\n")
+    (tmp_path / "ownfactory.py").write_text("from torch import nn\nimport ownblocks\n\ndef make(shape, classes):\n    w = ownblocks.width()\n"
+                                            "    return nn.Sequential(nn.Linear(3, w), nn.ReLU(), nn.Linear(w, classes))\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = quick(tmp_path, dataset=own_data(points(), folder=tmp_path), model="ownfactory:make")
+    by_file = replace(config, model=f"{tmp_path / 'ownfactory.py'}:make")
+    before, by_file_before = config.run_id, by_file.run_id
+    quiet(config)
+    (tmp_path / "ownwidths.py").write_text("WIDTH = 6 + 1\n")
+    assert config.run_id != before and by_file.run_id != by_file_before
+    with pytest.raises(ValueError, match="ownwidths.py, or imports it, and that file has changed since this process imported it"):
+        quiet(config)  # the width would be 5 under the name of 7
+
+
+class Locked(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+        self.lock = threading.Lock()
+
+
+def test_a_network_that_cannot_be_copied_or_built_is_a_sentence(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="^Locked cannot be copied, and the run trains a copy of it .TypeError: cannot pickle"):
+        quiet(quick(tmp_path), data=points(), model=Locked())
+    (tmp_path / "ownbroken.py").write_text("def make():\n    raise RuntimeError('no memory')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="^model 'ownbroken:make' cannot be built for inputs of shape .3,. and 2 classes: RuntimeError: no memory"):
+        quiet(quick(tmp_path, model="ownbroken:make"), data=points())

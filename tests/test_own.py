@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.sparse import csr_matrix
 from test_loops import library
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import sparselab
 from sparselab import sparsify
-from sparselab.learn import Config, Learner, Run, factories, load, objective, own_data, own_model, samples, train
+from sparselab.learn import Config, Learner, Run, factories, find, load, objective, own_data, own_model, samples, train
 from sparselab.learn.learner import Callback
 from sparselab.robust import input_box, verify
 from sparselab.view import Explorer
@@ -356,6 +357,14 @@ def unlabelled(folder: Path) -> DataLoader:
     (lambda folder: (np.full((40, 3), np.inf), [0, 1] * 20), r"^Sample 0 of the data set holds inf at \(0,\)"),
     (lambda folder: (np.zeros((40, 3)), [0, -1] * 20), "has the label -1; 1 classes are numbered 0 to 0"),
     (lambda folder: (np.zeros((40, 3)), [0] * 40), "^All labels are of the class '0'"),
+    (lambda folder: (np.zeros((40, 3)), [1] * 40), "^All labels are of the class '1'"),
+    (lambda folder: (np.zeros((40, 3)), ["a", "b", None, "b"] * 10), "^Sample 2 of the data set has the label None, which is none"),
+    (lambda folder: (np.zeros((40, 3)), np.array(["a", "b", float("nan"), "b"] * 10, object)), "^Sample 2 of the data set has the label nan"),
+    (lambda folder: (np.zeros((40, 3)), [0, 40_000] * 20), "^The labels go up to 40000 for 40 samples"),
+    (lambda folder: (np.zeros((40, 3)), [0.0, np.inf] * 20), "^The labels of the data set are of type float64"),
+    (lambda folder: (np.ma.masked_less(np.arange(120.0).reshape(40, 3), 6), [0, 1] * 20), "^6 numbers of the inputs of the data set are masked"),
+    (lambda folder: (np.full((40, 3), 1e300), [0, 1] * 20), r"^Sample 0 of the data set holds 1e.300 at .0,.: is beyond float32"),
+    (lambda folder: ([[1.0, 2.0], [3.0]] * 20, [0, 1] * 20), "^What is given for the inputs of the data set is of no shape"),
     (lambda folder: {"training": (1, 2)}, "^The data have the parts training; 'train' is needed"),
     (lambda folder: (np.zeros((2, 3)), [0, 1]), "^There are 2 samples of 2 classes, too few to set a fifth of each apart"),
 ])
@@ -504,3 +513,62 @@ def test_a_network_that_cannot_be_copied_or_built_is_a_sentence(tmp_path, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match="^model 'ownbroken:make' cannot be built for inputs of shape .3,. and 2 classes: RuntimeError: no memory"):
         quiet(quick(tmp_path, model="ownbroken:make"), data=points())
+
+
+def pets(folder: Path, **modes: str) -> Path:
+    """Ten pictures in each of the folders named, of the mode given."""
+    rng = np.random.default_rng(0)
+    for k, (path, mode) in enumerate(modes.items()):
+        (folder / path.replace("_", "/")).mkdir(parents=True)
+        for i in range(10):
+            noise = rng.integers(0, 100, (8, 8) if mode == "L" else (8, 8, 3), dtype=np.uint8) + 50 * k
+            Image.fromarray(noise.astype(np.uint8)).save(folder / path.replace("_", "/") / f"{i}.png")
+    return folder
+
+
+def test_a_folder_that_is_hidden_or_empty_is_no_class(tmp_path):
+    """They were classes, which moved the numbers of the others, under the same fingerprint."""
+    folder = pets(tmp_path / "pets", cat="L", dog="L")
+    before, fingerprint = load(str(folder)), find.fingerprint(str(folder))
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / "a new class").mkdir()
+    (folder / "cat" / "._0.png").write_bytes(b"of a Mac")
+    after = load(str(folder))
+    assert after.class_names == before.class_names == ("cat", "dog") and torch.equal(after.test.labels, before.test.labels)
+    assert find.fingerprint(str(folder)) == fingerprint
+    two = pets(tmp_path / "two", train_cat="L", train_dog="L", test_cat="L", test_dog="L")
+    for split in ("train", "test"):
+        (two / split / ".ipynb_checkpoints").mkdir()
+    assert load(str(two)).class_names == ("cat", "dog")
+
+
+def test_every_picture_that_is_read_is_in_the_fingerprint(tmp_path):
+    folder = pets(tmp_path / "pets", cat="L", dog="L", fish_small="L")
+    before, labels = find.fingerprint(str(folder)), load(str(folder)).test.labels
+    assert load(str(folder)).class_names == ("cat", "dog", "fish") and 2 in labels
+    Image.new("L", (8, 8), 255).save(folder / "fish" / "small" / "3.png")
+    assert find.fingerprint(str(folder)) != before
+
+
+@pytest.mark.parametrize("train, test", [("RGB", "L"), ("L", "RGB")])
+def test_grey_pictures_beside_coloured_ones_have_three_equal_channels(train, test, tmp_path):
+    data = load(str(pets(tmp_path / "pets", train_cat=train, train_dog=train, test_cat=test, test_dog=test)))
+    grey = (data.train if train == "L" else data.test).images
+    assert data.shape == (3, 8, 8) and data.test.images.shape[1:] == data.train.images.shape[1:] == (3, 8, 8)
+    colour = (data.test if train == "L" else data.train).images
+    assert torch.equal(grey[:, 0], grey[:, 2]) and not torch.equal(colour[:, 0], colour[:, 2])
+
+
+def test_pictures_of_one_class_are_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="all training labels are of the class 'cat'; there is nothing to tell apart"):
+        load(str(pets(tmp_path / "pets", train_cat="L", test_cat="L")))
+
+
+def test_numbers_of_any_kind_are_read(tmp_path):
+    x, y = points()
+    plain = samples.as_raw((x, y))
+    for kind in (csr_matrix(x), torch.from_numpy(x).to(torch.float64)):
+        assert np.array_equal(samples.as_raw((kind, y)).train[0], plain.train[0])
+    assert samples.as_raw((torch.from_numpy(x).bfloat16(), y)).train[0].dtype == np.float32
+    with pytest.raises(ValueError, match="^classes has the name 'a' twice"):
+        own_data((x, y), classes=["a", "a"], folder=tmp_path)

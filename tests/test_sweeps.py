@@ -1,6 +1,7 @@
 """Sweeps: what is refused at once, what is skipped, continued and tried again, and that a run of a sweep is the single run to the bit."""
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -67,10 +68,24 @@ def test_a_grid_that_cannot_be_is_refused_at_once(tmp_path, base, grid, sentence
     assert sentence in str(refused.value) and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("base", [["epochs"], "epochs: 3", 3])
+def test_a_base_that_is_none_is_a_sentence(base):
+    with pytest.raises(ValueError, match="^The base of a sweep is a Config, or a dictionary of its fields"):
+        sweep(base, {"seed": 0})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no /proc that nobody can write")
+def test_a_folder_that_cannot_be_written_is_a_sentence():
+    with pytest.raises(OSError, match="cannot be written .*free space or choose another runs_dir"):
+        sweep({"runs_dir": "/proc/runs"}, {"seed": 0}, with_dense=False)
+
+
 @pytest.mark.parametrize("options, sentence", [
     ({"executor": "locl"}, "There is no executor called 'locl'. Did you mean 'local'?"),
     ({"options": {"worker": 2}}, "Did you mean 'workers'?"),
     ({"options": {"workers": -1}}, "workers is at least 0"),
+    ({"options": {"workers": "two"}}, "workers is a number such as"), ({"options": {"workers": 1.5}}, "workers is a whole number; got 1.5"),
+    ({"options": {"gpus": "all"}}, "gpus is how many GPUs, or a list of their names"), ({"options": {"gpus": True}}, "gpus is how many GPUs"),
     ({"options": {"gpus": 99}}, "and 99 are asked for"),
     ({"notebook": "no/such.ipynb"}, "There is no notebook")])
 def test_an_executor_that_cannot_be_is_refused_at_once(options, sentence):

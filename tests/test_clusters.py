@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -118,9 +119,9 @@ class Cluster:
         raylets = {self.raylet(name) for name in self.nodes}
         return [pid for pid, words in processes() if words[0].startswith("ray::execute_values") and parent(pid) in raylets]
 
-    def kill_node(self, name: str) -> None:
-        """As a machine that loses its power: the raylet is killed, and its workers with it."""
-        os.kill(self.raylet(name), signal.SIGKILL)
+    def kill_node(self, name: str) -> bool:
+        """As a machine that loses its power: the raylet is killed, and its workers with it. Whether it was there."""
+        return killed(self.raylet(name))
 
     def stop(self, word: str = "") -> None:
         """End the processes of the cluster that were started with `word`, by default all."""
@@ -142,6 +143,17 @@ def processes() -> list[tuple[int, list[str]]]:
     return found
 
 
+def killed(pid: int | None) -> bool:
+    """Kill a process; whether it was there: one that has just been seen may have ended by itself."""
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def parent(pid: int) -> int:
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -157,34 +169,35 @@ def cluster():
     made.stop()
 
 
-def killing(cluster: Cluster, times: int, done: threading.Event, told: list) -> None:
-    """Kill a worker or the second node, by turns, at random moments."""
-    dice = random.Random(0)
-    for number in range(times):
-        if done.wait(dice.uniform(4, 20)):
-            return
-        if number % 2 and cluster.raylet("second"):
-            cluster.kill_node("second")
-            told.append("node")
-            cluster.start("second")
-        elif workers := cluster.workers():
-            os.kill(dice.choice(workers), signal.SIGKILL)
+def killing(cluster: Cluster, times: int, done: threading.Event) -> list[str]:
+    """Kill a worker or the second node, by turns and `times` times in all, each at a random moment of a job; what was killed."""
+    dice, told = random.Random(0), []
+    while len(told) < times and not done.wait(0.2):
+        if not cluster.workers() or done.wait(dice.uniform(0.5, 6)):
+            continue
+        if len(told) % 2:
+            if cluster.kill_node("second"):
+                told.append("node")
+                cluster.start("second")
+        elif (workers := cluster.workers()) and killed(dice.choice(workers)):
             told.append("worker")
+    return told
 
 
 @needs_ray
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_a_ray_cluster_whose_workers_and_nodes_die_gives_the_same_bits(tmp_path, cluster):
-    done, told = threading.Event(), []
-    killer = threading.Thread(target=killing, args=(cluster, 10, done, told))
-    killer.start()
-    try:
-        found = sweep({**SMALL, "runs_dir": str(tmp_path / "runs")}, GRID, executor="ray", options={"address": cluster.address}, retries=10)
-    finally:
-        done.set()
-        killer.join()
+    done = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        killer = pool.submit(killing, cluster, 10, done)
+        try:
+            found = sweep({**SMALL, "runs_dir": str(tmp_path / "runs")}, {**GRID, "seed": "0..1"}, executor="ray",
+                          options={"address": cluster.address}, retries=10)
+        finally:
+            done.set()
+    told = killer.result()  # raises what the killer raised
     print(f"killed: {told}; {found}")
-    assert not found.failed and len(found.runs) == 5 and "worker" in told
+    assert not found.failed and len(found.runs) == 10 and told == ["worker", "node"] * 5
     same_as_single_runs(found, tmp_path)
 
 

@@ -97,7 +97,12 @@ def test_lightning_keeps_the_masks_and_resumes_to_the_same_bits(tmp_path, precis
                 trainer.save_checkpoint(tmp_path / "half.ckpt")
                 trainer.should_stop = True
 
-    def fit(stop: int = 0, resume: bool = False):
+    def fit(stop: int = 0, resume: bool = False, alone: bool = False):
+        if alone:
+            trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                                enable_model_summary=False, default_root_dir=tmp_path)
+            trainer.fit(Module(), DataLoader(samples(), 8))
+            return trainer.save_checkpoint(tmp_path / "half.ckpt")
         sparse = lightning_callback("rigl", 0.8, seed=1, **UPDATES)
         watch, module = Watch(sparse, stop), Module()
         trainer = L.Trainer(max_epochs=4, accelerator="cpu", callbacks=[sparse, watch], accumulate_grad_batches=2, precision=precision,
@@ -115,6 +120,9 @@ def test_lightning_keeps_the_masks_and_resumes_to_the_same_bits(tmp_path, precis
     again, watch, resumed = fit(resume=True)
     assert all(good for *_, good in watch.seen) and again.sparsifier.steps == 12
     assert same(masks_of(again), masks_of(whole)) and same(resumed, weights)
+    fit(alone=True)
+    with pytest.raises(ValueError, match="^The training goes on from step 6, and the masks are those of step 0: its checkpoint was saved without"):
+        fit(resume=True)
 
 
 class Rows(Dataset):

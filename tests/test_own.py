@@ -1,10 +1,12 @@
 """Own data and own models: what they become, what their runs keep, and what is said of those that cannot be trained on."""
 import contextlib
+import functools
 import io
 import json
 import pickle
 import shutil
 import sys
+import threading
 import types
 import zipfile
 from dataclasses import replace
@@ -14,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.sparse import csr_matrix
 from test_loops import library
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import sparselab
 from sparselab import sparsify
-from sparselab.learn import Config, Learner, Run, factories, load, objective, own_data, own_model, samples, train
+from sparselab.learn import Config, Learner, Run, factories, find, load, objective, own_data, own_model, samples, train
 from sparselab.learn.learner import Callback
 from sparselab.robust import input_box, verify
 from sparselab.view import Explorer
@@ -236,14 +239,14 @@ def test_a_factory_is_a_parameter_and_its_file_is_part_of_the_run(tmp_path, monk
     run = quiet(config)
     assert run.weights["model.1.weight"].shape == (6, 3) and Run(run.path).model()(run.data().test.images).shape == (12, 2)
     assert config.run_id == run.name and replace(config, model_options={}).run_id != run.name
+    with pytest.raises(ValueError, match="^The model 'ownnets:pair' returns a tuple of 2 outputs; one tensor of logits is needed"):
+        quiet(replace(config, model="ownnets:pair", model_options={}))
     by_file = replace(config, model=f"{tmp_path / 'ownnets.py'}:Tiny")
     before = by_file.run_id
     (tmp_path / "ownnets.py").write_text(NETS.replace("nn.ReLU()", "nn.Tanh()"))
     assert by_file.run_id != before
     with pytest.raises(ValueError, match=r"was begun with another model \(fingerprint"):
         run.of(config)
-    with pytest.raises(ValueError, match="^The model 'ownnets:pair' returns a tuple of 2 outputs; one tensor of logits is needed"):
-        quiet(replace(config, model="ownnets:pair", model_options={}))
 
 
 @pytest.mark.parametrize("model, sentence", [
@@ -354,6 +357,14 @@ def unlabelled(folder: Path) -> DataLoader:
     (lambda folder: (np.full((40, 3), np.inf), [0, 1] * 20), r"^Sample 0 of the data set holds inf at \(0,\)"),
     (lambda folder: (np.zeros((40, 3)), [0, -1] * 20), "has the label -1; 1 classes are numbered 0 to 0"),
     (lambda folder: (np.zeros((40, 3)), [0] * 40), "^All labels are of the class '0'"),
+    (lambda folder: (np.zeros((40, 3)), [1] * 40), "^All labels are of the class '1'"),
+    (lambda folder: (np.zeros((40, 3)), ["a", "b", None, "b"] * 10), "^Sample 2 of the data set has the label None, which is none"),
+    (lambda folder: (np.zeros((40, 3)), np.array(["a", "b", float("nan"), "b"] * 10, object)), "^Sample 2 of the data set has the label nan"),
+    (lambda folder: (np.zeros((40, 3)), [0, 40_000] * 20), "^The labels go up to 40000 for 40 samples"),
+    (lambda folder: (np.zeros((40, 3)), [0.0, np.inf] * 20), "^The labels of the data set are of type float64"),
+    (lambda folder: (np.ma.masked_less(np.arange(120.0).reshape(40, 3), 6), [0, 1] * 20), "^6 numbers of the inputs of the data set are masked"),
+    (lambda folder: (np.full((40, 3), 1e300), [0, 1] * 20), r"^Sample 0 of the data set holds 1e.300 at .0,.: is beyond float32"),
+    (lambda folder: ([[1.0, 2.0], [3.0]] * 20, [0, 1] * 20), "^What is given for the inputs of the data set is of no shape"),
     (lambda folder: {"training": (1, 2)}, "^The data have the parts training; 'train' is needed"),
     (lambda folder: (np.zeros((2, 3)), [0, 1]), "^There are 2 samples of 2 classes, too few to set a fifth of each apart"),
 ])
@@ -407,3 +418,157 @@ def test_an_object_is_named_by_everything_that_it_computes_with():
     fast.load_state_dict(slow.state_dict())
     assert own_model(slow) != own_model(fast)
     assert samples.is_array([1]) and not samples.is_array((1,))
+
+
+class Net(nn.Module):
+    def __init__(self, act=torch.relu, mean: float = 0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.act, self.mean = nn.Linear(3, 2), act, torch.tensor(mean)
+        self.register_buffer("scale", torch.tensor(1.0 + mean), persistent=False)
+
+    def forward(self, x):
+        return self.act(self.layer((x - self.mean) / self.scale))
+
+
+def hooked() -> nn.Module:
+    net = Net()
+    net.layer.register_forward_hook(lambda module, args, output: 2 * output)
+    return net
+
+
+def patched() -> nn.Module:
+    net = Net()
+    net.forward = lambda x: net.layer(x) ** 3
+    return net
+
+
+def typed(source: str) -> nn.Module:
+    """The network `Typed` of a module with this source, as from a cell of a notebook."""
+    module = types.ModuleType("typed")
+    exec(f"from torch import nn\n{source}\nclass Typed(nn.Linear):\n    def forward(self, x):\n        return act(super().forward(x))", vars(module))
+    torch.manual_seed(0)
+    return module.Typed(3, 2)
+
+
+@pytest.mark.parametrize("one, other", [
+    (Net, lambda: Net(torch.tanh)), (Net, lambda: Net(mean=1.0)), (Net, hooked), (Net, patched), (Net, lambda: Net().requires_grad_(False)),
+    (lambda: Net(lambda x: x + 1), lambda: Net(lambda x: x + 2)),
+    (lambda: Net(functools.partial(torch.clamp, min=0)), lambda: Net(functools.partial(torch.clamp, min=-1))),
+    (lambda: typed("act = lambda x: 2 * x"), lambda: typed("act = lambda x: 3 * x")),
+    (lambda: typed("K = 2\ndef inner(x):\n    return K * x\ndef act(x):\n    return inner(x)"),
+     lambda: typed("K = 3\ndef inner(x):\n    return K * x\ndef act(x):\n    return inner(x)"))],
+    ids=["activation", "tensors beside the state", "hook", "forward of the object", "frozen", "lambda", "partial", "function called",
+         "constant of one"])
+def test_networks_of_equal_weights_that_compute_other_things_have_other_names(one, other):
+    """They had one name, and the second training returned the run of the first."""
+    assert own_model(one()) == own_model(one()) != own_model(other()) == own_model(other())
+
+
+def test_tied_weights_are_not_equal_ones_and_a_run_of_them_ends(tmp_path, monkeypatch):
+    tied, equal = (nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 2)) for _ in range(2))
+    tied[2].weight = tied[0].weight
+    equal.load_state_dict(tied.state_dict())
+    assert own_model(tied) != own_model(equal)
+    run = quiet(quick(tmp_path), data=points(), model=tied)
+    net = run.model()[1]
+    assert not run.damage and net[2].weight is net[0].weight and torch.equal(net[0].weight, run.weights["model.0.weight"])
+    assert run.summary["total"] == 9 + 6 and torch.equal(run.weights["model.0.weight"], run.weights["model.2.weight"])
+    for file in ("net.pt2", "net.safetensors"):
+        assert run.export(file).is_file()
+    x = run.data().test.images
+    logits = run.model()(x)
+    monkeypatch.setattr(factories, "_GIVEN", {})  # as in another process, which has the exported program alone
+    assert torch.allclose(Run(run.path).model()(x), logits, atol=1e-5)
+    with pytest.raises(ValueError, match="a Exported, cannot be written as .onnx .RuntimeError: .*choose another form"):
+        Run(run.path).export("net.onnx")
+
+
+def test_a_file_that_the_file_of_a_factory_imports_is_part_of_the_run(tmp_path, monkeypatch):
+    (tmp_path / "ownwidths.py").write_text("WIDTH = 5\n")
+    (tmp_path / "ownblocks.py").write_text("def width():\n    from ownwidths import WIDTH\n    return WIDTH\n")
+    (tmp_path / "ownfactory.py").write_text("from torch import nn\nimport ownblocks\n\ndef make(shape, classes):\n    w = ownblocks.width()\n"
+                                            "    return nn.Sequential(nn.Linear(3, w), nn.ReLU(), nn.Linear(w, classes))\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = quick(tmp_path, dataset=own_data(points(), folder=tmp_path), model="ownfactory:make")
+    by_file = replace(config, model=f"{tmp_path / 'ownfactory.py'}:make")
+    before, by_file_before = config.run_id, by_file.run_id
+    quiet(config)
+    (tmp_path / "ownwidths.py").write_text("WIDTH = 6 + 1\n")
+    assert config.run_id != before and by_file.run_id != by_file_before
+    with pytest.raises(ValueError, match="ownwidths.py, or imports it, and that file has changed since this process imported it"):
+        quiet(config)  # the width would be 5 under the name of 7
+
+
+class Locked(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+        self.lock = threading.Lock()
+
+
+def test_a_network_that_cannot_be_copied_or_built_is_a_sentence(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="^Locked cannot be copied, and the run trains a copy of it .TypeError: cannot pickle"):
+        quiet(quick(tmp_path), data=points(), model=Locked())
+    (tmp_path / "ownbroken.py").write_text("def make():\n    raise RuntimeError('no memory')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="^model 'ownbroken:make' cannot be built for inputs of shape .3,. and 2 classes: RuntimeError: no memory"):
+        quiet(quick(tmp_path, model="ownbroken:make"), data=points())
+
+
+def pets(folder: Path, **modes: str) -> Path:
+    """Ten pictures in each of the folders named, of the mode given."""
+    rng = np.random.default_rng(0)
+    for k, (path, mode) in enumerate(modes.items()):
+        (folder / path.replace("_", "/")).mkdir(parents=True)
+        for i in range(10):
+            noise = rng.integers(0, 100, (8, 8) if mode == "L" else (8, 8, 3), dtype=np.uint8) + 50 * k
+            Image.fromarray(noise.astype(np.uint8)).save(folder / path.replace("_", "/") / f"{i}.png")
+    return folder
+
+
+def test_a_folder_that_is_hidden_or_empty_is_no_class(tmp_path):
+    """They were classes, which moved the numbers of the others, under the same fingerprint."""
+    folder = pets(tmp_path / "pets", cat="L", dog="L")
+    before, fingerprint = load(str(folder)), find.fingerprint(str(folder))
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / "a new class").mkdir()
+    (folder / "cat" / "._0.png").write_bytes(b"of a Mac")
+    after = load(str(folder))
+    assert after.class_names == before.class_names == ("cat", "dog") and torch.equal(after.test.labels, before.test.labels)
+    assert find.fingerprint(str(folder)) == fingerprint
+    two = pets(tmp_path / "two", train_cat="L", train_dog="L", test_cat="L", test_dog="L")
+    for split in ("train", "test"):
+        (two / split / ".ipynb_checkpoints").mkdir()
+    assert load(str(two)).class_names == ("cat", "dog")
+
+
+def test_every_picture_that_is_read_is_in_the_fingerprint(tmp_path):
+    folder = pets(tmp_path / "pets", cat="L", dog="L", fish_small="L")
+    before, labels = find.fingerprint(str(folder)), load(str(folder)).test.labels
+    assert load(str(folder)).class_names == ("cat", "dog", "fish") and 2 in labels
+    Image.new("L", (8, 8), 255).save(folder / "fish" / "small" / "3.png")
+    assert find.fingerprint(str(folder)) != before
+
+
+@pytest.mark.parametrize("train, test", [("RGB", "L"), ("L", "RGB")])
+def test_grey_pictures_beside_coloured_ones_have_three_equal_channels(train, test, tmp_path):
+    data = load(str(pets(tmp_path / "pets", train_cat=train, train_dog=train, test_cat=test, test_dog=test)))
+    grey = (data.train if train == "L" else data.test).images
+    assert data.shape == (3, 8, 8) and data.test.images.shape[1:] == data.train.images.shape[1:] == (3, 8, 8)
+    colour = (data.test if train == "L" else data.train).images
+    assert torch.equal(grey[:, 0], grey[:, 2]) and not torch.equal(colour[:, 0], colour[:, 2])
+
+
+def test_pictures_of_one_class_are_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="all training labels are of the class 'cat'; there is nothing to tell apart"):
+        load(str(pets(tmp_path / "pets", train_cat="L", test_cat="L")))
+
+
+def test_numbers_of_any_kind_are_read(tmp_path):
+    x, y = points()
+    plain = samples.as_raw((x, y))
+    for kind in (csr_matrix(x), torch.from_numpy(x).to(torch.float64)):
+        assert np.array_equal(samples.as_raw((kind, y)).train[0], plain.train[0])
+    assert samples.as_raw((torch.from_numpy(x).bfloat16(), y)).train[0].dtype == np.float32
+    with pytest.raises(ValueError, match="^classes has the name 'a' twice"):
+        own_data((x, y), classes=["a", "a"], folder=tmp_path)

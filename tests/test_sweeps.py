@@ -1,6 +1,7 @@
 """Sweeps: what is refused at once, what is skipped, continued and tried again, and that a run of a sweep is the single run to the bit."""
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,9 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 
-from sparselab.learn import Config, train
+from sparselab.learn import Config, own_data, train
 from sparselab.learn.experiments import dense_partner
 from sparselab.learn.files import locked, read_rows, write_sealed
 from sparselab.scale import Executor, Job, Local, execute_all, expand, front, read_sweep, search, sweep
@@ -67,10 +69,24 @@ def test_a_grid_that_cannot_be_is_refused_at_once(tmp_path, base, grid, sentence
     assert sentence in str(refused.value) and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("base", [["epochs"], "epochs: 3", 3])
+def test_a_base_that_is_none_is_a_sentence(base):
+    with pytest.raises(ValueError, match="^The base of a sweep is a Config, or a dictionary of its fields"):
+        sweep(base, {"seed": 0})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no /proc that nobody can write")
+def test_a_folder_that_cannot_be_written_is_a_sentence():
+    with pytest.raises(OSError, match="cannot be written .*free space or choose another runs_dir"):
+        sweep({"runs_dir": "/proc/runs"}, {"seed": 0}, with_dense=False)
+
+
 @pytest.mark.parametrize("options, sentence", [
     ({"executor": "locl"}, "There is no executor called 'locl'. Did you mean 'local'?"),
     ({"options": {"worker": 2}}, "Did you mean 'workers'?"),
     ({"options": {"workers": -1}}, "workers is at least 0"),
+    ({"options": {"workers": "two"}}, "workers is a number such as"), ({"options": {"workers": 1.5}}, "workers is a whole number; got 1.5"),
+    ({"options": {"gpus": "all"}}, "gpus is how many GPUs, or a list of their names"), ({"options": {"gpus": True}}, "gpus is how many GPUs"),
     ({"options": {"gpus": 99}}, "and 99 are asked for"),
     ({"notebook": "no/such.ipynb"}, "There is no notebook")])
 def test_an_executor_that_cannot_be_is_refused_at_once(options, sentence):
@@ -224,6 +240,17 @@ def test_the_parameters_of_a_job_give_the_run_its_name():
     assert read.run_id == job.name == config.run_id and Path(read.runs_dir) == Path.cwd() / "runs"
 
 
+def test_a_data_set_of_two_names_is_trained_once(tmp_path, monkeypatch):
+    """A path counts from where the sweep is, and a notebook may count from elsewhere."""
+    path = own_data((np.random.default_rng(0).random((40, 3)), [0, 1] * 20), folder=tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    short, executor = str(Path(path).relative_to(tmp_path)), Told(2)
+    stand_in = notebook(tmp_path / "stand_in.ipynb", PARAMETERS)
+    done = sweep({"runs_dir": "runs", "model": "mlp"}, {"dataset": [short, path]}, executor=executor, with_dense=False, notebook=str(stand_in),
+                 progress=False)
+    assert [job.parameters["dataset"] for job in executor.got] == [path] and len(done.points) == 2 and not done.failed
+
+
 # the search for fronts
 
 class Formula(Told):
@@ -261,6 +288,19 @@ def test_a_search_that_was_killed_goes_on_with_what_was_being_trained(tmp_path):
     assert search(base, space, 8, executor=(idle := Formula()), progress=False).trials and idle.got == []
     with pytest.raises(ValueError, match="is about clean, verified, not clean"):
         search(base, space, 8, goals=("clean",), executor=Formula(), progress=False)
+
+
+@needs_optuna
+def test_a_search_is_never_that_of_other_data_or_of_another_base(tmp_path):
+    """It returned the trials of the first base as those of the second."""
+    table = np.random.default_rng(0).random((40, 3)), [0, 1] * 20
+    one, other = (own_data((table[0] * share, table[1]), folder=tmp_path / "data") for share in (1.0, 0.5))
+    base, space = {"runs_dir": str(tmp_path / "runs"), "dataset": one, "epochs": 3, "model": "mlp"}, {"eps": [0.1, 0.2]}
+    search(base, space, 2, executor=Formula(), progress=False)
+    for changes, name in (({"dataset": other}, "dataset"), ({"epochs": 4}, "epochs"), ({"seed": 1}, "seed"), ({"method": "rigl"}, "method")):
+        with pytest.raises(ValueError, match=f"^The study in .* is about other trials: {name} was "):
+            search({**base, **changes}, space, 2, executor=Formula(), progress=False)
+    assert len(search(base, {"eps": [0.1, 0.2], "seed": "0..9"}, 3, executor=Formula(), progress=False).trials) == 3, "the space may grow"
 
 
 @needs_optuna

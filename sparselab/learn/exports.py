@@ -157,7 +157,7 @@ def ask_onnx(file: Path, model: nn.Module, x: Tensor) -> Tensor | None:
 def ask_weights(file: Path, model: nn.Module, x: Tensor) -> Tensor:
     """The logits of `model` with the weights in `file`."""
     with torch.no_grad():
-        return torch.func.functional_call(model, load_file(file), (x,))
+        return torch.func.functional_call(model, load_file(file), (x,), tie_weights=False)  # shared ones are in the file under each name
 
 
 FORMS: dict[str, tuple[Callable, Callable]] = {".onnx": (write_onnx, ask_onnx), ".pt2": (write_pt2, ask_pt2),
@@ -179,9 +179,16 @@ def export(run: "Run", file: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        write(part, model, x[:2])
-        with torch.no_grad():
-            logits, found = model(x), ask(part, model, x)
+        try:
+            write(part, model, x[:2])
+            with torch.no_grad():
+                logits, found = model(x), ask(part, model, x)
+        except (ValueError, ImportError, OSError):
+            raise
+        except Exception as error:  # exporters and runtimes have many
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason'])[0]}"
+            raise ValueError(f"The network of {run.name}, a {type(model).__name__}, cannot be written as {path.suffix} ({reason}); choose another "
+                             f"form ({', '.join(FORMS)}), or export it where its object or factory is at hand.") from error
         if found is not None:
             worst = float((logits - found).abs().max() / logits.abs().max().clamp(min=1))
             assert worst <= 1e-5, f"{path.name} gives logits that differ from those of the network by {worst:.1e} of their size."

@@ -82,6 +82,8 @@ def check(raw: Raw, name: str) -> Raw:
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(raw.classes):
             span = f"from {labels.min()} to {labels.max()}" if len(labels) else "missing"
             raise ValueError(f"{raw.source}: the {split} labels are {span}; expected 0 to {len(raw.classes) - 1}.")
+    if (raw.train[1] == raw.train[1][0]).all():
+        raise ValueError(f"{raw.source}: all training labels are of the class {raw.classes[raw.train[1][0]]!r}; there is nothing to tell apart.")
     for other, row in DATASETS.items():
         if other != name and name in DATASETS and row.first_labels and tuple(raw.test[1][:10].tolist()) == row.first_labels:
             raise ValueError(f"{raw.source} was taken for {name}, but its test labels are those of {other}. "

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['IDX_FILES', 'Encoded', 'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'TEST_SPLITS', 'PICTURES', 'SAMPLES', 'FORMS', 'read_idx',
-           'idx_files', 'read_idx_folder', 'need', 'decode', 'is_jpeg', 'decoded', 'column', 'cell_bytes',
-           'read_parquet', 'parquet_files', 'read_parquet_folder', 'picture_files', 'read_picture_folder', 'a_fifth',
-           'class_files', 'read_class_folders', 'encoded_split', 'encoded_splits', 'arrow_files', 'read_arrow_folder',
-           'samples_files', 'write_samples', 'read_samples_folder']
+           'idx_files', 'read_idx_folder', 'need', 'decode', 'same_channels', 'is_jpeg', 'decoded', 'column',
+           'cell_bytes', 'read_parquet', 'parquet_files', 'read_parquet_folder', 'picture_files', 'read_picture_folder',
+           'a_fifth', 'class_files', 'read_class_folders', 'encoded_split', 'encoded_splits', 'arrow_files',
+           'read_arrow_folder', 'samples_files', 'write_samples', 'read_samples_folder']
 
 # %% ../../nbs/learn/04_formats.ipynb #4049d2da
 import gzip
 import io
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -102,7 +103,8 @@ def decode(pictures: Sequence[bytes], channels: int | None, where: str, files: S
             image = image_module.open(io.BytesIO(picture))
             array = np.atleast_3d(image.convert("L" if channels == 1 else "RGB"))
         except Exception as error:  # every decoder has its own: OSError, SyntaxError, ValueError, struct.error
-            raise ValueError(f"{which} cannot be read ({error}). Download the set again.") from error
+            reason = re.sub(" ?<_io.BytesIO object at 0x[0-9a-f]+>", "", str(error))
+            raise ValueError(f"{which} cannot be read ({reason}). Download the set again.") from error
         if image.mode[0] in "IF":
             raise ValueError(f"{which} has more than 8 bits per channel (mode {image.mode}).")
         images = np.empty((len(pictures), *array.shape), np.uint8) if images is None else images
@@ -119,6 +121,12 @@ def decode(pictures: Sequence[bytes], channels: int | None, where: str, files: S
 Encoded = tuple[Sequence[bytes], np.ndarray]
 
 
+def same_channels(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Pictures (N, C, H, W) of several splits in as many channels as the most colourful has: grey is red, green and blue alike."""
+    channels = max(part.shape[1] for part in images)
+    return [np.broadcast_to(part, (len(part), channels, *part.shape[2:])) for part in images]
+
+
 def is_jpeg(picture: bytes) -> bool:
     """True for the bytes of a JPEG file."""
     return picture[:3] == b"\xff\xd8\xff"
@@ -129,7 +137,8 @@ def decoded(train: Encoded, test: Encoded, classes: Sequence[str] | None, name: 
     """Encoded splits as a data set; it is called "... (JPEG)" if its images are re-encodings. `files`: those of both splits, for errors."""
     known = DATASETS.get(name)
     title, channels = (known.title, known.shape[0]) if known else (name, None)
-    images = [decode(part[0], channels, f"{source}, {split}", its) for split, part, its in zip(("train", "test"), (train, test), files, strict=True)]
+    images = same_channels([decode(part[0], channels, f"{source}, {split}", its)
+                            for split, part, its in zip(("train", "test"), (train, test), files, strict=True)])
     if not classes:
         classes = known.classes if known else numbered(1 + int(max(train[1].max(), test[1].max())))
     if not (known and known.jpeg) and any(map(is_jpeg, [*train[0], *test[0]])):
@@ -208,11 +217,15 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".
 
 
 def _class_key(name: str) -> tuple:
-    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def _seen(path: Path) -> bool:
+    return not path.name.startswith(".")  # .ipynb_checkpoints is no class, and ._1.png of a Mac no picture
 
 
 def _class_folders(folder: Path) -> list[Path]:
-    return sorted((d for d in folder.iterdir() if d.is_dir()), key=lambda d: _class_key(d.name)) if folder.is_dir() else []
+    return sorted((d for d in folder.iterdir() if d.is_dir() and _seen(d)), key=lambda d: _class_key(d.name)) if folder.is_dir() else []
 
 
 def _test_folder(folder: Path) -> Path | None:
@@ -220,7 +233,8 @@ def _test_folder(folder: Path) -> Path | None:
 
 
 def _pictures_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    return sorted(file for file in found if all(map(_seen, (file, *file.relative_to(folder).parents))))
 
 
 def picture_files(folder: Path) -> dict[str, Path]:
@@ -231,7 +245,7 @@ def picture_files(folder: Path) -> dict[str, Path]:
 
 
 def _pictures(folder: Path, classes: list[str]) -> tuple[Encoded, list[Path]]:
-    unknown = sorted({d.name for d in folder.iterdir() if d.is_dir()} - set(classes))
+    unknown = sorted({d.name for d in folder.iterdir() if d.is_dir() and _seen(d)} - set(classes))
     if unknown:
         raise ValueError(f"{folder} has a folder {unknown[0]!r}, but there is no class of that name in train/.")
     files = [(file, k) for k, name in enumerate(classes) for file in _pictures_in(folder / name)]
@@ -257,18 +271,26 @@ def a_fifth(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.setdiff1d(order, np.concatenate(test)), np.sort(np.concatenate(test))
 
 
+def _filled(folder: Path) -> list[Path]:
+    """The folders in `folder` that have pictures: the classes. One that is empty is none."""
+    return [part for part in _class_folders(folder) if _pictures_in(part)]
+
+
 def class_files(folder: Path) -> dict[str, Path]:
-    """The same as `picture_files` for a folder that has the classes, two at least, right below it."""
+    """The same as `picture_files` for a folder that has the classes, of which two at least have pictures right in them, right below it."""
     if (folder / "train").is_dir() or _test_folder(folder):
         return {}
-    classes = [part for part in _class_folders(folder) if any(file.suffix.lower() in PICTURES for file in part.iterdir())]
-    return {path.relative_to(folder).as_posix(): path for part in classes for path in (part, *_pictures_in(part))} if len(classes) > 1 else {}
+    if sum(any(file.suffix.lower() in PICTURES and _seen(file) for file in part.iterdir()) for part in _class_folders(folder)) < 2:
+        return {}
+    return {path.relative_to(folder).as_posix(): path for part in _filled(folder) for path in (part, *_pictures_in(part))}
 
 
 def read_class_folders(folder: Path, name: str) -> Raw:
     """<class>/* as one data set, of which a fifth is the test set."""
-    classes = [part.name for part in _class_folders(folder)]
-    (pictures, labels), files = _pictures(folder, classes)
+    classes = [part.name for part in _filled(folder)]
+    files = [(file, k) for k, part in enumerate(_filled(folder)) for file in _pictures_in(part)]
+    pictures, labels = [file.read_bytes() for file, _ in files], np.array([k for _, k in files], np.int64)
+    files = [file for file, _ in files]
     parts = [([pictures[i] for i in index], labels[index]) for index in a_fifth(labels)]
     names = [[files[i] for i in index] for index in a_fifth(labels)]
     return decoded(*parts, classes, name, f"{folder} (pictures, a fifth of each class for testing)", tuple(names))

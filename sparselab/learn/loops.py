@@ -54,7 +54,7 @@ def lightning_callback(method: str = "rigl", sparsity: float = 0.9, seed: int = 
     """A callback for `lightning.Trainer(callbacks=[...])` that makes the module sparse while it is trained by one optimizer.
 
     The arguments are those of `sparsify`; after the start of the training its `sparsifier` is there. Raises ImportError where Lightning is
-    missing, ValueError for unknown names, and when the module has several optimizers.
+    missing, ValueError for unknown names, when the module has several optimizers, and for a checkpoint that was saved without the callback.
     """
     class Sparsity(Sparse, _base("lightning", "Callback", "lightning")):
         """Keeps the module sparse; see `lightning_callback`."""
@@ -67,6 +67,9 @@ def lightning_callback(method: str = "rigl", sparsity: float = 0.9, seed: int = 
             if steps == float("inf"):
                 raise ValueError("The trainer has no end, and schedules of masks need one: set max_steps or max_epochs.")
             self.begin(module, trainer.optimizers[0], int(steps))
+            if trainer.global_step != self.sparsifier.steps:
+                raise ValueError(f"The training goes on from step {trainer.global_step}, and the masks are those of step {self.sparsifier.steps}: "
+                                 "its checkpoint was saved without this callback. Continue from one that was saved with it, or begin anew.")
 
         def on_before_optimizer_step(self, trainer: Any, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             self.sparsifier.mask_gradients()

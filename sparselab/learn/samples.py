@@ -18,18 +18,30 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from ..checksums import digest
 from .data import Data, of_raw
-from .formats import TEST_SPLITS, a_fifth, decode, encoded_splits, samples_files, write_samples
+from .formats import TEST_SPLITS, a_fifth, decode, encoded_splits, same_channels, samples_files, write_samples
 from .known import Domain, Raw, numbered
 
 # %% ../../nbs/learn/05b_samples.ipynb #f624db44
 def is_array(value: object) -> bool:
-    """Whether it is what NumPy takes for an array: a tensor, an array, a column of a table, a list."""
-    return isinstance(value, list) or (hasattr(value, "__array__") and not isinstance(value, type))
+    """Whether it is what NumPy takes for an array: a tensor, an array, a column of a table, a list, a matrix of SciPy."""
+    return isinstance(value, list) or (hasattr(value, "__array__") or hasattr(value, "toarray")) and not isinstance(value, type)
+
+
+def _as_array(values: object, what: str) -> np.ndarray:
+    """Numbers of any kind as an array. Raises ValueError where they are of no shape, or some of them are missing."""
+    if np.ma.is_masked(values):
+        raise ValueError(f"{np.ma.count_masked(values)} numbers of {what} are masked: fill in what is missing first.")
+    if isinstance(values, torch.Tensor):
+        return (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
+    try:
+        return np.asarray(values.toarray() if hasattr(values, "toarray") else values)
+    except ValueError as error:
+        raise ValueError(f"What is given for {what} is of no shape, since its parts have several ({error}): give them one.") from error
 
 
 def as_inputs(values: object, what: str) -> np.ndarray:
     """Inputs (N, ...) as uint8 images (N, C, H, W) or as float32; ValueError for anything that is neither. `what` names their origin in errors."""
-    found = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    found = _as_array(values, f"the inputs of {what}")
     if found.ndim < 2 or not len(found) or not found[0].size:
         raise ValueError(f"The inputs of {what} have shape {found.shape}; (N, ...) is needed, with N samples of at least one number.")
     if found.ndim == 4 and found.shape[1] not in (1, 3) and found.shape[3] in (1, 3):
@@ -40,22 +52,28 @@ def as_inputs(values: object, what: str) -> np.ndarray:
     if found.dtype.kind != "f":
         raise ValueError(f"The inputs of {what} are of type {found.dtype}; they are uint8 images or floats. Integers that stand for words have "
                          "no box around them: `learn.TextTraining` trains on texts.")
-    if not np.isfinite(found).all():
-        at = np.argwhere(~np.isfinite(found))[0]
-        raise ValueError(f"Sample {at[0]} of {what} holds {found[tuple(at)]} at {tuple(map(int, at[1:]))}: fill in what is missing first.")
-    return found.astype(np.float32)
+    with np.errstate(over="ignore"):
+        single = found.astype(np.float32)
+    if not np.isfinite(single).all():
+        at = np.argwhere(~np.isfinite(single))[0]
+        how = "is beyond float32: scale the data" if np.isfinite(found[tuple(at)]) else "fill in what is missing first"
+        raise ValueError(f"Sample {at[0]} of {what} holds {found[tuple(at)]} at {tuple(map(int, at[1:]))}: {how}.")
+    return single
 
 
 def as_labels(values: object, count: int, what: str) -> np.ndarray:
     """Labels (N,) as integers or texts; ValueError for anything else, or where there are not `count`."""
-    found = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    found = _as_array(values, f"the labels of {what}")
     if found.ndim != 1:
         raise ValueError(f"The labels of {what} have shape {found.shape}; one class for each sample is needed, (N,): y.argmax(1) of one-hot rows.")
     if len(found) != count:
         raise ValueError(f"There are {count} inputs and {len(found)} labels in {what}.")
-    if found.dtype.kind == "f" and (found == np.rint(found)).all():
+    if found.dtype.kind == "f" and np.isfinite(found).all() and (found == np.rint(found)).all():
         found = found.astype(np.int64)
     if found.dtype.kind == "O":
+        none = [label is None or not isinstance(label, str) and str(label).lower() in ("nan", "<na>", "nat") for label in found]
+        if missing := np.flatnonzero(none).tolist():
+            raise ValueError(f"Sample {missing[0]} of {what} has the label {found[missing[0]]!r}, which is none: leave out the samples without one.")
         found = found.astype(str)
     if found.dtype.kind not in "iubU":
         raise ValueError(f"The labels of {what} are of type {found.dtype}, for example {found.tolist()[0]!r}; "
@@ -175,8 +193,14 @@ def fitted_labels(train: np.ndarray, test: np.ndarray, classes: int | Sequence[s
                 raise ValueError(f"Sample {odd[0]} of the {what} set has the label {labels[odd[0]]}; {count} classes are numbered 0 to {count - 1}.")
     if isinstance(classes, int) and len(names) != classes:
         raise ValueError(f"classes={classes}, and the labels are of {len(names)} classes: {', '.join(names)}.")
-    if len(names) < 2:
-        raise ValueError(f"All labels are of the class {names[0]!r}; there is nothing to tell apart.")
+    if len(names) > len(set(names)):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise ValueError(f"classes has the name {twice!r} twice; every class has one of its own.")
+    if len(there := np.unique(train)) < 2:
+        raise ValueError(f"All labels are of the class {str(names[there[0]])!r}; there is nothing to tell apart.")
+    if classes is None and len(names) > len(train) + len(test):
+        raise ValueError(f"The labels go up to {len(names) - 1} for {len(train) + len(test)} samples, and a network has an output for each number "
+                         "from 0: number the classes without gaps, y = np.unique(y, return_inverse=True)[1].")
     return train, test, tuple(map(str, names))
 
 # %% ../../nbs/learn/05b_samples.ipynb #e6fec4a5
@@ -230,8 +254,7 @@ def as_raw(data: object, name: str = "own", classes: int | Sequence[str] | None 
     if importlib.util.find_spec("datasets") and hasattr(data, "column_names"):  # of the package datasets
         train, test, names = encoded_splits(data, name)
         images = [decode(part[0], None, f"{name}, {what}") for part, what in ((train, "training"), (test, "test"))]
-        channels = max(part.shape[1] for part in images)
-        pairs = [(np.broadcast_to(x, (len(x), channels, *x.shape[2:])), y) for x, (_, y) in zip(images, (train, test), strict=True)]
+        pairs = [(x, y) for x, (_, y) in zip(same_channels(images), (train, test), strict=True)]
     else:
         train, test = parts_of(data)
         *pair, names = read_part(train, "the training set" if test is not None else "the data set")

@@ -61,8 +61,8 @@ def few_threads(model: nn.Module) -> Iterator[None]:
 
 
 def write_model(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a state_dict as safetensors, whole or not at all."""
-    write_tensors(path, save, {name: value.detach().cpu().contiguous() for name, value in state.items()})
+    """Write a state_dict as safetensors, whole or not at all; weights that layers share are written for each of them."""
+    write_tensors(path, save, {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()})
 
 
 def partners(learner: Learner) -> dict[str, nn.Module]:

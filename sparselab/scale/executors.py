@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..learn.files import writing
+from ..learn.values import read_int
 from .execution import WORKER, Job, surroundings
 
 # %% ../../nbs/scale/02_executors.ipynb #192960a0
@@ -88,6 +90,10 @@ class Local(Executor):
     _running: dict = field(default_factory=dict, init=False, repr=False)  # slot -> (job, process)
 
     def __post_init__(self):
+        for name in ("workers", "per_gpu", "threads"):
+            setattr(self, name, read_int(name, getattr(self, name)))
+        if isinstance(self.gpus, (str, bool)) or not isinstance(self.gpus, (int, Sequence)):
+            raise ValueError(f"gpus is how many GPUs, or a list of their names such as ['0', '1']; got {self.gpus!r}.")
         if self.workers < 0 or self.per_gpu < 1 or self.threads < 1:
             raise ValueError(f"workers is at least 0 (one per core), per_gpu and threads at least 1; got {self}.")
         devices = gpu_slots(self.gpus, self.per_gpu) if self.gpus else []
@@ -105,8 +111,10 @@ class Local(Executor):
 
     def _start(self, job: Job, device: str | None) -> subprocess.Popen:
         gpu = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
-        Path(job.folder).mkdir(parents=True, exist_ok=True)
-        with open(_log(job), "wb") as log:
+        with writing(Path(job.folder)):
+            Path(job.folder).mkdir(parents=True, exist_ok=True)
+            log = open(_log(job), "wb")
+        with log:
             process = subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=job.cwd or None,
                                        env={**os.environ, **surroundings(self.threads, **gpu)}, start_new_session=True)
         with suppress(BrokenPipeError):  # it has died already

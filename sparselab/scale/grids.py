@@ -96,6 +96,8 @@ def expand(base: Config | Mapping | None = None, grid: Mapping | Iterable[Mappin
     `base` is a Config, or some of its fields; without a grid it is the only point. Raises ValueError for an unknown name, with the nearest,
     and for a value that Config refuses.
     """
+    if not isinstance(base, (Config, Mapping, type(None))):
+        raise ValueError(f'The base of a sweep is a Config, or a dictionary of its fields such as {{"epochs": 20}}; got {base!r}.')
     values = asdict(base) if isinstance(base, Config) else dict(base or {})
     configs = [Config.read(with_values(values, chosen)) for chosen in combinations(grid or {})]
     if not all(config.resume for config in configs):

@@ -30,6 +30,7 @@ from ..learn.changes import Changes
 from ..learn.checkpoints import load_checkpoint
 from ..learn.experiments import PROCEDURES, finished, put_aside
 from ..learn.files import locked
+from ..learn.runs import BESIDES
 from ..learn.training import complete, few_threads, repeatable
 
 # %% ../../nbs/scale/20_ranks.ipynb #8b3fed73
@@ -171,7 +172,7 @@ def read_config(arguments: Sequence[str]) -> Config:
                 values |= json.loads(Path(word).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise ValueError(f"{word} is neither name=value nor a file with the fields of a Config ({error}).") from error
-    for name in ("fingerprint", "blake2b"):  # of a run's config.json
+    for name in (*BESIDES, "blake2b"):  # of a run's config.json
         values.pop(name, None)
     return Config.read(values)
 

@@ -19,6 +19,7 @@ from ..cards import Card, Share, Shown, Table
 from ..errors import attempt, check_known, counted
 from ..learn.config import Config
 from ..learn.files import being_written
+from ..learn.find import absolute, is_path
 from ..learn.runs import Run
 from ..notebooks import PACKAGE
 from .execution import Job, Outcome, outcome
@@ -44,6 +45,7 @@ def job_of(point: Point, notebook: str) -> Job:
     folder = Path(config.runs_dir).resolve()
     changed = {name: value for name, value in asdict(config).items() if value != default[name]}
     places = {"runs_dir": str(folder)} | ({"data_dir": str(Path(config.data_dir).resolve())} if config.data_dir else {})
+    places |= {"dataset": str(absolute(config.dataset))} if is_path(config.dataset) else {}  # the notebook may count paths from elsewhere
     return Job(notebook, str(folder / point.name), {**changed, "seed": config.seed, **places, "with_dense": point.with_dense},
                str(folder / point.partner.name) if point.partner else "", str(Path.cwd()))
 
@@ -264,6 +266,6 @@ def sweep(base: Config | Mapping | None = None, grid: Mapping | Iterable[Mapping
         raise ValueError(f"There is no notebook {notebook}.")
     executor, begun = executor_of(executor, options), time.monotonic()
     jobs = {point.key: attempt(lambda point=point: job_of(point, notebook)) for point in points}
-    crew = execute_all([job for job, _ in jobs.values() if job], executor, retries, progress)
+    crew = execute_all({job.folder: job for job, _ in jobs.values() if job}.values(), executor, retries, progress)  # a data set may have two names
     outcomes = {key: crew.outcomes[job.folder] if job else Outcome("failed", why) for key, (job, why) in jobs.items()}
     return Sweep(Path(points[0].config.runs_dir).resolve(), points, outcomes, time.monotonic() - begun, crew.executed)

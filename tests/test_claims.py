@@ -131,6 +131,20 @@ def test_rows_that_train_side_by_side_have_the_bits_of_one_run_alone(tmp_path):
     assert [run.path for run in runs["again"]] == [run.path for run in runs["set"]] and len(runs_in(tmp_path / "rows")) == 4
 
 
+def test_rows_may_be_of_a_method_that_was_added(tmp_path):
+    """One that a notebook defines, and puts into METHODS; the processes are others. In both ways: several at a time, and one."""
+    code = "\n".join([
+        "from dataclasses import dataclass", "from sparselab.learn import Config", "from sparselab.learn.claims import train_rows",
+        "from sparselab.sparse.drop_grow import SET", "from sparselab.sparse.sparsify import METHODS",
+        "@dataclass(kw_only=True, eq=False, repr=False)", "class Mine(SET):", "    family = 'dynamic'", "METHODS['mine'] = Mine",
+        f"base = Config(runs_dir={str(tmp_path)!r}, model='mlp', objective='natural', sparsity=0.9, epochs=1, train_samples=200, test_samples=40)",
+        "for seeds in ([0, 1], [2]):", "    for run in train_rows(base, {'mine': {'method': 'mine'}}, seeds)['mine']:",
+        "        print(run.name, run.summary['sparsity'])"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("-")[0] for line in done.stdout.splitlines()] == ["mine"] * 3
+
+
 def test_a_row_that_fails_side_by_side_says_why(tmp_path):
     base = Config(model="mlp", model_options={"widths": [16]}, objective="natural", eps=0.0, epochs=2, runs_dir=str(tmp_path))
     with pytest.raises(TrainingStopped, match="has diverged .* Lower lr"):

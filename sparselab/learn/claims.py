@@ -29,6 +29,7 @@ from .config import Config
 from .experiments import train
 from .files import write_json
 from .runs import Run
+from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/44_claims.ipynb #240ce712
 LEVEL = 0.05  # how often two rows that are equal are called different
@@ -162,7 +163,8 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.4g} ± {stdev(values) if len(values) > 1 else math.nan:.2g}"
 
 # %% ../../nbs/learn/44_claims.ipynb #50a081d9
-def _quietly(work: Callable[[Config], object], config: Config) -> object:
+def _quietly(work: Callable[[Config], object], config: Config, added: Mapping[str, type]) -> object:
+    METHODS.update(added)
     with contextlib.redirect_stdout(io.StringIO()):
         return work(config)
 
@@ -170,15 +172,17 @@ def _quietly(work: Callable[[Config], object], config: Config) -> object:
 def side_by_side(work: Callable[[Config], object], configs: Sequence[Config]) -> list:
     """What `work` returns for each of `configs`, whose devices decide how; what it prints is not shown. Raises the first error.
 
-    On the CPU as many are worked on at a time as there are cores, each on one thread in a process of its own; on a GPU one after another.
+    On the CPU as many are worked on at a time as there are cores, each on one thread in a process of its own, which knows the methods that were
+    added to METHODS; on a GPU one after another.
     """
+    added = {name: kind for name, kind in METHODS.items() if not kind.__module__.startswith("sparselab.")}
     on_cpu = all(pick_device(config.device).type == "cpu" for config in configs)
     jobs = max(1, min(len(configs), joblib.cpu_count())) if on_cpu else 1
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if on_cpu else threads)  # of this process, where there is one job only
     try:
         with joblib.parallel_config("loky", inner_max_num_threads=1, max_nbytes=None):
-            return joblib.Parallel(jobs)(joblib.delayed(_quietly)(work, config) for config in configs)
+            return joblib.Parallel(jobs)(joblib.delayed(_quietly)(work, config, added) for config in configs)
     finally:
         torch.set_num_threads(threads)
         if jobs > 1:  # idle processes would keep a process that ends waiting for minutes

@@ -6,7 +6,8 @@
 __all__ = ['PROCEDURES', 'ALL_METHODS', 'family', 'dense_partner', 'put_aside', 'with_own', 'train', 'finished']
 
 # %% ../../nbs/learn/43_experiments.ipynb #89c46d6b
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from .runs import Run
 from .scratch import DSTEnsemble, ScratchB, ScratchE
 from .tickets import COLT, IMP
 from .training import complete
+from ..sparse.sparsifier import Sparsifier
 from ..sparse.sparsify import METHODS
 
 # %% ../../nbs/learn/43_experiments.ipynb #d6355bc5
@@ -39,13 +41,13 @@ PROCEDURES: dict[str, type[Procedure]] = {"imp": IMP, "colt": COLT, "jackpots": 
                                           "scratch_b": ScratchB, "dst_ensemble": DSTEnsemble, "nrs": CertifiedTickets,
                                           "hydra": PrunedByHYDRA, "deadwooding": RobustDeadwooding, "grafting": Grafting, "card": CARD,
                                           "hard_concrete": RobustTickets, "gap": GAP}
-ALL_METHODS = tuple(dict.fromkeys([*METHODS, *PROCEDURES]))
+ALL_METHODS: Mapping[str, type[Sparsifier] | type[Procedure]] = ChainMap(PROCEDURES, METHODS)  # those added later are in it, too
 
 
 def family(method: str) -> str:
     """Which of METHOD_FAMILIES the method or procedure called `method` belongs to. Raises ValueError for an unknown one."""
     check_known("method", method, ALL_METHODS)
-    return (PROCEDURES.get(method) or METHODS[method]).family
+    return ALL_METHODS[method].family
 
 
 def dense_partner(config: Config) -> Config:

@@ -14,10 +14,10 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
 
-def lazy(package: str, home: Mapping[str, str], also: tuple[str, ...] = ()) -> tuple[Callable, Callable]:
+def lazy(package: str, home: Mapping[str, str], also: tuple[str, ...] = (), extra: str = "") -> tuple[Callable, Callable]:
     """`__getattr__` and `__dir__` of `package`, whose public names are the keys of `home`: name -> module that defines it.
 
-    `also` are subpackages that are imported when they are first named.
+    `also` are subpackages that are imported when they are first named; `extra` brings the packages that the modules need.
     """
     module = sys.modules[package]
     module._also = also
@@ -27,7 +27,13 @@ def lazy(package: str, home: Mapping[str, str], also: tuple[str, ...] = ()) -> t
         if name in also:
             return import_module(f"{package}.{name}")
         if name in home:
-            value = getattr(import_module(f"{package}.{home[name]}"), name)
+            try:
+                value = getattr(import_module(f"{package}.{home[name]}"), name)
+            except ModuleNotFoundError as error:
+                if not extra or (error.name or "").startswith("sparselab"):
+                    raise
+                raise ModuleNotFoundError(f"{package}.{name} needs {error.name}, which is not installed: pip install 'sparselab[{extra}]'",
+                                          name=error.name) from error
             setattr(module, name, value)
             return value
         if name.startswith("__"):

@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.sparse import csr_matrix
 from test_loops import library
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 import sparselab
 from sparselab import sparsify
@@ -572,3 +572,38 @@ def test_numbers_of_any_kind_are_read(tmp_path):
     assert samples.as_raw((torch.from_numpy(x).bfloat16(), y)).train[0].dtype == np.float32
     with pytest.raises(ValueError, match="^classes has the name 'a' twice"):
         own_data((x, y), classes=["a", "a"], folder=tmp_path)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(*(torch.from_numpy(part) for part in points()), strict=True))
+
+
+class Halves:
+    """A batch sampler of one's own: the first half of the samples, or the second."""
+
+    def __init__(self, first: int):
+        self.first = first
+
+    def __iter__(self):
+        return iter([list(range(self.first, self.first + 20)), list(range(self.first + 20, self.first + 30))])
+
+
+@pytest.mark.parametrize("halves", [
+    lambda data: [DataLoader(data, batch_sampler=Halves(first)) for first in (0, 30)],
+    lambda data: [DataLoader(data, batch_sampler=BatchSampler(SubsetRandomSampler(range(first, first + 30)), 7, False)) for first in (0, 30)]])
+def test_a_batch_sampler_chooses_the_samples(halves):
+    """The whole dataset was read of both, and every test sample was trained on."""
+    x, y = points()
+    raw = samples.as_raw(tuple(halves(TensorDataset(torch.from_numpy(x), torch.from_numpy(y)))))
+    plain = samples.as_raw(((x[:30], y[:30]), (x[30:], y[30:])))
+    assert all(np.array_equal(one, other) for one, other in zip((*raw.train, *raw.test), (*plain.train, *plain.test), strict=True))
+
+
+def test_no_loader_gives_a_sample_twice():
+    x, y = points()
+    data = TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
+    with pytest.raises(ValueError, match="^The sampler of the data set, a WeightedRandomSampler, draws at random or gives a sample twice"):
+        samples.as_raw(DataLoader(data, 7, sampler=WeightedRandomSampler([1.0] * 60, 60)))
+    for loader in (DataLoader(Stream(), 7, num_workers=2), DataLoader(data, batch_size=None)):
+        assert np.array_equal(samples.as_raw(loader).train[0], samples.as_raw((x, y)).train[0])

@@ -2,7 +2,10 @@
 import csv
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +22,7 @@ from sparselab.notebooks import at_root
 from sparselab.view import Explorer
 from sparselab.view.explorer.mask_block import table_of
 
+ROOT = Path(__file__).parents[1]
 SMALL = dict(model="mlp", model_options={"widths": [24, 20]}, method="rigl", sparsity=0.8, eps=0.02, test_samples=40,
              method_options={"update_every": 4, "drop_fraction": 0.3}, device="cpu")
 
@@ -369,3 +373,26 @@ def test_paths_count_from_the_root_of_the_repository(monkeypatch):
     assert at_root() == Path.cwd() == root
     for name in ("train", "explore", "compare", "index"):
         assert "at_root()" in (root / "nbs" / f"{name}.ipynb").read_text()
+
+
+def in_a_process(folder: Path, code: str, **files: str) -> str:
+    """What a new process prints of `code`, with these packages found before all others."""
+    for name, source in files.items():
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(source)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))})
+    return done.stdout + done.stderr
+
+
+def test_panels_are_drawn_while_pandas_is_being_imported(tmp_path):
+    """plotly takes pandas from where it lies, half imported or not, and the thread that draws when the timeline rests ended with an exception."""
+    code = "from sparselab.view import Explorer\nExplorer('nbs/example/sparsevlr')\nimport pandas, time\ntime.sleep(2)\nprint('end')"
+    told = in_a_process(tmp_path, code, pandas="import time\ntime.sleep(1.5)\nclass Series: pass\nclass Index: pass\nclass DataFrame: pass")
+    assert told.endswith("end\n") and "Exception in thread" not in told, told
+
+
+@pytest.mark.parametrize("package", ["ipywidgets", "anywidget"])
+def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, package):
+    told = in_a_process(tmp_path, "from sparselab.view import Explorer", **{package: f"raise ModuleNotFoundError('none', name='{package}')"})
+    assert f"sparselab.view.Explorer needs {package}, which is not installed: pip install 'sparselab[lab]'" in told

@@ -126,7 +126,7 @@ def write_onnx(file: Path, model: nn.Module, x: Tensor) -> None:
     try:
         import_module("onnx")
     except ImportError as error:
-        raise ImportError(f"{file.name} is written with onnx: pip install 'sparselab[onnx]' ({error}).") from error
+        raise ImportError(f"{file.suffix} is written with onnx: pip install 'sparselab[onnx]' ({error}).") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(model, (x,), file, dynamo=False, opset_version=17, input_names=["x"], output_names=["logits"],

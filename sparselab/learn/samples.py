@@ -10,11 +10,12 @@ __all__ = ['is_array', 'as_inputs', 'as_labels', 'of_dataset', 'of_loader', 'rea
 import importlib.util
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, SubsetRandomSampler
 
 from ..checksums import digest
 from .data import Data, of_raw
@@ -128,18 +129,34 @@ def _check_repeats(dataset: Dataset, what: str) -> None:
                              "continued. Leave the random transforms out of the dataset.")
 
 
+def _chosen(loader: DataLoader, what: str) -> Sequence[int]:
+    """Indices of the samples that the samplers of `loader` give, each once. Raises ValueError for a sampler that draws some of them twice."""
+    batches, sampler = loader.batch_sampler, loader.sampler
+    if type(batches) is BatchSampler:
+        batches, sampler = None, batches.sampler
+    if batches is None and type(sampler) in (SequentialSampler, RandomSampler):
+        return range(len(loader.dataset))
+    if batches is None and type(sampler) is SubsetRandomSampler:
+        return sorted(sampler.indices)
+    drawn, again = ([int(i) for i in (sampler if batches is None else chain.from_iterable(batches))] for _ in range(2))
+    if len(set(drawn)) < len(drawn) or sorted(drawn) != sorted(again):
+        kind = type(sampler if batches is None else batches).__name__
+        raise ValueError(f"The sampler of {what}, a {kind}, draws at random or gives a sample twice, and one of two could be in the training set and "
+                         "the other in the test set. Give the dataset, or a Subset of it, without the sampler.")
+    return drawn if drawn == again else sorted(drawn)
+
+
 def of_loader(loader: DataLoader, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels of all batches, in the order of the dataset where the loader has the usual sampler."""
-    dataset, sampler = loader.dataset, loader.sampler
-    if not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
+    """Inputs and labels of the samples that the loader gives, each once, in the order of the dataset where the loader's is random."""
+    dataset, collate = loader.dataset, loader.collate_fn
+    if isinstance(dataset, IterableDataset):  # each worker would give all of it
+        loader = DataLoader(dataset, loader.batch_size, collate_fn=collate)
+    elif hasattr(dataset, "__len__"):
         _check_repeats(dataset, what)
-        if type(sampler) in (SequentialSampler, RandomSampler, SubsetRandomSampler):
-            index = sorted(sampler.indices) if isinstance(sampler, SubsetRandomSampler) else range(len(dataset))
-            plain = loader.collate_fn is torch.utils.data.default_collate
-            if plain:
-                return of_dataset(dataset, index, what)
-            chosen = torch.utils.data.Subset(dataset, list(index))
-            loader = DataLoader(chosen, loader.batch_size or 256, collate_fn=loader.collate_fn)
+        index = _chosen(loader, what)
+        if collate in (torch.utils.data.default_collate, torch.utils.data.default_convert):
+            return of_dataset(dataset, index, what)
+        loader = DataLoader(torch.utils.data.Subset(dataset, list(index)), loader.batch_size or 256, collate_fn=collate)
     batches = [_pair(batch, f"A batch of {what}") for batch in loader]
     if not batches:
         raise ValueError(f"There is no batch in {what}.")

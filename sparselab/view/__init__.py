@@ -89,7 +89,7 @@ __all__ = [
     "trade_off",
     "updates_panel",
 ]
-__getattr__, __dir__ = lazy(__name__, _HOME)
+__getattr__, __dir__ = lazy(__name__, _HOME, extra="lab")
 
 if TYPE_CHECKING:
     from .explorer.browser import RunBrowser, RunPicker

@@ -8,6 +8,8 @@ __all__ = ['ABREAST', 'TIMED', 'OPTIONS', 'CALM', 'RARELY', 'opened', 'Side', 'm
 
 # %% ../../../nbs/view/explorer/22_explorer.ipynb #66b36b78
 import html
+import importlib
+import sys
 import threading
 import time
 from bisect import bisect_left, bisect_right
@@ -280,6 +282,8 @@ class Explorer(widgets.VBox):
 
     def _settle(self) -> None:
         """When the timeline has come to rest: draw what takes longer, block by block, as long as it rests."""
+        if "pandas" in sys.modules:  # plotly takes it from there, and another thread may be importing it: this waits for that one
+            importlib.import_module("pandas")
         step = self.step
         for block in dict.fromkeys(block for side in self.sides for block in side.blocks):
             with self._lock:

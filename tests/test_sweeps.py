@@ -62,7 +62,15 @@ def trained(runs: Path) -> Counter:
     ({}, {"sparsity": [0.9, 99]}, "sparsity is a share from 0 up to but not including 1; got 99"),
     ({}, {"seed": []}, "seed has no values"),
     ({}, {"seed": "4..0"}, "seed has no values"),
-    ({}, [{"seed": 0}, 3], "or a list of them; got 3")])
+    ({}, [{"seed": 0}, 3], "or a list of them; got 3"),
+    ({}, {"method": ["rigl", "rigel"]}, "There is no method called 'rigel'. Did you mean 'rigl'?"),
+    ({}, {"method": "rigl", "method_options.update_evry": [5, 10]}, "There is no option of method rigl called 'update_evry'"),
+    ({}, {"method": "imp", "method_options.ruonds": [5, 10]}, "There is no option of method imp called 'ruonds'"),
+    ({"model": "cnn44"}, {"seed": 0}, "There is no model called 'cnn44'"),
+    ({}, {"objective": ["ibp", "ipb"]}, "There is no objective called 'ipb'. Did you mean 'ibp'?"),
+    ({}, {"objective_options.kapa": [0.5]}, "'kapa'"),
+    ({}, {"optimizer": "adm"}, "There is no optimizer called 'adm'. Did you mean 'adam'?"),
+    ({}, {"schedule": "cosin"}, "There is no schedule of the learning rate called 'cosin'")])
 def test_a_grid_that_cannot_be_is_refused_at_once(tmp_path, base, grid, sentence):
     with pytest.raises(ValueError) as refused:
         sweep({"runs_dir": str(tmp_path / "runs"), **base}, grid)
@@ -115,8 +123,8 @@ def test_without_a_grid_the_base_is_the_only_point():
 
 
 def test_options_are_axes_too_and_keep_the_others():
-    points = expand(Config(method="rigl", method_options={"update_every": 7}), {"method_options.zeta": [0.1, 0.5]}, with_dense=False)
-    assert [point.config.method_options for point in points] == [{"update_every": 7, "zeta": 0.1}, {"update_every": 7, "zeta": 0.5}]
+    points = expand(Config(method="rigl", method_options={"update_every": 7}), {"method_options.drop_fraction": [0.1, 0.5]}, with_dense=False)
+    assert [point.config.method_options for point in points] == [{"update_every": 7, "drop_fraction": 0.1}, {"update_every": 7, "drop_fraction": 0.5}]
 
 
 def test_partners_come_first_and_only_once_each():

@@ -25,6 +25,7 @@ from sparselab.sparse.compaction import compact
 from sparselab.sparse.masks import prunable
 from sparselab.sparse.sparsify import METHODS, method_options
 
+pytestmark = pytest.mark.usefixtures("few_radii")
 SMALL = dict(model="mlp", model_options={"widths": [24, 24]}, epochs=4, eps=0.02, test_samples=60, device="cpu",
              method_options={"update_every": 3})
 

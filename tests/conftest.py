@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-# The files that take longest, of few tests each: they begin first, so that no core is left with one of them at the end.
-LONG = ("test_browser", "test_train_notebook", "test_train", "test_sparse", "test_screen", "test_page", "test_claims", "test_complete",
-        "test_unrolled", "test_crashes", "test_engines", "test_compare", "test_view", "test_tickets_and_gap", "test_packaging", "test_soundness")
+# The files that take longest, the longest first: they begin first, so that no core is left with one of them at the end.
+LONG = ("test_browser", "test_train", "test_sparse", "test_train_notebook", "test_complete", "test_robust_methods", "test_view", "test_compare",
+        "test_engines", "test_tickets_and_gap", "test_certificates", "test_packaging", "test_own", "test_screen", "test_unrolled", "test_workbench",
+        "test_fuzz", "test_compact", "test_claims", "test_crashes", "test_soundness", "test_sweeps", "test_page", "test_certify_again")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from sparselab.learn.assembly import in_turn
 from sparselab.learn.data import epoch_generator
 from sparselab.learn.decks import AUGMENTATIONS, Deck, SpectralGate, card_names, spectra
 
-pytestmark = pytest.mark.usefixtures("few_radii")
 SMALL = {"model": "mlp", "model_options": {"widths": [30]}, "method": "card", "sparsity": 0.8, "epochs": 1, "eps": 0.0, "objective": "natural",
          "init": "kaiming", "train_samples": 300, "test_samples": 50}
 

@@ -15,8 +15,6 @@ from sparselab.sparse.masks import prunable
 from sparselab.sparse.paths import effective
 from sparselab.sparse.sparsify import sparsify
 
-pytestmark = pytest.mark.usefixtures("few_radii")
-
 
 class Model(nn.Module):
     """Modules and parameters by name, and a function of them and the input."""

@@ -18,8 +18,6 @@ from sparselab.robust.neurons import stability
 from sparselab.robust.verification import verify
 from sparselab.sparse.sparsify import sparsify
 
-pytestmark = pytest.mark.usefixtures("few_radii")
-
 
 class Net(nn.Module):
     """Linear, something of the test's, Linear."""

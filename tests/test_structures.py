@@ -9,7 +9,6 @@ from sparselab import sparsify
 from sparselab.sparse.gibbs import ANNEALED, COUPLING, draw_filters, draw_kernels, kernel_law
 from sparselab.sparse.pruning import group_energy, group_size, largest_groups
 
-pytestmark = pytest.mark.usefixtures("few_radii")
 STATES = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=9)), dtype=torch.double)
 
 

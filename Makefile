@@ -61,7 +61,9 @@ train: $(STAMP) ## train a 99 % sparse network under a verified loss on scikit-l
 		for summary in $${found:-$$(ls -t runs/*/summary.json 2>/dev/null | head -n 1)}; do echo "run folder:        $$(dirname "$$summary")"; done
 
 # Figures of library notebooks are drawn by matplotlib: a browser for each notebook takes longer than the rest of it, and tests/ has those with one.
+# Bytecode is written also where that is switched off, as in containers: every process would compile the library, every worker rewrite the tests.
 test: export OMP_NUM_THREADS := 1
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(STAMP) ## all tests but those of `make bare` and `make slow`: library in sync, notebooks clean, ruff, every library notebook, pytest
 	@$(BIN)/python tests/gates.py
 	@$(BIN)/python -m ruff check --output-format concise

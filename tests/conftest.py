@@ -2,17 +2,28 @@
 import os
 import random
 import shutil
+from functools import cache, partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once instead of waiting for a network
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 
-# The files that take longest, of few tests each: they begin first, so that no core is left with one of them at the end.
-LONG = ("test_browser", "test_train_notebook", "test_train", "test_sparse", "test_screen", "test_page", "test_claims", "test_complete",
-        "test_unrolled", "test_crashes", "test_engines", "test_compare", "test_view", "test_tickets_and_gap", "test_packaging", "test_soundness")
+# The files that take longest, the longest first: they begin first, so that no core is left with one of them at the end.
+LONG = ("test_browser", "test_train", "test_sparse", "test_train_notebook", "test_complete", "test_robust_methods", "test_view", "test_compare",
+        "test_engines", "test_tickets_and_gap", "test_certificates", "test_packaging", "test_own", "test_screen", "test_unrolled", "test_workbench",
+        "test_fuzz", "test_compact", "test_claims", "test_crashes", "test_soundness", "test_sweeps", "test_page", "test_certify_again")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def digits_read_once():
+    """scikit-learn reads its digits from text, which is a sixth of the shortest trainings here; whoever loads them copies them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sklearn.datasets, "load_digits", cache(sklearn.datasets.load_digits))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +42,16 @@ def reproducible():
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def few_radii():
+    """Runs record their margins at 3 radii. Those at 21 are two thirds of what a tiny training costs, and are looked at by other tests."""
+    from sparselab.learn import margins, training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "margins_of", partial(margins.margins_of, radii=3))
+        yield
 
 
 def pytest_collection_modifyitems(items):

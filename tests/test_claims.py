@@ -10,6 +10,7 @@ import nbformat
 import papermill
 import pytest
 import torch
+from executing import executed
 
 from sparselab.learn.claims import Claim, accuracies, collapsed, train_rows
 from sparselab.learn.config import Config
@@ -86,9 +87,9 @@ def test_a_notebook_takes_the_parameters_of_all(path):
     assert found["seeds"]["inferred_type_name"] == "list", "declared, so that a text is read as a list"
 
 
-def execute(path: Path, folder: Path, **parameters) -> None:
-    papermill.execute_notebook(str(path), str(folder / path.name), progress_bar=False, cwd=folder, parameters=
-                               {"runs_dir": str(folder / "runs"), "records": str(folder / "records"), "device": "cpu", **parameters})
+def places(folder: Path) -> dict[str, str]:
+    """Parameters of a notebook that writes to `folder` alone."""
+    return {"runs_dir": str(folder / "runs"), "records": str(folder / "records"), "device": "cpu"}
 
 
 def check_one_seed(folder: Path, paper: str) -> None:
@@ -97,8 +98,8 @@ def check_one_seed(folder: Path, paper: str) -> None:
 
 
 def test_a_notebook_writes_its_record(tmp_path, monkeypatch):
-    monkeypatch.setenv("BROWSER_PATH", "none")  # matplotlib draws the pictures: browsers for them took longer than the trainings
-    execute(ROOT / "nbs" / "papers" / "gibbs.ipynb", tmp_path, seeds="[10]")  # as papermill's -p hands it over
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # processes for rows side by side take longer to start than these rows to train
+    executed(ROOT / "nbs" / "papers" / "gibbs.ipynb", tmp_path, **places(tmp_path), seeds="[10]")  # as papermill's -p hands it over
     check_one_seed(tmp_path, "gibbs")
     assert all(Claim.load(record).seeds == [10] for record in (tmp_path / "records").glob("*.json"))
 
@@ -107,7 +108,7 @@ def test_a_notebook_writes_its_record(tmp_path, monkeypatch):
 @every_paper
 def test_a_notebook_runs_at_small_scale(path, tmp_path):
     try:
-        execute(path, tmp_path, seeds=[0])
+        papermill.execute_notebook(str(path), str(tmp_path / path.name), places(tmp_path) | {"seeds": [0]}, progress_bar=False, cwd=tmp_path)
     except papermill.PapermillExecutionError as error:
         if "was not found on this machine" in error.evalue:
             pytest.skip(error.evalue)

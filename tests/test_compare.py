@@ -17,6 +17,7 @@ import pandas as pd
 import papermill
 import pytest
 import torch
+from executing import executed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -379,13 +380,9 @@ def test_a_browser_of_an_empty_folder_says_so(tmp_path):
     assert len(browser.chosen) == 0 and "no run here" in browser.note.value and "nothing to draw" in browser.block.problem.value
 
 
-def executed(cwd: Path, *parameters: str) -> tuple[str, list[dict]]:
-    """(all text, all figures) of compare.ipynb run by papermill in `cwd`."""
-    command = [sys.executable, "-m", "papermill", str(COMPARE), "out.ipynb", "--no-progress-bar", *parameters]
-    plain = os.environ | {"BROWSER_PATH": "none"}  # matplotlib draws the pictures: a browser costs seconds
-    done = subprocess.run(command, cwd=cwd, env=plain, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    outputs = [output for cell in nbformat.read(cwd / "out.ipynb", 4).cells for output in cell.get("outputs", [])]
+def shown(notebook: nbformat.NotebookNode) -> tuple[str, list[dict]]:
+    """(all text, all figures) of an executed notebook."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
     figures = [output["data"]["application/vnd.plotly.v1+json"] for output in outputs
                if "application/vnd.plotly.v1+json" in output.get("data", {})]
@@ -394,13 +391,17 @@ def executed(cwd: Path, *parameters: str) -> tuple[str, list[dict]]:
 
 def test_the_notebook_shows_the_example_runs_by_itself(tmp_path):
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
-    text, figures = executed(tmp_path)
+    text, figures = shown(executed(COMPARE, tmp_path))
     assert len(figures) == 8 and "Every run has finished (2)." in text and "sparsevlr" in text
 
 
 def test_the_notebook_compares_a_folder_of_runs_and_writes_it(tmp_path, folder):
-    text, figures = executed(tmp_path, "-p", "runs_dir", str(folder), "-p", "sort", "-verified", "-p", "csv", "table/runs.csv",
-                             "-y", "{where: {model: [mlp, cnn4], method: [rigl, static, dense]}}")
+    command = [sys.executable, "-m", "papermill", str(COMPARE), "out.ipynb", "--no-progress-bar", "-p", "runs_dir", str(folder), "-p", "sort",
+               "-verified", "-p", "csv", "table/runs.csv", "-y", "{where: {model: [mlp, cnn4], method: [rigl, static, dense]}}"]
+    plain = os.environ | {"BROWSER_PATH": "none"}  # matplotlib draws the pictures: a browser costs seconds
+    done = subprocess.run(command, cwd=tmp_path, env=plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text, figures = shown(nbformat.read(tmp_path / "out.ipynb", 4))
     assert len(figures) == 8 and "1 of 8 runs is in no figure: killed" in text and "8 rows are in table/runs.csv." in text
     lines = list(csv.DictReader((tmp_path / "table" / "runs.csv").read_text().splitlines()))
     verified = [float(line["verified"]) for line in lines if line["verified"]]
@@ -410,7 +411,7 @@ def test_the_notebook_compares_a_folder_of_runs_and_writes_it(tmp_path, folder):
 
 def test_the_notebook_says_that_a_folder_is_empty(tmp_path):
     (tmp_path / "runs").mkdir()
-    text, figures = executed(tmp_path, "-p", "runs_dir", "runs")
+    text, figures = shown(executed(COMPARE, tmp_path, runs_dir="runs"))
     assert figures == [] and "There is no run here." in text and "nothing to draw" in text
 
 

@@ -25,6 +25,7 @@ from sparselab.sparse.compaction import compact
 from sparselab.sparse.masks import prunable
 from sparselab.sparse.sparsify import METHODS, method_options
 
+pytestmark = pytest.mark.usefixtures("few_radii")
 SMALL = dict(model="mlp", model_options={"widths": [24, 24]}, epochs=4, eps=0.02, test_samples=60, device="cpu",
              method_options={"update_every": 3})
 
@@ -281,7 +282,8 @@ def test_every_objective_trains_a_batchnorm_network_sparse(config, objective):
 def test_every_method_trains_a_convolutional_network_under_any_loss(config, method, objective):
     small = dict(model="cnn5_bn", model_options={"width": 2}, objective=objective, test_samples=1, batch_size=40, train_samples=200, epochs=1)
     options = tiny(method) | {"sparsity": 0.6 if method in ("colt", "gap") else 0.8}
-    options |= {"method_options": {"rate": 0.5}} if method == "imp" else {}  # one epoch leaves nothing to rewind to
+    options |= {"imp": {"method_options": {"rate": 0.5}},  # one epoch leaves nothing to rewind to
+                "colt": {"method_options": {"rate": 0.7}}}.get(method, {})  # three rounds of two parts
     run = train(replace(config, **options | small), callbacks=[])
     flops, total, kept = run.summary["flops"], run.summary["total"], round((1 - options["sparsity"]) * run.summary["total"])
     if method == "slimming":

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from executing import executed as executed_here
 
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import ALL_METHODS, dense_partner
@@ -39,7 +40,7 @@ def run_papermill(folder: Path, *parameters: str, notebook: Path = TRAIN) -> sub
 def executed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("papermill")
     done = run_papermill(folder, "-p", "sparsity", "0.95", "-p", "epochs", "6", "-p", "eps", "8/255", "-p", "test_samples", "20",
-                         "-y", "{method_options: {update_every: 6}}")
+                         "--inject-paths", "-y", "{method_options: {update_every: 6}}")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -113,8 +114,7 @@ def test_the_dense_partner_that_another_process_trains_is_waited_for(tmp_path):
 
 
 def test_without_the_dense_network_none_is_trained(tmp_path):
-    done = run_papermill(tmp_path, *QUICK, "-p", "with_dense", "false", "--inject-paths")
-    assert done.returncode == 0, done.stderr[-3000:]
+    executed_here(TRAIN, tmp_path, epochs=2, objective="natural", model="mlp", test_samples=10, sparsity=0.5, with_dense="false", runs_dir="runs")
     assert [run.config.method for run in runs_in(tmp_path / "runs")] == ["sparsevlr"]
 
 

@@ -3,12 +3,13 @@ import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from engine import Parts, machine, numba_or_not
 from fuzzing import build as random_network
-from torch import nn
+from torch import Tensor, nn
 
 from sparselab.learn import Config, build, evaluate
 from sparselab.learn.assembly import make_learner
@@ -57,23 +58,32 @@ def check(ours, theirs, exact) -> None:
         assert torch.allclose(end.double(), truth, rtol=0, atol=float(room)), float((end - truth).abs().max() / room)
 
 
+@cache
+def dense_bounds(name: str) -> tuple[nn.Module, Tensor, list[tuple]]:
+    """A model, images, and the dense engine's bounds, which need no numba, in both precisions: (box, method, C, float32, float64)."""
+    model, found = sparse_model(name), []
+    reference = copy.deepcopy(model).double()
+    x, y = torch.rand(5, *MODELS[name]), torch.randint(0, 10, (5,))
+    for method in METHODS:
+        for eps in (0.0, 0.03, 0.2):
+            for C in (margin_matrix(y, 10), None, torch.randn(5, 4, 10)):
+                box = input_box(x, eps)
+                with torch.no_grad():
+                    theirs = bounds(model, *box, method, C)
+                    exact = bounds(reference, *(end.double() for end in box), method, None if C is None else C.double())
+                found.append((box, method, C, theirs, exact))
+    return model, x, found
+
+
 @numba_or_not
 @pytest.mark.parametrize("name", MODELS)
 def test_bounds_are_those_of_the_dense_engine(name, numba):
-    model = sparse_model(name)
-    reference = copy.deepcopy(model).double()
-    x, y = torch.rand(5, *MODELS[name]), torch.randint(0, 10, (5,))
+    model, x, found = dense_bounds(name)
     with machine(numba):
         net = Unrolled(model, x[:2])
         assert torch.allclose(net(x), model(x), atol=1e-4)
-        for method in METHODS:
-            for eps in (0.0, 0.03, 0.2):
-                for C in (margin_matrix(y, 10), None, torch.randn(5, 4, 10)):
-                    ours = net.bounds(*input_box(x, eps), method, C)
-                    with torch.no_grad():
-                        theirs = bounds(model, *input_box(x, eps), method, C)
-                        exact = bounds(reference, *(end.double() for end in input_box(x, eps)), method, None if C is None else C.double())
-                    check(ours, theirs, exact)
+        for box, method, C, theirs, exact in found:
+            check(net.bounds(*box, method, C), theirs, exact)
 
 
 @numba_or_not

@@ -31,7 +31,7 @@ OPTIONS = {"hard_concrete": {"retrain_epochs": 1}, "gap": {"pretrain_epochs": 1,
 
 @pytest.mark.parametrize("log_alpha", [-3.0, -1.6, 0.0, 0.7, 2.5])
 def test_a_gate_is_open_and_whole_as_often_as_the_formulas_say(log_alpha):
-    n = 200_000
+    n = 10**6
     m = hard_concrete(torch.full((n,), log_alpha, dtype=torch.float64), torch.rand(n, dtype=torch.float64))
     whole = 1 / (1 + math.exp(BETA * math.log(11) - log_alpha))  # s > 11/12
     for share, p in (((m != 0), float(open_probability(torch.tensor(log_alpha)))), ((m == 1), whole)):

@@ -115,7 +115,8 @@ class _Cascade:
     """The stages, over the samples of one batch; `run` yields each verdict when it is known."""
 
     def __init__(
-        self, model: nn.Module, x: Tensor, y: Tensor, eps: float, budget: float, methods: Sequence[str], engine: str | Engine, batch_size: int
+        self, model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, budget: float, methods: Sequence[str], engine: str | Engine,
+        batch_size: int
     ):
         self.model, self.x, self.y, self.eps, self.budget = model, x, y, eps, budget
         self.methods, self.engine, self.batch_size = methods, engine, batch_size
@@ -398,7 +399,7 @@ def decide(
     model: nn.Module,
     x: Tensor,  # images (B, ...), pixels in [0, 1]
     y: Tensor,  # labels (B,)
-    eps: float,  # radius in pixel space
+    eps: float | Tensor,  # radius in pixel space, or one for each input, see `input_box`
     budget: float = 60.0,  # seconds for each sample
     methods: Sequence[str] = METHODS + LEARNED,  # the bounds before branch and bound
     engine: str | Engine = "native",
@@ -419,7 +420,7 @@ def decide(
     name = engine if isinstance(engine, str) else type(engine).__name__
     what = fingerprint(model, x) if record is not None and len(x) else ""
     header = {"format": "sparselab verdicts 1", "model": what, "images": digest(*_octets(x)), "labels": digest(*_octets(y)),
-              "eps": float(eps), "budget": float(budget), "methods": options[5], "engine": name}
+              "eps": digest(*_octets(eps)) if isinstance(eps, Tensor) else float(eps), "budget": float(budget), "methods": options[5], "engine": name}
     kept = _Record(record, header, x[:1][0]) if record is not None and len(x) else None
     verdicts: list[Verdict] = kept.verdicts if kept else []
     known = {verdict.index for verdict in verdicts}

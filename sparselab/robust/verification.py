@@ -249,8 +249,6 @@ def verify(
 
         if robust is not None:
             raise ValueError("robust= and budget= do not go together: with a budget the samples are attacked anyway.")
-        if isinstance(eps, Tensor):
-            raise ValueError(f"eps is a tensor of shape {tuple(eps.shape)}, and branch and bound takes one radius for all inputs: leave budget= out.")
         if sound:
             raise ValueError("sound=True and budget= do not go together: branch and bound proves in real arithmetic. Leave one of them out.")
         return decide(model, x, y, eps, budget, METHODS + LEARNED if methods is METHODS else order, engine, batch_size=batch_size)

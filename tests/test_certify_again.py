@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_certificates import digits, mlp, trained
 from test_complete import network, right
 from torch import nn
 
 import sparselab
-from sparselab.learn import Run, examples, load
+from sparselab.learn import Run, examples, load, to_float
 from sparselab.robust import certificates as module
 from sparselab.robust import certify, decide
 from sparselab.robust.certificates import Sample, exported
@@ -280,6 +281,10 @@ def test_of_a_run_nothing_needs_to_be_said_again(tmp_path):
     manifest = json.loads((certificate.folder / "manifest.json").read_text())
     assert manifest["eps"] == run.config.eps and manifest["name"] == "rigl" and recheck(certificate.folder)["samples"] == 5
     text = (certificate.folder / "report.html").read_text()
+    test = run.data().test
+    drawn = [int(row["index"]) for row in certificate.rows]
+    assert "5 test images of digits, drawn at random from 359" in text and drawn == sorted(set(drawn)) and len(set(test.labels[drawn].tolist())) > 2
+    assert torch.equal(load_file(certificate.folder / "samples.safetensors")["images"], to_float(test.images[drawn]))
     assert "<h3>Corruptions</h3>" in text and text.index("Corruptions") > text.index('class="outside"')
     with pytest.warns(UserWarning, match="never trained with eps 0.5"):
         other = sparselab.certify(str(examples() / "rigl"), eps=0.5, folder=tmp_path / "other", count=3, radii=(), corruptions=False)

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_certificates import digits, mlp, trained
 from test_complete import network, right
 from torch import nn
 
 import sparselab
-from sparselab.learn import Run, examples, load
+from sparselab.learn import Run, examples, load, to_float
 from sparselab.robust import certificates as module
 from sparselab.robust import certify, decide
 from sparselab.robust.certificates import Sample, exported
@@ -143,6 +144,7 @@ def test_a_damaged_list_of_inputs_is_refused(tmp_path, monkeypatch):
     (lambda p, n, x, y: certify(n, x[:0], y[:0], 0.1, p / "c"), ValueError, "at least one"),
     (lambda p, n, x, y: certify(n, x, y, -0.1, p / "c"), ValueError, "eps"),
     (lambda p, n, x, y: certify(n, x, y, float("nan"), p / "c"), ValueError, "eps"),
+    (lambda p, n, x, y: certify(n, x, y, torch.full((1, 8, 8), 0.1), p / "c"), ValueError, "one radius for all inputs"),
     (lambda p, n, x, y: certify(n, x * 2, y, 0.1, p / "c"), ValueError, "0, 1"),
     (lambda p, n, x, y: certify(n, x, y, 0.1, p / "c", budget=0), ValueError, "a search takes time"),
     (lambda p, n, x, y: certify(n, x, y, 0.1, p / "c", budget=-1.0), ValueError, "a search takes time"),
@@ -279,6 +281,10 @@ def test_of_a_run_nothing_needs_to_be_said_again(tmp_path):
     manifest = json.loads((certificate.folder / "manifest.json").read_text())
     assert manifest["eps"] == run.config.eps and manifest["name"] == "rigl" and recheck(certificate.folder)["samples"] == 5
     text = (certificate.folder / "report.html").read_text()
+    test = run.data().test
+    drawn = [int(row["index"]) for row in certificate.rows]
+    assert "5 test images of digits, drawn at random from 359" in text and drawn == sorted(set(drawn)) and len(set(test.labels[drawn].tolist())) > 2
+    assert torch.equal(load_file(certificate.folder / "samples.safetensors")["images"], to_float(test.images[drawn]))
     assert "<h3>Corruptions</h3>" in text and text.index("Corruptions") > text.index('class="outside"')
     with pytest.warns(UserWarning, match="never trained with eps 0.5"):
         other = sparselab.certify(str(examples() / "rigl"), eps=0.5, folder=tmp_path / "other", count=3, radii=(), corruptions=False)

@@ -151,6 +151,23 @@ def test_is_what_all_patterns_say():
     assert {"verified", "falsified"} == set(verdicts)
 
 
+def test_every_input_may_have_a_radius_of_its_own(tmp_path):
+    """What all patterns say of boxes of three widths, one of them none; a record is about these radii."""
+    eps, verdicts = torch.tensor([0.3, 0.1, 0.0]), []
+    for seed in range(6):
+        net = network(seed, inputs=3, width=6, depth=1)
+        x, y = right(net, 3, 3)
+        lower, upper = input_box(x, eps)
+        found = decide(net, x, y, eps, budget=20, record=tmp_path / str(seed))
+        agree(found, [least_by_patterns(net, lower[i], upper[i], int(y[i])) for i in range(3)], [True] * 3)
+        assert verify(net, x, y, eps, budget=20).verdicts == found.verdicts
+        verdicts += found.verdicts
+    assert {"verified", "falsified"} <= set(verdicts)
+    assert decide(net, x, y, eps, budget=20, record=tmp_path / "5").verdicts == found.verdicts
+    with pytest.raises(ValueError, match="its eps is"):
+        decide(net, x, y, eps.flip(0), budget=20, record=tmp_path / "5")
+
+
 def test_branch_and_bound_alone_finds_the_truth(monkeypatch):
     """Without attack and bounds before it, the search itself decides, in both directions."""
     monkeypatch.setattr(module._Cascade, "_pgd", lambda self, rows: {})
@@ -210,24 +227,6 @@ def broken_points(count: int) -> int:
         if seen >= count:
             return seen
     raise AssertionError("unreachable")
-
-
-def test_a_radius_for_each_input_is_its_box(tmp_path):
-    """As MILP says; an input of radius 0 rests, equal radii are the number, and other radii have a record of their own."""
-    verdicts = []
-    for seed in range(6):
-        net = network(seed, width=8, depth=2)
-        x, y = right(net, 4)
-        radii = 0.3 * torch.rand(x.shape[1:])
-        radii[seed % len(radii)] = 0
-        (lower, upper), found = input_box(x, radii), decide(net, x, y, radii, 20, record=tmp_path / f"{seed}.jsonl")
-        agree(found, [least_by_milp(net, lower[i], upper[i], int(y[i])) for i in range(4)], [True] * 4)
-        verdicts += found.verdicts
-    assert {"verified", "falsified"} == set(verdicts)
-    assert verify(net, x, y, radii, budget=20).verified.equal(found.verified)
-    assert decide(net, x, y, torch.full_like(radii, 0.1), 20).verdicts == decide(net, x, y, 0.1, 20).verdicts
-    with pytest.raises(ValueError, match="eps"):
-        decide(net, x, y, radii.flip(0), 20, record=tmp_path / f"{seed}.jsonl")
 
 
 def test_what_an_attack_breaks_is_never_verified():

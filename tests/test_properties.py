@@ -471,6 +471,25 @@ def test_a_row_is_kept_for_the_files_it_is_about(benchmark):
     assert len(rows) == 4
 
 
+def test_a_verdict_is_about_the_weights_beside_the_network_too(benchmark):
+    import onnx
+
+    folder = benchmark.parent
+    network = onnx.load_model_from_string(gzip.decompress((folder / "onnx/net.onnx.gz").read_bytes()))
+    benchmark.write_text("onnx/net.onnx,0.001.vnnlib,600\n")
+    files = []
+    for word in ("unsat", "sat"):  # the second time the logits are turned round, in the file of the weights alone
+        onnx.save_model(network, folder / "onnx/net.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+        files.append([(folder / "onnx" / name).read_bytes() for name in ("net.onnx", "weights.bin")])
+        assert decide_instances(benchmark, benchmark.with_name("table.csv")) == {word: 1}
+        onnx.load_external_data_for_model(network, str(folder / "onnx"))
+        for tensor in network.graph.initializer:
+            if 3 in tensor.dims and tensor.data_type == onnx.TensorProto.FLOAT:
+                tensor.raw_data = (-np.frombuffer(tensor.raw_data, np.float32)).tobytes()
+        (folder / "onnx/weights.bin").unlink()
+    assert files[0][0] == files[1][0] and files[0][1] != files[1][1]
+
+
 def test_what_took_too_long_is_tried_again_with_more_time(benchmark):
     results = benchmark.with_name("table.csv")
     benchmark.write_text("onnx/net.onnx,0.001.vnnlib,600\n")

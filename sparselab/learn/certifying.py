@@ -36,11 +36,11 @@ def corruption_rows(model: nn.Module, split: Split) -> list[tuple]:
 # %% ../../nbs/learn/66_certifying.ipynb #16e505bb
 def certify(
     what: nn.Module | Run | str | os.PathLike,  # a model, or a finished run, or its folder
-    x: Tensor | Split | Data | None = None,  # images (B, ...), or a split; of a run it may be left out: the first test images
+    x: Tensor | Split | Data | None = None,  # images (B, ...), or a split; of a run it may be left out: the test images
     y: Tensor | None = None,  # labels (B,), where x are images
     eps: float | None = None,  # radius in pixel space; of a run it may be left out: that of its training
     folder: str | Path | None = None,  # of the certificate; of a run it may be left out: the run's with -certificate behind its name
-    count: int = 100,  # how many test images, where they are not given
+    count: int = 100,  # how many images are drawn of a split
     corruptions: bool = True,  # of a run: measure how the network bears common corruptions, for the report
     **options: Any,  # of robust.certify: budget, methods, name, data, ...
 ) -> Certificate:
@@ -53,8 +53,8 @@ def certify(
         for name, given in (("x", x), ("eps", eps), ("folder", folder)):
             if given is None:
                 raise ValueError(f"certify of a model needs {name}= (images, a radius and a folder); only a run knows its own.")
-        images, labels = tensors_of(x, y, count)
-        return certify_network(what, images, labels, eps, folder, **options)
+        images, labels, drawn = tensors_of(x, y, count)
+        return certify_network(what, images, labels, eps, folder, **drawn | options)
     if not isinstance(what, Run | str | os.PathLike):
         raise ValueError(f"certify takes a model, a run or the folder of one, not {type(what).__name__}.")
     run = what if isinstance(what, Run) else Run(what)
@@ -63,8 +63,9 @@ def certify(
     if data.test.scale is not None:
         raise ValueError(f"The numbers of an input of {data.name} have radii of their own, and a certificate is about one eps for all: "
                          "robust.verify(run.model(), x, y, data.test.radius(eps)) proves with each of them.")
-    images, labels = tensors_of(data.test if x is None else x, y, count)
-    about = options.pop("data", "") or (f"The first {counted(len(images), 'test image')} of {data.name}." if x is None else "")
+    images, labels, drawn = tensors_of(data.test if x is None else x, y, count)
+    of = f"{counted(len(images), 'test image')} of {data.name}, drawn at random from {len(data.test):,}."
+    about = options.pop("data", "") or (of if x is None else "")
     eps = trained if eps is None else eps
     if unlike := "natural" if run.config.objective == "natural" else "" if eps == trained else f"eps {trained:g}":
         sentence = f"{run.name} never trained with eps {eps:g}: its training was {'without a radius' if unlike == 'natural' else 'with ' + unlike}."
@@ -75,15 +76,19 @@ def certify(
         split = Split((255 * images).round().to(torch.uint8), labels)
         more.append(("Corruptions", f"Accuracy on these {len(images)} images, corrupted (arXiv 1903.12261).", corruption_rows(model, split)))
     folder = run.path.with_name(f"{run.path.resolve().name}-certificate") if folder is None else folder
-    return certify_network(model, images, labels, eps, folder, **{"name": run.name, "seed": run.config.seed, **options}, data=about, more=more)
+    known = {"name": run.name, "seed": run.config.seed} | drawn
+    return certify_network(model, images, labels, eps, folder, **known | options, data=about, more=more)
 
 
-def tensors_of(x: Tensor | Split | Data, y: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1] and labels: as they are given, or the first `count` of a split, or of the test split of data."""
+def tensors_of(x: Tensor | Split | Data, y: Tensor | None, count: int) -> tuple[Tensor, Tensor, dict]:
+    """Images in [0, 1] and labels: as they are given, or `count` of a split, or of the test split of data, drawn at random, always the same.
+
+    Intervals of the aggregate take samples to be drawn, and a data set may be sorted by class. The third result holds `indices`.
+    """
     if isinstance(x, Tensor):
         if y is None:
             raise ValueError(f"{len(x)} images were given without labels: give y=, a tensor of {len(x)} whole numbers.")
-        return x, y
+        return x, y, {}
     split = x.test if isinstance(x, Data) else x
     if not isinstance(split, Split):
         raise ValueError(f"The images are a {type(x).__name__}, but certify takes a tensor (B, ...), a Split or Data, such as load('digits').")
@@ -91,5 +96,6 @@ def tensors_of(x: Tensor | Split | Data, y: Tensor | None, count: int) -> tuple[
         raise ValueError("Labels were given beside a split, which has its own: leave y out.")
     if type(count) is not int or count < 1:
         raise ValueError(f"count={count!r}, but a certificate is about at least 1 image.")
-    split = split.take(slice(count))
-    return as_floats(split.images), split.labels
+    drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count].sort().values
+    split = split.take(drawn)
+    return as_floats(split.images), split.labels, {"indices": drawn.tolist()}

@@ -747,6 +747,9 @@ def check_samples(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> None:
         raise ValueError(f"The images are {x.dtype}, but a certificate is about float32: give x.float().")
     if x.dim() < 2 or not len(x):
         raise ValueError(f"A certificate is about images (B, ...), at least one, not about a tensor of shape {tuple(x.shape)}.")
+    if isinstance(eps, Tensor):
+        raise ValueError(f"eps is a tensor of shape {tuple(eps.shape)}, but a certificate is about one radius for all inputs: give a number. "
+                         "verify and decide take a radius for each.")
     check_labels(x, y), input_box(x, eps)
     given = {name: t.dtype for name, t in model.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
     if other := next((name for name, dtype in given.items() if dtype != torch.float32), None):

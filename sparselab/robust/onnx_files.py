@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'KINDS', 'FUNCTIONS', 'FLOATING', 'FOLDED', 'SCALES', 'Node', 'rule', 'Applied', 'gemm', 'matmul', 'padding',
            'conv', 'batch_norm', 'max_pool', 'average_pool', 'global_average_pool', 'reduce_mean', 'flatten', 'reshape',
            'squeeze', 'unsqueeze', 'transpose', 'concat', 'relu', 'leaky_relu', 'identity', 'elu', 'clip',
-           'function_of', 'OnnxNetwork', 'from_onnx']
+           'function_of', 'OnnxNetwork', 'files_of', 'from_onnx']
 
 # %% ../../nbs/robust/26_onnx_files.ipynb #dae49607
 import gzip
@@ -359,6 +359,24 @@ class OnnxNetwork(nn.Module):
         return values[-1]
 
 # %% ../../nbs/robust/26_onnx_files.ipynb #4b237660
+def _message(path: Path, onnx: Any) -> Any:
+    data = path.read_bytes()
+    return onnx.load_model_from_string(gzip.decompress(data) if path.suffix == ".gz" else data)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file of a network, and those beside it that hold its weights; the file alone where it cannot be read."""
+    try:
+        import onnx
+
+        graph = _message(path, onnx).graph
+    except Exception:  # whoever loads the network says why
+        return [path]
+    tensors = [*graph.initializer, *(attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t"))]
+    outside = filter(onnx.external_data_helper.uses_external_data, tensors)
+    return [path, *sorted({path.parent / onnx.external_data_helper.ExternalDataInfo(tensor).location for tensor in outside})]
+
+
 def _parsed(path: Path) -> Any:
     """The model of a file, also of one compressed by gzip; a sentence where it cannot be read."""
     try:
@@ -366,8 +384,7 @@ def _parsed(path: Path) -> Any:
     except ImportError as error:
         raise ImportError("Networks are read from files by the package onnx, which is not installed: pip install 'sparselab[onnx]'.") from error
     try:
-        data = path.read_bytes()
-        model = onnx.load_model_from_string(gzip.decompress(data) if path.suffix == ".gz" else data)
+        model = _message(path, onnx)
         onnx.load_external_data_for_model(model, str(path.parent))
     except FileNotFoundError as error:
         lost = path if error.filename is None or Path(error.filename) == path else Path(error.filename)

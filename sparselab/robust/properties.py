@@ -34,7 +34,7 @@ from .bounds import LEARNED, METHODS, bounds
 from .boxes import input_box, shortened
 from .cascade import Verdict, decide
 from .modes import eval_mode
-from .onnx_files import from_onnx
+from .onnx_files import files_of, from_onnx
 from .replay import ask
 
 # %% ../../nbs/robust/27_properties.ipynb #7f97883c
@@ -715,7 +715,7 @@ def _rows(results: Path, instances: Sequence[Instance]) -> list[Row]:
 
 
 def _digest_of(path: Path) -> str:
-    return digest(path.read_bytes())
+    return digest(*(file.read_bytes() for file in (files_of(path) if ".onnx" in path.suffixes else [path])))
 
 
 def _digest(instance: Instance, of: Callable[[Path], str] = _digest_of) -> str:
@@ -745,9 +745,9 @@ def decide_instances(
 ) -> dict[str, int]:
     """Decide every instance of a benchmark; returns how often each word was said. What cannot be read or decided is an `error`.
 
-    A table is gone on with: a verdict stays where network and property are the same files (weights that a network keeps in further files are not
-    compared), what is open is tried again with more seconds, and an error always. The rows of what is tried again are replaced. Raises ValueError
-    for a budget that is none, and for a `results` of another form, which stays as it is.
+    A table is gone on with: a verdict stays where network and property are the same files, with those that hold a network's weights; what is open
+    is tried again with more seconds, and an error always. The rows of what is tried again are replaced. Raises ValueError for a budget that is none,
+    and for a `results` of another form, which stays as it is.
     """
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0):
         raise ValueError(f"budget={shortened(budget)}, but a verdict takes a number of seconds above 0.")

@@ -98,8 +98,8 @@ def check_one_seed(folder: Path, paper: str) -> None:
 
 def test_a_notebook_writes_its_record(tmp_path, monkeypatch):
     monkeypatch.setenv("BROWSER_PATH", "none")  # matplotlib draws the pictures: browsers for them took longer than the trainings
-    execute(ROOT / "nbs" / "papers" / "gibbs.ipynb", tmp_path, seeds="[10]")  # as papermill's -p hands it over
-    check_one_seed(tmp_path, "gibbs")
+    execute(ROOT / "nbs" / "papers" / "sparsevlr.ipynb", tmp_path, seeds="[10]")  # as papermill's -p hands it over
+    check_one_seed(tmp_path, "sparsevlr")
     assert all(Claim.load(record).seeds == [10] for record in (tmp_path / "records").glob("*.json"))
 
 

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparselab.learn.config import Config
+from sparselab.learn.experiments import train
 from sparselab.sparse.cursor import Cursor
 from sparselab.sparse.history import MaskHistory, pack_sorted, unpack_sorted
 from sparselab.sparse.history_files import load, save
@@ -87,6 +89,15 @@ def test_a_damaged_history_is_a_sentence(tmp_path, damage):
     path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
     with pytest.raises(ValueError, match="does not hold a readable mask history"):
         load(tmp_path)
+
+
+def test_a_run_keeps_the_mask_that_pruning_at_initialisation_leaves(tmp_path):
+    config = Config(method="snip", sparsity=0.9, model="mlp", model_options={"widths": [16]}, objective="natural", eps=0.0, epochs=1,
+                    train_samples=200, kernels="dense", device="cpu", runs_dir=str(tmp_path))
+    run = train(config, [])
+    masks = {name: run.history.mask(0, name) for name in run.history.names}
+    assert sum(int(mask.sum()) for mask in masks.values()) == run.summary["nnz"] < 0.11 * run.summary["total"]
+    assert all(torch.equal(run.weights[name] != 0, mask) for name, mask in masks.items())
 
 
 @pytest.mark.parametrize("damage", ["updates.bin", "updates.jsonl"])

@@ -46,10 +46,10 @@ def _rebuild(shapes: dict, packed: np.ndarray, lines: list[dict], blob: bytes) -
 
 # %% ../../nbs/sparse/08_history_files.ipynb #6b8fc81a
 def save(history: MaskHistory, folder: str | Path) -> None:
-    """Make `folder` hold `history`: write the start once, append updates it lacks, cut off those it should not have."""
+    """Make `folder` hold `history`: write the start it lacks, append updates it lacks, cut off those it should not have."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "start.json").exists():
+    if _start(folder) != digest(_start_bits(history)):  # pruning at initialisation begins a history anew
         _write_start(history, folder)
     lines, checksums = _index(folder)
     size, wanted = _size(folder), len(history.updates)
@@ -82,8 +82,20 @@ def save_anew(history: MaskHistory, folder: str | Path) -> None:
     save(history, folder)
 
 
+def _start_bits(history: MaskHistory) -> bytes:
+    return zlib.compress(b"".join(packed.tobytes() for packed in history.start.values()), 6)
+
+
+def _start(folder: Path) -> str:
+    """The checksum of the first masks in `folder`, empty where there are none that can be read."""
+    try:
+        return read_json((folder / "start.json").read_bytes())[0]["checksum"]
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
 def _write_start(history: MaskHistory, folder: Path) -> None:
-    bits = zlib.compress(b"".join(packed.tobytes() for packed in history.start.values()), 6)
+    bits = _start_bits(history)
     header = {"shapes": history.shapes, "checksum": digest(bits)}
     for name, data in (("start.bin", bits), ("start.json", sealed_json(header))):
         with open(folder / f".{name}.tmp", "wb") as file:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POINT', 'DASH', 'STEPS', 'MARKERS', 'TRACES', 'plain', 'spelled', 'rgba', 'colormap', 'Page', 'axes_of', 'categories',
-           'add_panels', 'set_limits', 'dress', 'hue_of', 'colours', 'draw']
+           'add_panels', 'set_limits', 'dress', 'hue_of', 'colours', 'with_places', 'draw']
 
 # %% ../../../nbs/view/figures/01_drawing.ipynb #f2f2355c
 import html
@@ -457,6 +457,17 @@ def _head(page: Page, margins: tuple) -> None:
         legend.remove()
 
 # %% ../../../nbs/view/figures/01_drawing.ipynb #eb5450a2
+def with_places(fig: go.Figure) -> go.Figure:
+    """`fig`, in which points and bars that say where they are on one axis alone are counted from 0 on the other, as plotly counts them."""
+    if not any((trace.x is None) != (trace.y is None) for trace in fig.data if trace.type in ("scatter", "scattergl", "bar")):
+        return fig
+    fig = go.Figure(fig)
+    for trace in fig.data:
+        if trace.type in ("scatter", "scattergl", "bar") and (trace.x is None) != (trace.y is None):
+            trace.update(x=[*range(len(trace.y))]) if trace.x is None else trace.update(y=[*range(len(trace.x))])
+    return fig
+
+
 def draw(fig: go.Figure, width: int = 900) -> bytes:
     """PNG of `fig`, `width` pixels wide unless its layout says how wide, as matplotlib draws it; of a slider's frames what `fig.data` holds.
 
@@ -464,6 +475,7 @@ def draw(fig: go.Figure, width: int = 900) -> bytes:
     """
     if odd := [trace.type for trace in fig.data if trace.type not in TRACES]:
         raise ValueError(f"Without a browser a figure is drawn from traces of type {', '.join(TRACES)}; it has one of type {odd[0]}.")
+    fig = with_places(fig)
     size = (fig.layout.width or width) / 100, (fig.layout.height or 420) / 100
     page = Page(fig, Figure(figsize=size, dpi=100, facecolor="none"))
     canvas = FigureCanvasAgg(page.paper)

@@ -122,7 +122,9 @@ def test_curve_stays_between_its_lines_and_in_its_range(name, dtype):
     values = function(points.flatten(0, 1)).view_as(points).double()
     slope_below, below, slope_above, above, mid, lb, ub = (t.detach().double() for t in (*lines, x.mid, y.lb, y.ub))
     steep = torch.maximum(slope_below.abs(), slope_above.abs()) * (upper - lower).detach().double()
-    size = torch.maximum(values.abs().amax(0), steep) + points.abs().amin(0).double() * (name in ("gelu", "gelu by tanh", "mish"))
+    size = torch.maximum(values.abs().amax(0), steep) + points.abs().amin(0).double() * (name in ("gelu by tanh", "mish"))
+    # x (1 + erf(x / sqrt 2)) / 2: torch's erf in float32 is off by 2.7 units of the last place with AVX-512, and cancels until 1 + erf(x) is 0
+    size = size + points.abs().clamp(max=6).amax(0).double() if name == "gelu" else size
     size = size * (points.abs().amax(0).double() * 3).clamp(min=1) if name == "softplus that jumps" else size  # of exp's argument
     rounding = 8 * torch.finfo(dtype).eps * size + torch.finfo(dtype).tiny  # torch's own: 1 + erf(x) cancels
     offset = points.double() - mid

@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import lru_cache
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import torch
@@ -31,11 +32,18 @@ def is_own(name: str) -> bool:
     return isinstance(name, str) and ":" in name
 
 
+class _FromText(SourceFileLoader):
+    """Python takes old bytecode for a file that was edited within a second and has kept its size; this compiles the text."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 @lru_cache
 def _module_of_file(path: str, state: tuple) -> object:
     """The module in a file, imported; once for each state of the file."""
     name = f"_{Path(path).stem}_{digest(path.encode(), repr(state).encode())[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_FromText(name, path))
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

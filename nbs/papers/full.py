@@ -60,7 +60,7 @@ def configs_of(notebook: Path) -> list[Config]:
                 if found or "train_rows" in source or "side_by_side" in source:
                     break
                 raise
-    return found
+    return list({json.dumps(asdict(config), sort_keys=True): config for config in found}.values())  # a row may be asked for twice
 
 
 def grids(configs: Sequence[Config]) -> tuple[dict, list[dict]]:

@@ -249,6 +249,11 @@ class Norm(Layer):
         if not alone:
             p.give(place, torch.from_numpy(gz))
 
+    @property
+    def averages(self) -> list[str]:
+        """The buffers that a training step moves: running mean and variance, and the counter of batches, which a model may lack."""
+        return [] if self.running is None else [*self.running, self.running[0].removesuffix("running_mean") + "num_batches_tracked"]
+
     def update(self, p: Pass, buffers: Mapping[str, Tensor]) -> None:
         """Move the running statistics as BatchNorm does."""
         if self.running is not None:
@@ -256,7 +261,7 @@ class Norm(Layer):
             count = len(p.x[self.src[0]]) // len(mean) * p.n
             for name, now in zip(self.running, (mean, var * count / max(1, count - 1)), strict=True):
                 buffers[name].lerp_(torch.from_numpy(now).to(buffers[name]), self.momentum)
-            counter = buffers.get(self.running[0].removesuffix("running_mean") + "num_batches_tracked")
+            counter = buffers.get(self.averages[-1])
             if counter is not None:
                 counter += 1
 
@@ -372,6 +377,9 @@ class Scale(Layer):
 
     scale: Tensor | None = None
     shift: Tensor | None = None
+
+    def reads(self, live: np.ndarray) -> list[np.ndarray]:
+        return [live]
 
     def forward(self, p: Pass) -> None:
         y = p.tensor(self.dst)
@@ -705,11 +713,23 @@ def _convolution(net: Rows, node: fx.Node, before: fx.Node, shape: Any) -> None:
 def _batch_norm(net: Rows, node: fx.Node, before: fx.Node, shape: Any) -> None:
     given = arguments(node)
     if not given.get("training", False):
-        raise Unsupported("a BatchNorm in eval mode is not trained")
+        return _fixed_norm(net, node, before, given)
     running = tuple(net.program.state[given[name]] for name in ("running_mean", "running_var") if given.get(name) is not None)
     scale = [net._parameter(given[name])[0] for name in ("weight", "bias")]
     net._new(node, Norm([net.places[before]], gamma=scale[0], beta=scale[1], running=running or None, eps=given["eps"],
                         momentum=given["momentum"]), net._seen[before])
+
+
+def _fixed_norm(net: Rows, node: fx.Node, before: fx.Node, given: Mapping[str, Any]) -> None:
+    """A BatchNorm in eval mode without trained parameters is a scale and a shift, as the means and deviations of pixels are."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    if any(isinstance(given.get(name), fx.Node) and _trained(net, given[name]) for name in names):
+        raise Unsupported("a BatchNorm in eval mode is not trained")
+    weight, bias, mean, var = (None if given.get(name) is None else net._constants[given[name]].double() for name in names)
+    scale = (var + given["eps"]).rsqrt() * (1 if weight is None else weight)
+    shift, per = (0 if bias is None else bias) - mean * scale, math.prod(net._seen[before][1:])
+    rows = [part.float().repeat_interleave(per).unsqueeze(1) for part in (scale, shift)]
+    net._new(node, Scale([net.places[before]], scale=rows[0], shift=rows[1]), net._seen[before])
 
 
 def _activation(net: Rows, node: fx.Node, before: fx.Node, shape: Any) -> None:

@@ -347,8 +347,8 @@ class SparseSteps:
 
     def _constants(self) -> list:
         """What a reading depends on besides the structure: other buffers than averages, which parameters train, and what steps them."""
-        averages = ("running_mean", "running_var", "num_batches_tracked")
-        buffers = [b._version for name, b in self.net.buffers.items() if not name.endswith(averages)]
+        moving = {name for layer in self.net.layers if isinstance(layer, Norm) for name in layer.averages}
+        buffers = [b._version for name, b in self.net.buffers.items() if name not in moving]
         trained = [(number, id(p)) for number, group in enumerate(self.optimizer.param_groups) for p in group["params"]]
         hooks = [*map(id, step_hooks(self.optimizer)), *map(id, global_hooks())]
         return buffers + [(p.requires_grad, _hooked(p)) for p in self.net.parameters.values()] + trained + hooks

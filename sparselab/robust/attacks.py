@@ -82,7 +82,7 @@ def _climb(
             return
         slope, margins = gradient(model, points, y, loss)
         worst.update(rows, points, margins)
-        points = (points + length * slope.sign()).clamp(low, up)
+        points = slope.sign().mul_(length).add_(points).clamp_(low, up)  # in place: new arrays take longer than the arithmetic
     with torch.no_grad():
         worst.update(rows, points, worst_margin(model(points.clone()), y))  # a model may write into its input
 

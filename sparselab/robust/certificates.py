@@ -47,6 +47,7 @@ from .boxes import Interval, flat, input_box, margin_matrix, shortened
 from .branching import search
 from .crown import one_hot
 from .curves import Leaky, per_channel
+from .halving import SOME
 from .ibp import IntervalPass, Step, carry, interval_pass
 from .layers import Add, Linear, Reshape, Scale
 from .modes import check_classes, check_labels, eval_mode, full_precision, worst_margin
@@ -507,6 +508,9 @@ def searched(net: Exported, x: Tensor, y: Tensor, eps: float | Tensor, budget: f
     found = search(replace(small, c=small.c - lost), until, wrong, keep=True)
     if found.x is not None:
         return images(found.x.unsqueeze(0))[0]
+    if not found.proved and found.reason == "time" and len(small.lower) <= SOME:
+        return (f"the search was not over in {budget:g} s; a certificate holds splits of neurons alone, and decide, which halves boxes of few inputs "
+                "too, may know more")
     if not found.proved:
         return found.reason
     if len(found.leaves) * sum(int(((box.lb < 0) & (box.ub > 0)).sum()) for box in boxes) > MOST:

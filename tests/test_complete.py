@@ -1,6 +1,8 @@
 """Complete verification against a MILP, against all patterns of ReLUs, against attacks and against planted counterexamples."""
 import itertools
 import math
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from sparselab.program import read
 from sparselab.robust import Contradiction, bounds, decide, input_box, margin_matrix, pgd, verify, worst_margin
 from sparselab.robust import branching as module_branching
 from sparselab.robust import cascade as module
+from sparselab.robust.branching import Found
+from sparselab.robust.halving import bounded_margins, halve
 from sparselab.robust.ibp import interval_pass
-from sparselab.robust.reduced import double_pass, reduced
+from sparselab.robust.reduced import Reduced, double_pass, reduced
 from sparselab.robust.splits import Domains, climb, tightened
 
 ORDER = ("ibp", "crown_ibp", "crown", "alpha_crown")
@@ -122,17 +126,19 @@ def agree(found, truth: list[float], complete: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("block", range(10))
-def test_never_contradicts_a_milp_and_is_complete(block):
-    """100 networks in ten blocks, dense and sparse; four images each at a radius where both verdicts occur."""
+def test_never_contradicts_a_milp_and_is_complete(block, monkeypatch):
+    """100 networks in ten blocks, dense and sparse; four images each at a radius where both verdicts occur; with and without halves of the box."""
     verdicts = []
     for seed in range(10 * block, 10 * block + 10):
         net = network(seed, width=6 + seed % 7, depth=1 + seed % 3, sparsity=(0.0, 0.5, 0.8)[seed // 3 % 3])
         x, y = right(net, 4)
         eps = (0.05, 0.1, 0.2)[seed % 3]
         lower, upper = input_box(x, eps)
-        found = decide(net, x, y, eps, budget=20)
         truth = [least_by_milp(net, lower[i], upper[i], int(y[i])) for i in range(4)]
-        agree(found, truth, [open_neurons(net, lower[i], upper[i]) <= 15 for i in range(4)])
+        for inputs in (16, 0):
+            monkeypatch.setattr(module, "SOME", inputs)
+            found = decide(net, x, y, eps, budget=20)
+            agree(found, truth, [open_neurons(net, lower[i], upper[i]) <= 15 for i in range(4)])
         verdicts += found.verdicts
     assert {"verified", "falsified"} <= set(verdicts)
 
@@ -191,6 +197,7 @@ def test_branch_and_bound_alone_finds_the_truth(monkeypatch):
 def test_leaves_are_decided_by_their_linear_program(monkeypatch):
     """With no ascent the tree is grown to its leaves, and where the least margin is 0.001 their programs decide."""
     monkeypatch.setattr(module_branching, "ROOT", 0)
+    monkeypatch.setattr(module, "SOME", 0)  # neurons alone are split
     asked = []
     monkeypatch.setattr(module_branching, "leaf", lambda *a, leaf=module_branching.leaf: asked.append(1) or leaf(*a))
     monkeypatch.setattr(module, "search", lambda net, until, wrong: module_branching.search(net, until, wrong, tried=1, steps=0))
@@ -366,6 +373,80 @@ def test_a_split_half_is_bounded_by_its_own_points():
         assert not inside.any() or margins[inside, 0].min() >= value - 1e-9
     assert seen >= 100_000
 
+@pytest.mark.parametrize("shift", [0.5, 0.1, -0.02])
+def test_halves_agree_with_the_reduced_network_on_many_points(shift):
+    """Networks as those of ACAS Xu, five inputs and six layers of 30 neurons, on wide boxes; the least margin seen is moved to `shift` deviations."""
+    for seed in range(2):
+        net = network(seed, 5, 30, 6, 5)
+        x, y = right(net, 1, 5)
+        lower, upper = input_box(x, 0.1)
+        part = reduced(double_pass(read(net, x), net, lower, upper), margin_matrix(y, 5, torch.float64))
+        share = torch.rand(20_000, len(part.lower), dtype=torch.float64)
+        points = torch.cat([part.lower + (part.upper - part.lower) * at for at in (share, share.round())])
+        seen = part.forward(points)[0]
+        part = replace(part, c=part.c - seen.amin(0) + shift * seen.std(0))
+        found = halve(part, time.monotonic() + 60, lambda at, part=part: part.forward(at)[0].amin(1) <= 0)
+        least = float(part.forward(points)[0].min())
+        assert found.proved or found.x is not None
+        assert not found.proved or 0 < found.bound <= least + 1e-9
+        if found.x is not None:
+            assert bool(((part.lower <= found.x) & (found.x <= part.upper)).all()) and float(part.forward(found.x.unsqueeze(0))[0].min()) <= 0
+        assert found.proved == (shift > 0) or shift == 0.1 and found.x is not None
+
+
+def test_bounds_of_halves_hold_on_them_and_are_not_above_a_milp():
+    """Random parts of a box, all margins of each."""
+    for seed in range(4):
+        net = network(seed, 4, 8, 3, 3)
+        x, y = right(net, 1)
+        lower, upper = input_box(x, 0.3)
+        part = reduced(double_pass(read(net, x), net, lower, upper), margin_matrix(y, 3, torch.float64))
+        assert part.pixels.tolist() == [0, 1, 2, 3]
+        ends = (torch.rand(2, 5, 4, dtype=torch.float64).sort(0).values * (part.upper - part.lower) + part.lower).float().double()
+        values, _ = bounded_margins(part, *ends)
+        for low, up, value in zip(*ends, values, strict=True):
+            assert float(value.min()) <= least_by_milp(net, low, up, int(y)) + 1e-6
+
+
+@pytest.mark.parametrize("inputs", [5, 12, 20])
+def test_wide_boxes_of_few_inputs_are_decided(inputs, monkeypatch):
+    """Up to 16 inputs both kinds of splits are tried, beyond them neurons alone; no kind alone decides another way."""
+    calls = []
+    monkeypatch.setattr(module._Cascade, "_pgd", lambda self, rows: {})
+    for name in ("search", "halve"):
+        kind = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, name=name, kind=kind: calls.append(name) or kind(*given))
+    net = network(2, inputs, 12, 3, 3)
+    x, y = right(net, 3, inputs)
+    found = decide(net, x, y, 0.1, budget=20.0, methods=())
+    first = {5: "halve", 12: "search", 20: "search"}[inputs]
+    assert set(calls) == {first}
+    monkeypatch.setattr(module, "SOME", 0)
+    assert decide(net, x, y, 0.1, budget=20.0, methods=()).verdicts == found.verdicts
+
+
+def test_a_kind_that_finds_nothing_leaves_half_of_the_time_to_the_other(monkeypatch):
+    monkeypatch.setattr(module._Cascade, "_pgd", lambda self, rows: {})
+    monkeypatch.setattr(module, "halve", lambda net, until, wrong: Found(False, -5.0, 7, reason="time"))
+    net = network(2, 5, 12, 3, 3)
+    x, y = right(net, 3, 5)
+    found = decide(net, x, y, 0.1, budget=20.0, methods=())
+    searched = [record for record in found.records if record.stage == "branch_and_bound"]
+    assert searched and all(record.verdict != "unknown" and record.domains > 7 for record in searched)
+
+
+def test_a_margin_of_zero_ends_undecided():
+    """m = |x_1| + |x_2| on [-1, 1]^2 is zero at the origin: no number of halves proves it, and the point is no counterexample."""
+    rows = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64)
+    ends, none = torch.ones(2, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
+    net = Reduced(-ends, ends, (slice(0, 4),), none, rows, none[0], torch.ones(1, 4).double(), torch.zeros(1, 2).double(), torch.zeros(1).double(),
+                  -torch.ones(4).double(), torch.ones(4).double(), torch.arange(2), torch.zeros(2).double())
+    found = halve(net, time.monotonic() + 2, lambda at: torch.zeros(len(at), dtype=torch.bool))
+    assert not found.proved and found.x is None and found.reason in ("time", "a part lies within rounding of zero") and found.bound <= 0
+    higher = halve(replace(net, c=net.c + 1e-3), time.monotonic() + 20, lambda at: torch.zeros(len(at), dtype=torch.bool))
+    assert higher.proved and 0 < higher.bound <= 1e-3
+    assert halve(net, time.monotonic() - 1, lambda at: torch.zeros(len(at), dtype=torch.bool)).reason == "time"
+
 
 @pytest.mark.parametrize("late", [1e-6, 1e-3])
 def test_out_of_time_is_unknown(late):
@@ -399,18 +480,22 @@ def test_a_wrong_reduction_is_a_contradiction(monkeypatch):
         decide(net, x, y, 0.01, budget=10, methods=[])
 
 
-def test_a_search_that_lies_is_a_contradiction(monkeypatch):
+@pytest.mark.parametrize("kind", ["search", "halve"])
+def test_a_search_that_lies_is_a_contradiction(kind, monkeypatch):
     net = network(1, width=12)
     x, y = right(net, 5)
-    monkeypatch.setattr(module, "search", lambda *_: module_branching.Found(True, 5.0, 1))
+    monkeypatch.setattr(module, "SOME", 16 if kind == "halve" else 0)
+    monkeypatch.setattr(module, kind, lambda *_: module_branching.Found(True, 5.0, 1))
     with pytest.raises(Contradiction, match="proved a margin of 5"):
         decide(net, x, y, 0.01, budget=10, methods=[])
 
 
-def test_a_counterexample_that_the_model_gets_right_is_no_counterexample(monkeypatch):
+@pytest.mark.parametrize("kind", ["search", "halve"])
+def test_a_counterexample_that_the_model_gets_right_is_no_counterexample(kind, monkeypatch):
     net = network(1, width=12)
     x, y = right(net, 5)
-    monkeypatch.setattr(module, "search", lambda small, *_: module_branching.Found(False, -1.0, 1, small.centre))
+    monkeypatch.setattr(module, "SOME", 16 if kind == "halve" else 0)
+    monkeypatch.setattr(module, kind, lambda small, *_: module_branching.Found(False, -1.0, 1, small.centre))
     found = decide(net, x, y, 1e-6, budget=10, methods=[])
     assert set(found.verdicts) == {"unknown"} and {record.reason for record in found.records} == {"a counterexample was lost in rounding"}
 

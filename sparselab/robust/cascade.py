@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from ..program import fetch, read, restored
 from .attacks import pgd
 from .bounds import LEARNED, METHODS, Engine, check_engine
 from .boxes import input_box, margin_matrix, shortened
-from .branching import search
+from .branching import Found, search
+from .halving import FEW, SOME, halve
 from .modes import check_classes, eval_mode, full_precision, worst_margin
 from .reduced import Reduced, Unreduced, double_pass, reduced
 from .replay import Contradiction, ask, probes, rounding
@@ -214,14 +215,26 @@ class _Cascade:
         except (Unreduced, UnsupportedLayer) as error:
             self.reason[i] = str(error)
             return {}
-        net = tightened(net, late=lambda: time.monotonic() > until)
-        found = search(net, until, lambda points: (self._margins(i, self._images(i, net, points)) <= 0).cpu())
-        self.domains[i] = found.domains
+        found, image = self._searched(i, net, until)
         if found.proved:
             return self._proved(i, found.bound)
         self.bound[i], self.reason[i] = max(self.bound[i], found.bound), found.reason or "a counterexample was lost in rounding"
-        point = None if found.x is None else self._replayed(i, self._images(i, net, found.x.unsqueeze(0))[0])
+        point = None if image is None else self._replayed(i, image)
         return {} if point is None else {i: ("falsified", point)}
+
+    def _searched(self, i: int, net: Reduced, until: float) -> tuple[Found, Tensor | None]:
+        """By splits of neurons, and of inputs where few matter, each kind with half of the time; with the image of a counterexample."""
+        kinds = [search] if len(net.lower) > SOME else [search, halve] if len(net.lower) > FEW else [halve, search]
+        bound = -math.inf
+        for left, kind in zip(range(len(kinds), 0, -1), kinds, strict=True):
+            end = time.monotonic() + (until - time.monotonic()) / left
+            part = tightened(net, late=lambda end=end: time.monotonic() > end) if kind is search else net
+            found = kind(part, end, lambda points, part=part: (self._margins(i, self._images(i, part, points)) <= 0).cpu())
+            self.domains[i] += found.domains
+            if found.proved or found.x is not None:
+                return found, None if found.x is None else self._images(i, part, found.x.unsqueeze(0))[0]
+            bound = max(bound, found.bound)
+        return replace(found, bound=bound), None
 
     def _proved(self, i: int, bound: float) -> dict[int, tuple[str, None]]:
         """The verdict where the bound is above zero, once an attack has tried its best."""

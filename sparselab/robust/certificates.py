@@ -6,10 +6,11 @@
 __all__ = ['ENTRIES', 'MOST', 'RADII', 'BINS', 'STYLE', 'PROMISES', 'ScaleBy', 'Plus', 'Exported', 'describe', 'extend', 'kept',
            'with_weights', 'linear', 'leaky', 'average', 'greatest', 'as_matrices', 'unsupported', 'exported',
            'onnx_of', 'rounded_out', 'rounded_down', 'ProofPass', 'prove', 'leads', 'inner_box', 'refuted', 'LeafReLU',
-           'ClaimedPass', 'Leaves', 'searched', 'Sample', 'write_whole', 'Findings', 'Certificate', 'certify',
-           'check_folder', 'check_samples', 'check_options', 'check_indices', 'begun', 'telling', 'rows_of', 'sha256',
-           'property_2', 'proofs_of', 'write', 'instances', 'write_json', 'table_of', 'calibration', 'neurons', 'curve',
-           'reasons', 'row_of', 'table', 'plot', 'share', 'identity', 'outside', 'report']
+           'ClaimedPass', 'Leaves', 'searched', 'Sample', 'write_whole', 'Findings', 'Ranges', 'ranges_of', 'as_input',
+           'Certificate', 'certify', 'check_folder', 'check_samples', 'check_options', 'check_indices', 'begun',
+           'telling', 'rows_of', 'sha256', 'property_2', 'proofs_of', 'write', 'instances', 'write_json', 'table_of',
+           'calibration', 'neurons', 'curve', 'reasons', 'row_of', 'table', 'plot', 'share', 'identity', 'outside',
+           'report']
 
 # %% ../../nbs/robust/24_certificates.ipynb #759c3ec1
 import copy
@@ -46,6 +47,7 @@ from .boxes import Interval, flat, input_box, margin_matrix, shortened
 from .branching import search
 from .crown import one_hot
 from .curves import Leaky, per_channel
+from .halving import SOME
 from .ibp import IntervalPass, Step, carry, interval_pass
 from .layers import Add, Linear, Reshape, Scale
 from .modes import check_classes, check_labels, eval_mode, full_precision, worst_margin
@@ -337,7 +339,7 @@ class ProofPass(SoundCrownPass):
         return [self.refined[place] for place in step.inputs]
 
     @classmethod
-    def of(cls, net: Exported, x: Tensor, eps: float, crown: bool) -> "ProofPass":
+    def of(cls, net: Exported, x: Tensor, eps: float | Tensor, crown: bool) -> "ProofPass":
         """The pass over all layers, for every image within eps of x."""
         return carry(cls(Interval.ends(*outer_box(x, eps)), crown), net, None, AsComputed(read(net, x)))
 
@@ -358,7 +360,7 @@ class ProofPass(SoundCrownPass):
 
 
 @torch.no_grad()
-def prove(net: Exported, x: Tensor, y: Tensor, eps: float, method: str) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+def prove(net: Exported, x: Tensor, y: Tensor, eps: float | Tensor, method: str) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
     """A lower bound of each margin (B,), rounded down to float32, and its proof: for each ReLU (lb, ub, steep), each (B, n)."""
     pass_ = ProofPass.of(net, x, eps, method == "crown")
     place = len(pass_.steps)
@@ -376,7 +378,7 @@ def leads(net: Exported, points: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (own[0] - others[1]).nan_to_num(-math.inf), (own[1] - others[0]).nan_to_num(math.inf)
 
 
-def inner_box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def inner_box(x: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
     """The least and the greatest float32 numbers in [0, 1] that lie within eps of each pixel, in exact numbers, but for the last one."""
     ends = []
     for side in (-1, 1):
@@ -480,7 +482,7 @@ MOST = 2**26  # slopes of the leaves of one sample
 
 
 @torch.no_grad()
-def searched(net: Exported, x: Tensor, y: Tensor, eps: float, budget: float) -> tuple[ProofPass, Leaves, float] | Tensor | str:
+def searched(net: Exported, x: Tensor, y: Tensor, eps: float | Tensor, budget: float) -> tuple[ProofPass, Leaves, float] | Tensor | str:
     """Search the box of one image (1, ...) for `budget` seconds: pass, leaves and margin; or a counterexample; or why there is neither."""
     until, pass_ = time.monotonic() + budget, ProofPass.of(net, x, eps, crown=True)
     place = len(pass_.steps)
@@ -506,6 +508,9 @@ def searched(net: Exported, x: Tensor, y: Tensor, eps: float, budget: float) -> 
     found = search(replace(small, c=small.c - lost), until, wrong, keep=True)
     if found.x is not None:
         return images(found.x.unsqueeze(0))[0]
+    if not found.proved and found.reason == "time" and len(small.lower) <= SOME:
+        return (f"the search was not over in {budget:g} s; a certificate holds splits of neurons alone, and decide, which halves boxes of few inputs "
+                "too, may know more")
     if not found.proved:
         return found.reason
     if len(found.leaves) * sum(int(((box.lb < 0) & (box.ub > 0)).sum()) for box in boxes) > MOST:
@@ -567,7 +572,7 @@ class Findings:
     net: Exported
     x: Tensor
     y: Tensor
-    eps: float
+    eps: float | Tensor  # a radius for all inputs, or one for each
     methods: Sequence[str]
     budget: float | None
     batch_size: int
@@ -661,11 +666,61 @@ class Findings:
         beyond = [k for k, sample in enumerate(samples) if sample.clean and not sample.method]
         for k in within:
             samples[k].reaches = 1.0
-        radii = sorted(self.radii) if self.eps else []
+        radii = sorted(self.radii) if bool(torch.as_tensor(self.eps).any()) else []
         for radius in (radius for radius in radii if radius > 1):  # those that are verified at the radius before
             within = verified(within, radius)
         for radius in (radius for radius in reversed(radii) if radius < 1):  # those that are not at the radius above
             beyond = sorted({*beyond} - {*verified(beyond, radius)})
+
+# %% ../../nbs/robust/24_certificates.ipynb #6450c59f
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """What 0 and 1 stand for in each input, and how far it may move where eps is 1, in its own units; float32, of the shape of an input."""
+
+    low: Tensor
+    high: Tensor
+    radius: Tensor
+
+    def shares(self, eps: float) -> Tensor:
+        """How far each input may move at `eps`, as a share of its range, in float64; a range without width counts as 1."""
+        width = self.high.double() - self.low.double()
+        return eps * self.radius.double() / width.where(width > 0, 1.0)
+
+
+def ranges_of(x: Tensor, eps: float | Tensor, low: float | Tensor | None, high: float | Tensor | None, radius: float | Tensor | None
+              ) -> tuple[float, Ranges | None]:
+    """The scale eps and the ranges of inputs, None where one radius is for all; ValueError for what is none."""
+    given = {"low": low, "high": high, "radius": radius}
+    if isinstance(eps, Tensor):
+        if any(part is not None for part in given.values()):
+            raise ValueError("eps is a tensor of radii beside low, high or radius: give radius, in the units of low and high, and eps as one number.")
+        eps, given["radius"] = 1.0, eps
+    if all(part is None for part in given.values()):
+        return eps, None
+    low, high = (as_input(name, default if (part := given[name]) is None else part, x) for name, default in (("low", 0.0), ("high", 1.0)))
+    if bool((low > high).any()):
+        i = int((low > high).flatten().nonzero()[0])
+        raise ValueError(f"low is {low.flatten()[i]:g} and high {high.flatten()[i]:g} for input {i}: low is what 0 stands for, high what 1 does.")
+    radius = as_input("radius", high - low if given["radius"] is None else given["radius"], x)
+    if bool((radius < 0).any()):
+        raise ValueError(f"radius holds {radius.min():g}; how far an input may move is at least 0.")
+    return eps, Ranges(low, high, radius)
+
+
+def as_input(name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    """A number, or one for each input, as float32 of the shape of an input; ValueError where it is neither."""
+    try:
+        given = torch.as_tensor(value, device="cpu").detach()
+        if given.dtype == torch.bool or given.is_complex():
+            raise TypeError(given.dtype)
+        found = given.float().expand(x.shape[1:]).clone(memory_format=torch.contiguous_format)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = tuple(x.shape[1:])
+        raise ValueError(f"{name}={shortened(value)}, but it is one number, or one for each number of an input of shape {shape}.") from error
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"{name} holds {found[~found.isfinite()][0]:g} in float32; every number of it is finite.")
+    return found
+
 
 # %% ../../nbs/robust/24_certificates.ipynb #85cf19bc
 @dataclass
@@ -685,7 +740,7 @@ def certify(
     model: nn.Module,
     x: Tensor,  # images (B, ...), float32, pixels in [0, 1]
     y: Tensor,  # labels (B,)
-    eps: float,  # radius in pixel space
+    eps: float | Tensor,  # radius in pixel space, or one for each input, see `input_box`
     folder: str | Path,  # of the certificate; it must not exist
     methods: Sequence[str] = METHODS,
     indices: Sequence[int] | None = None,  # of the samples in their data set; 0, 1, ... when None
@@ -695,28 +750,35 @@ def certify(
     seed: int = 0,  # of the attack
     budget: float | None = None,  # seconds of branch and bound for each sample that bounds leave open; None: bounds alone
     radii: Sequence[float] = RADII,  # of the certified-radius curve, in units of eps; (): no curve
+    low: float | Tensor | None = None,  # what 0 stands for in the units of the inputs, one number or one for each input; 0 when None
+    high: float | Tensor | None = None,  # what 1 stands for; 1 when None
+    radius: float | Tensor | None = None,  # how far each input may move where eps is 1, in its own units; from low to high when None
     more: Sequence[tuple[str, str, Sequence[Sequence]]] = (),  # sections for the report: a title, a sentence, and the rows of a table
     progress: bool | Callable[[int, int, str], None] = False,  # True: a line on stderr; or called with (done, total, stage)
 ) -> Certificate:
     """Prove or refute that `model` classifies each image as its label on all of the box, and write the evidence.
 
     Verdicts are those of float32 arithmetic in every order of summation. A call that was killed goes on where it was when it is made again.
+    With low, high or radius, input i may move by eps * radius_i in its units, of which x holds shares: (input - low) / (high - low).
     Raises ValueError where the folder exists, holds what another call began, or a layer has no place in a certificate; OSError where
     the folder cannot be written; and what `verify` raises.
     """
     folder = check_folder(folder)
     check_samples(model, x, y, eps), check_settings(x.device)
     check_options(methods, batch_size, seed, budget, radii, progress)
+    eps, ranges = ranges_of(x, eps, low, high, radius)
+    reach = eps if ranges is None else ranges.shares(eps).to(x.device)
+    input_box(x, reach)
     indices = check_indices(indices, len(x))
     with full_precision(x.device):
         net = exported(model, x, batch_size)
         check_classes(net(x[:1]).detach(), y)
-        work, inputs = begun(folder, net, x, y, eps, indices, {"methods": list(methods), "budget": budget, "batch_size": batch_size, "seed": seed,
-                                                              "radii": list(radii)})
-        found = Findings(net, x, y, eps, methods, budget, batch_size, seed, radii, work / "samples").all(telling(progress))
+        work, inputs = begun(folder, net, x, y, eps, ranges, indices, {"methods": list(methods), "budget": budget, "batch_size": batch_size,
+                                                                      "seed": seed, "radii": list(radii)})
+        found = Findings(net, x, y, reach, methods, budget, batch_size, seed, radii, work / "samples").all(telling(progress))
         made = work / f"whole-{os.getpid()}"
         shutil.rmtree(made, ignore_errors=True)
-        write(made, net, x, y, eps, found, indices, {"name": name, "data": data, **inputs}, more)
+        write(made, net, x, y, eps, ranges, found, indices, {"name": name, "data": data, **inputs}, more)
     try:
         made.rename(folder)
     except OSError as error:
@@ -738,7 +800,7 @@ def check_folder(folder: str | Path) -> Path:
     return folder
 
 
-def check_samples(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> None:
+def check_samples(model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor) -> None:
     """Refuse, with a sentence, what is no network, no images or no labels."""
     if not isinstance(model, nn.Module) or not isinstance(x, Tensor) or not isinstance(y, Tensor):
         kinds = ", ".join(type(given).__name__ for given in (model, x, y))
@@ -747,9 +809,6 @@ def check_samples(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> None:
         raise ValueError(f"The images are {x.dtype}, but a certificate is about float32: give x.float().")
     if x.dim() < 2 or not len(x):
         raise ValueError(f"A certificate is about images (B, ...), at least one, not about a tensor of shape {tuple(x.shape)}.")
-    if isinstance(eps, Tensor):
-        raise ValueError(f"eps is a tensor of shape {tuple(eps.shape)}, but a certificate is about one radius for all inputs: give a number. "
-                         "verify and decide take a radius for each.")
     check_labels(x, y), input_box(x, eps)
     given = {name: t.dtype for name, t in model.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
     if other := next((name for name, dtype in given.items() if dtype != torch.float32), None):
@@ -785,12 +844,16 @@ def check_indices(indices: Sequence[int] | None, count: int) -> list[int]:
     return indices
 
 
-def begun(folder: Path, net: Exported, x: Tensor, y: Tensor, eps: float, indices: list[int], options: dict) -> tuple[Path, dict]:
+def begun(
+    folder: Path, net: Exported, x: Tensor, y: Tensor, eps: float, ranges: Ranges | None, indices: list[int], options: dict
+) -> tuple[Path, dict]:
     """The folder of the work, new or as a call with the same inputs left it, and the inputs; ValueError where another call began it."""
     layers, tensors = net.described()
     weights = digest(json.dumps(layers).encode(), *(part for name, t in sorted(tensors.items()) for part in (name.encode(), t.tobytes())))
     inputs = {"network": weights, "images": digest(x.cpu().numpy().tobytes()), "labels": digest(y.cpu().numpy().tobytes()),
               "indices": digest(json.dumps(indices).encode()), "eps": float(eps), **options}
+    if ranges is not None:
+        inputs["ranges"] = digest(*(part.numpy().tobytes() for part in vars(ranges).values()))
     work = folder.with_name(f"{folder.name}.part")
     path = work / "inputs.json"
     try:
@@ -807,8 +870,8 @@ def begun(folder: Path, net: Exported, x: Tensor, y: Tensor, eps: float, indices
         there = read_json(data)[0]
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove {work}, or name another folder.") from error
-    if other := next((name for name in inputs if there.get(name) != inputs[name]), None):
-        raise ValueError(f"{work} holds what another call began: its {other} is {shortened(there.get(other))}, not {shortened(inputs[other])}. "
+    if other := next((name for name in sorted(inputs.keys() | there.keys()) if there.get(name) != inputs.get(name)), None):
+        raise ValueError(f"{work} holds what another call began: its {other} is {shortened(there.get(other))}, not {shortened(inputs.get(other))}. "
                          "Name another folder, or remove it.")
     return work, inputs
 
@@ -858,13 +921,14 @@ def proofs_of(found: list[Sample], switches: list[int]) -> dict[str, np.ndarray]
     return proofs
 
 
-def write(folder: Path, net: Exported, x: Tensor, y: Tensor, eps: float, found: list[Sample], indices: list[int], about: dict,
-          more: Sequence) -> None:
+def write(folder: Path, net: Exported, x: Tensor, y: Tensor, eps: float, ranges: Ranges | None, found: list[Sample], indices: list[int],
+          about: dict, more: Sequence) -> None:
     """Every file of a certificate but none outside of `folder`."""
     import sparselab
 
     for kind in ("vnnlib", "vnnlib2"):
         (folder / kind).mkdir(parents=True)
+    reach = eps if ranges is None else ranges.shares(eps).to(x.device)
     rows = rows_of(x, y, eps, found, indices)
     summary, (layers, tensors) = figures(rows), net.described()
     images, classes = np.ascontiguousarray(x.cpu().numpy()), math.prod(net.shapes[-1])
@@ -872,12 +936,14 @@ def write(folder: Path, net: Exported, x: Tensor, y: Tensor, eps: float, found: 
     write_json(folder / "network.json", {"input": list(x.shape[1:]), "layers": layers})
     falsified = [k for k, sample in enumerate(found) if sample.verdict == "falsified"]
     points = np.stack([found[k].arrays["point"] for k in falsified]) if falsified else np.zeros((0, *x.shape[1:]), np.float32)
-    save_file({"images": images, "labels": y.cpu().numpy(), "indices": np.array(indices, np.int64),
-               "falsified": np.array(falsified, np.int64), "counterexamples": np.ascontiguousarray(points)}, folder / "samples.safetensors")
+    of_inputs = {} if ranges is None else {name: np.ascontiguousarray(part.numpy()) for name, part in vars(ranges).items()}
+    samples = {"images": images, "labels": y.cpu().numpy(), "indices": np.array(indices, np.int64), "falsified": np.array(falsified, np.int64),
+               "counterexamples": np.ascontiguousarray(points), **of_inputs}
+    save_file(samples, folder / "samples.safetensors")
     proofs = proofs_of(found, [i for i, layer in enumerate(layers) if layer["op"] == "relu"])
     save_file(proofs, folder / "proofs.safetensors")
     for k, index in enumerate(indices):
-        box = tuple(end[0].flatten().cpu().numpy() for end in outer_box(x[k : k + 1], eps))
+        box = tuple(end[0].flatten().cpu().numpy() for end in outer_box(x[k : k + 1], reach))
         (folder / f"vnnlib/{index:06}.vnnlib").write_text(property_of(box, int(y[k]), classes))
         (folder / f"vnnlib2/{index:06}.vnnlib").write_text(property_2(box, int(y[k]), classes, x.shape[1:]))
     with suppress(ImportError):  # of the package onnx, which is an extra
@@ -889,8 +955,8 @@ def write(folder: Path, net: Exported, x: Tensor, y: Tensor, eps: float, found: 
     about |= {"eps": float(eps), "norm": "linf", "domain": [0, 1], "made": datetime.now(UTC).isoformat(timespec="seconds"),
               "versions": {"sparselab": sparselab.__version__, "torch": torch.__version__, "numpy": np.__version__,
                            "python": platform.python_version()}}
-    trust = calibration(net, x, y)
-    page = report(about, summary, rows, layers, tensors, neurons(proofs), trust, curve(found, about["radii"], eps), reasons(found), more)
+    trust, curved = calibration(net, x, y), curve(found, about["radii"], eps if bool(torch.as_tensor(reach).any()) else 0.0)
+    page = report(about, summary, rows, ranges, layers, tensors, neurons(proofs), trust, curved, reasons(found), more)
     (folder / "report.html").write_text(page, encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     about["sha256"] = {path.relative_to(folder).as_posix(): sha256(path.read_bytes()) for path in files}
@@ -1039,8 +1105,8 @@ def outside(trust: dict, states: list[tuple], curved: list[tuple[float, float]],
     return text
 
 
-def report(about: dict, summary: dict, rows: list[dict], layers: list[dict], tensors: dict[str, np.ndarray], states: list[tuple], trust: dict,
-           curved: list[tuple[float, float]], unknown: list[tuple[str, int]], more: Sequence) -> str:
+def report(about: dict, summary: dict, rows: list[dict], ranges: Ranges | None, layers: list[dict], tensors: dict[str, np.ndarray],
+           states: list[tuple], trust: dict, curved: list[tuple[float, float]], unknown: list[tuple[str, int]], more: Sequence) -> str:
     """The HTML page of a certificate."""
     def value(name: str) -> str:
         return f'<data value="{name}">{summary[name]}</data>'
@@ -1051,6 +1117,15 @@ def report(about: dict, summary: dict, rows: list[dict], layers: list[dict], ten
     name, data, eps = (html.escape(str(about[key])) for key in ("name", "data", "eps"))
     samples = "".join(f'<tr class="sample">{"".join(f"<td>{cell}</td>" for cell in row.values())}</tr>' for row in rows)
     budget = about["budget"]
+    meant, within = "Pixels are in [0, 1]; normalisation is part of the network.", "|x'<sub>i</sub> - x<sub>i</sub>| &le;"
+    if ranges is not None:
+        of_inputs = enumerate(zip(*(part.flatten().numpy() for part in vars(ranges).values()), strict=True))
+        shown = "".join(f'<tr class="input"><td>{"</td><td>".join(map(str, (i, *row)))}</td></tr>' for i, row in of_inputs)
+        meant = ("Inputs are shares of their ranges, 0 for low and 1 for high, as the first layer of the network takes them. Low, high and radius "
+                 f"are in the units of each input.</p><table>{row_of(('input', 'low', 'high', 'radius'), 'th')}{shown}</table>"
+                 "<p>Inputs count from 0, in the order of the flattened tensor.")
+        within = ("|x'<sub>i</sub> - x<sub>i</sub>| &le; eps radius<sub>i</sub> / (high<sub>i</sub> - low<sub>i</sub>), so that input i moves by "
+                  "eps times its radius (a range without width counts as 1), with")
     searched_for = "No search was made." if budget is None else f"For what bounds left open there was a search of up to {budget:g} s a sample."
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Certificate of {name}</title><style>{STYLE}</style>
 <h1>Certificate of {name}</h1>
@@ -1060,11 +1135,11 @@ order of summation. Figures in bold, and the table of section 8, are those that 
 <h2>1. Identity</h2>
 {identity(about, layers, tensors)}
 <h2>2. Operational domain</h2>
-<p>{data or 'The images of samples.safetensors.'} Pixels are in [0, 1]; normalisation is part of the network.</p>
+<p>{data or 'The images of samples.safetensors.'} {meant}</p>
 <h2>3. Property</h2>
-<p>For every input x' of float32 numbers with |x'<sub>i</sub> - x<sub>i</sub>| &le; eps = {eps} and
-0 &le; x'<sub>i</sub> &le; 1, for every pixel i: the logit of the label is above all others. Each property, negated, is a file of VNN-LIB 1.0
-in vnnlib/, and of VNN-LIB 2.0 in vnnlib2/.</p>
+<p>For every input x' of float32 numbers with {within} eps = {eps} and
+0 &le; x'<sub>i</sub> &le; 1, for every {'pixel' if ranges is None else 'input'} i: the logit of the label is above all others.
+Each property, negated, is a file of VNN-LIB 1.0 in vnnlib/, and of VNN-LIB 2.0 in vnnlib2/.</p>
 <h2>4. Method and soundness</h2>
 <p><b>Sound in floating point</b>: a verdict holds for the network as float32 computes it with rounding to nearest, in every order of summation,
 with and without fused multiply-add, with subnormal numbers or without. The proof of each sample, boxes and slopes of all neurons and the leaves of

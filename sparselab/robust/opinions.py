@@ -20,7 +20,7 @@ from ..errors import check_known
 from . import recheck as alone
 from .attacks import pgd
 from .bounds import ENGINES
-from .certificates import Exported, Plus, ScaleBy, instances, linear, property_2, with_weights
+from .certificates import Exported, Plus, Ranges, ScaleBy, instances, linear, property_2, with_weights
 from .modes import worst_margin
 from .recheck import FAULTS, VERDICTS, box_of, demand, recheck
 from .verification import verify
@@ -73,9 +73,11 @@ def opinion(folder: str | Path, engine: str = "native") -> list[str]:
     net, data, proved = network_of(folder), load_file(folder / "samples.safetensors"), load_file(folder / "proofs.safetensors")["rows"]
     x, y = torch.from_numpy(data["images"]), torch.from_numpy(data["labels"])
     eps, rows = json.loads((folder / "manifest.json").read_text())["eps"], (folder / "results.csv").read_text().splitlines()[1:]
+    if "radius" in data:
+        eps = Ranges(*(torch.from_numpy(data[name]) for name in ("low", "high", "radius"))).shares(eps)
     says = [runtime_says(folder, net, x)]
     for image, label, index in zip(data["images"], data["labels"], data["indices"], strict=True):
-        text = property_2(box_of(image, eps), int(label), net.shapes[-1][0], image.shape)
+        text = property_2(box_of(image, np.ravel(eps)), int(label), net.shapes[-1][0], image.shape)
         demand((folder / f"vnnlib2/{index:06}.vnnlib").read_text() == text, f"vnnlib2/{index:06}.vnnlib says something else than its sample")
     listed = folder / "instances.csv"
     demand(not listed.exists() or listed.read_text() == instances(data["indices"].tolist()), "instances.csv lists other properties")

@@ -28,8 +28,8 @@ U, TINY, TOP = 2.0**-24, 2.0**-126, float(np.finfo(np.float32).max)  # float32: 
 KAPPA, LEAST = 2.0**-30, 2.0**-800  # more than the errors of a float64 sum of 2^20 terms, and than all its underflows
 FILES = {*(f"{name}.safetensors" for name in ("network", "samples", "proofs")), *(f"{name}.json" for name in ("network", "summary", "outside")),
          "network.onnx", "instances.csv", "results.csv", "report.html", "recheck.py"}
-MARKS = (r'</?(?:h[123]|p|table|t[rhd]|code|sub|ul|li)>|<(?:tr class="sample"|div class="outside"|/div|/html|b>Sound in floating point</b)>|'
-         r'<data value="[^"<>]*">[^<]*</data>|<figure><svg@>(?:<(?:path|rect|polyline|circle|line)@/>|<text@>[^<]*</text>)*</svg></figure>'
+MARKS = (r'</?(?:h[123]|p|table|t[rhd]|code|sub|ul|li)>|<(?:tr class="(?:sample|input)"|div class="outside"|/div|/html|b>Sound in floating point</b)>'
+         r'|<data value="[^"<>]*">[^<]*</data>|<figure><svg@>(?:<(?:path|rect|polyline|circle|line)@/>|<text@>[^<]*</text>)*</svg></figure>'
          r'|<!doctype html>|<html lang="en">|<meta charset="utf-8">|<title>[^<]*</title>').replace("@", r'(?: (?!(?i:on|style))[\w-]+="[^"<>]*")*')
 COLUMNS = ("index", "hash", "label", "clean", "verdict", "method", "margin", "eps", "seconds")
 VERDICTS, BOUNDS, SEARCHES = ("verified", "falsified", "unknown"), ("ibp", "crown_ibp", "crown"), ("alpha_crown", "branch_and_bound")
@@ -51,7 +51,6 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 # %% ../../nbs/robust/25_recheck.ipynb #74263091
 class Affine:
     """y = sum of W x over the inputs, plus b; each W is a matrix (out, in), or a vector where it is diagonal."""
-
     def __init__(self, inputs: list[int], weights: list[np.ndarray], bias: np.ndarray | None):
         self.inputs, self.weights, self.counted = inputs, [w.astype(np.float64) for w in weights], bias is not None
         self.bias = np.zeros(len(weights[0])) if bias is None else bias.astype(np.float64)
@@ -95,7 +94,6 @@ def convolution(weight: np.ndarray, shape: list, after: list, stride: list, padd
 
 class ReLU:
     """max(x, 0) of the sample at hand: the box of x, and slopes in [0, 1] of the lines below, splits (1: x >= 0, -1: x <= 0) and multipliers."""
-
     def __init__(self, inputs: list[int]):
         self.inputs, self.lb, self.ub, self.alpha, self.sign, self.beta = inputs, 0.0, 0.0, 0, 0, 0.0  # the last three (n,), or (S, n) for S leaves
 
@@ -155,11 +153,11 @@ def propagate(layers: list, box: tuple, claims: dict[int, tuple] | None = None, 
             lb, ub = boxes[layer.inputs[0]]
             low, up, steep = claim = (lb, ub, 0 * lb) if claims is None else claims[k]
             demand(all(t.shape == lb.shape and np.isfinite(t).all() for t in claim) and (low <= up).all(), f"a box of layer {k} is empty, or none")
-            for sign, neurons in ((1, np.flatnonzero(low > lb)), (-1, np.flatnonzero(up < ub))):  # what IBP does not give, CROWN must
+            for sign, end, neurons in ((1, low, np.flatnonzero(low > lb)), (-1, up, np.flatnonzero(up < ub))):  # what IBP does not give, CROWN must
                 demand(crown or not len(neurons), f"{len(neurons)} boxes of layer {k} are smaller than those of IBP")
                 for some in np.array_split(neurons, len(neurons) // 256 + 1):
-                    demand((sign * (low if sign > 0 else up)[some] <= lowest(layers, boxes, sign * np.eye(len(lb))[some], layer.inputs[0])).all(),
-                           f"a claimed box of layer {k} does not contain all that the network computes")
+                    proved = sign * end[some] <= lowest(layers, boxes, sign * np.eye(len(lb))[some], layer.inputs[0])
+                    demand(proved.all(), f"a claimed box of layer {k} does not contain all that the network computes")
             layer.lb, layer.ub, layer.alpha, layer.sign, layer.beta = low, up, steep != 0, 0, 0.0
             boxes.append((np.where(low < TINY, 0.0, low), np.maximum(up, 0.0)))  # what is less than a normal number may be flushed to zero
         else:
@@ -189,11 +187,10 @@ def margin(layers: list, box: tuple, label: int, claims: dict[int, tuple], metho
     return float(found)
 
 # %% ../../nbs/robust/25_recheck.ipynb #56de4a9b
-def box_of(image: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """Every number in [0, 1] within eps of the pixels, and the same box rounded in float32."""
-    x, radius = image.astype(np.float64).ravel(), np.float32(eps)
-    below, above = image.ravel() - radius, image.ravel() + radius
-    return np.minimum(np.nextafter(x - eps, -np.inf), below).clip(min=0), np.maximum(np.nextafter(x + eps, np.inf), above).clip(max=1)
+def box_of(image: np.ndarray, reach: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every number in [0, 1] within `reach` of the pixels, one for all or one for each, and the same box rounded in float32."""
+    x, near = image.ravel().astype(np.float64), [image.ravel() + side * np.float32(reach) for side in (-1, 1)]
+    return np.minimum(np.nextafter(x - reach, -np.inf), near[0]).clip(min=0), np.maximum(np.nextafter(x + reach, np.inf), near[1]).clip(max=1)
 
 
 def property_of(box: tuple, label: int, classes: int) -> str:
@@ -206,8 +203,8 @@ def property_of(box: tuple, label: int, classes: int) -> str:
 # %% ../../nbs/robust/25_recheck.ipynb #0077ea6e
 def check_sample(row: dict, k: int, layers: list, data: dict, proofs: dict, folder: Path, eps: float) -> None:
     """One row of results.csv, the k-th."""
-    image, label, verdict, method, box = data["images"][k], int(data["labels"][k]), row["verdict"], row["method"], box_of(data["images"][k], eps)
-    same = str(data["indices"][k]), hashlib.sha256(image.tobytes()).hexdigest(), str(label), repr(float(eps))
+    image, label, verdict, method, reach = data["images"][k], int(data["labels"][k]), row["verdict"], row["method"], data["reach"]
+    same, box = (str(data["indices"][k]), hashlib.sha256(image.tobytes()).hexdigest(), str(label), repr(float(eps))), box_of(image, reach)
     demand((row["index"], row["hash"], row["label"], row["eps"]) == same and float(row["seconds"]) >= 0, f"the image has {same}, or seconds are none")
     demand((folder / f"vnnlib/{row['index']:0>6}.vnnlib").read_text() == property_of(box, label, len(layers[-1].bias)), "its VNN-LIB file is another")
     demand(verdict in VERDICTS and row["clean"] in ("yes", "no"), f"verdict {verdict!r} or clean {row['clean']!r} is no word of a certificate")
@@ -216,27 +213,24 @@ def check_sample(row: dict, k: int, layers: list, data: dict, proofs: dict, fold
         demand(lb[label] > np.delete(ub, label).max(), "the image may be classified wrong, but is called clean")
     demand(method in BOUNDS + SEARCHES if verdict == "verified" else not method + row["margin"], f"a margin is claimed, but it is {verdict}")
     if verdict == "verified":
-        at = proofs["rows"].tolist().index(k)
+        at, leaves = proofs["rows"].tolist().index(k), [proofs.get(f"leaves.{k}.{part}") for part in ("other", "sign", "alpha", "beta")]
         claims = {i: [proofs[f"{i}.{part}"][at].astype(float) for part in ("lb", "ub", "steep")] for i in range(len(layers)) if f"{i}.lb" in proofs}
-        leaves = [proofs[f"leaves.{k}.{part}"] for part in ("other", "sign", "alpha", "beta")] if method in SEARCHES else []
         found, claimed = margin(layers, box, label, claims, method, leaves), float(row["margin"])
         demand(0 < claimed <= found <= claimed + 1e-3 * (1 + found) < math.inf, f"the claimed margin is {claimed:.9g}, and {found:.9g} is proved")
     elif verdict == "falsified":
         point = data["counterexamples"][data["falsified"].tolist().index(k)].astype(np.float64).ravel()
-        pixels = zip(point.tolist(), image.ravel().tolist(), strict=True)  # the sign of fsum is that of the exact sum
-        demand(all(0 <= p <= 1 and math.fsum((max(p, q), -min(p, q), -eps)) <= 0 for p, q in pixels), "its counterexample lies outside of the box")
+        pixels = np.broadcast(point, image.astype(np.float64).ravel(), reach)  # the sign of fsum is that of the exact sum
+        demand(all(0 <= p <= 1 and math.fsum((max(p, q), -min(p, q), -r)) <= 0 for p, q, r in pixels), "its counterexample lies outside of the box")
         lb, ub = propagate(layers, (point, point))[-1]
         demand(ub[label] < lb.max(), "its counterexample may be classified right")
 
 # %% ../../nbs/robust/25_recheck.ipynb #1cd4dd3f
 def lower_end(k: int, n: int) -> float:
     """The share at which k or more of n have a probability of 2.5 %: where the 95 % interval of Clopper and Pearson begins."""
-    low, high, ways = 0.0, float(k > 0), [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k, n + 1)]
-    while high - low > 1e-9:
-        p = (low + high) / 2
-        enough = math.fsum(math.exp(way + i * math.log(p) + (n - i) * math.log1p(-p)) for i, way in enumerate(ways, k)) > 0.025
-        low, high = (low, p) if enough else (p, high)
-    return low
+    low, ways = 0.0, [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k, n + 1)]
+    for p in 0.5 ** np.arange(1, 31):
+        low += p * (math.fsum(math.exp(way + i * math.log(low + p) + (n - i) * math.log1p(-low - p)) for i, way in enumerate(ways, k)) <= 0.025)
+    return float(low)
 
 
 def figures(rows: list[dict]) -> dict[str, int | str]:
@@ -269,6 +263,11 @@ def recheck(folder: Path | str) -> dict:
     demand(y.dtype == np.int64 and ((y >= 0) & (y < len(layers[-1].bias))).all(), "a label is none of the classes")
     demand(indices.dtype == np.int64 and (indices >= 0).all() and len(x) == len(y) == len(rows) == len(set(indices.tolist())) == len(indices),
            "a sample is there twice, or has no index, or no row")
+    low, high, radius = ends = [data.get(name, np.float32(name != "low")).ravel() for name in ("low", "high", "radius")]
+    data["reach"] = reach = manifest["eps"] * radius.astype(np.float64) / np.where(high > low, high.astype(np.float64) - low, 1)
+    fits = len(low) == (x[0].size if "low" in data else 1) and (low <= high).all() and ((reach >= 0) & (reach < np.inf)).all()
+    demand(fits, "a range or a radius of an input is none")
+    inputs = ["</td><td>".join(map(str, (i, *row))) for i, row in enumerate(zip(*ends, strict=True)) if "low" in data]
     strange = set(files) - FILES - {f"{kind}/{i:06}.vnnlib" for kind in ("vnnlib", "vnnlib2") for i in indices.tolist()}
     demand(not strange, f"files that no certificate has: {sorted(strange)[:5]}")
     for k, row in enumerate(rows):
@@ -283,7 +282,8 @@ def recheck(folder: Path | str) -> dict:
     (title, style, body), sheet = re.split("(?s)<style>(.*?)</style>", report, maxsplit=1), "b2bfc3a262508bd29784e41e6c4f4415"
     demand(hashlib.sha256(style.encode()).hexdigest()[:32] == sheet and "<" not in re.sub(MARKS, "", title + body), "the report has marks of its own")
     demand(f"eps = {rows[0]['eps']} and" in report, "the report states another property")
-    demand(re.findall(r'(?s)<tr class="sample"><td>(.*?)</td></tr>', report) == ["</td><td>".join(r.values()) for r in rows], "the table is another")
+    for kind, wanted in (("sample", ["</td><td>".join(r.values()) for r in rows]), ("input", inputs)):
+        demand(re.findall(f'(?s)<tr class="{kind}"><td>(.*?)</td></tr>', report) == wanted, f"the table of {kind}s in the report is another")
     return found
 
 

@@ -18,6 +18,8 @@ SPARSITY ?= 0.99
 OUT ?= runs/train-$(SPARSITY).ipynb
 ARGS ?=
 PYTEST ?=
+# one more than two cores: some tests wait for browsers, kernels and clusters, meanwhile another runs
+WORKERS ?= 3
 # papermill that prints what a notebook prints, as it is printed
 PAPERMILL = $(BIN)/python nbs/run.py
 # JupyterLab refuses root, who in a container is the only user, unless told that this is meant
@@ -68,8 +70,8 @@ test: $(STAMP) ## all tests but those of `make bare` and `make slow`: library in
 	@$(BIN)/python tests/gates.py
 	@$(BIN)/python -m ruff check --output-format concise
 	@echo "library notebooks"
-	@BROWSER_PATH=none $(BIN)/nbdev_test --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	@BROWSER_PATH=none $(BIN)/nbdev_test --n_workers $(WORKERS) --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 bare: $(STAMP) ## the tests of a machine without Chrome and without Debian's data packages, which are hidden from them
 	@$(BIN)/python -m pytest -m bare -n 2 --dist load tests/test_bare.py $(PYTEST)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import check_known
 from ..learn.config import Config
-from ..learn.experiments import ALL_METHODS, PROCEDURES, dense_partner
+from ..learn.experiments import ALL_METHODS, PROCEDURES, check_alone, dense_partner
 from ..learn.factories import is_own
 from ..learn.models import MODELS
 from ..learn.objectives import objective
@@ -53,7 +53,9 @@ def check_axis(name: str) -> None:
 
 
 def check_choices(config: Config) -> None:
-    """Raise ValueError, with the nearest name, where a method, its options, a model, an objective, an optimizer or a schedule does not exist."""
+    """Raise ValueError, with the nearest name, where a method, its options, a model, an objective, an optimizer or a schedule does not exist;
+    and for a training of several processes, as those of a sweep are not."""
+    check_alone(config)
     check_known("method", config.method, ALL_METHODS)
     if config.method in PROCEDURES:
         PROCEDURES[config.method].of(config, Path(config.runs_dir))  # refuses options that it does not know

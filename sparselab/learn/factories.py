@@ -254,8 +254,9 @@ def _hub_fingerprint(name: str) -> str:
     repository = name.removeprefix("hub:")
     if (folder := Path(repository).expanduser()).is_dir():
         return digest(*(part for path in sorted(folder.iterdir()) if path.is_file() for part in (path.name.encode(), path.read_bytes())))
+    transformers = _need("transformers", name)
     try:
-        found = _need("transformers", name).AutoConfig.from_pretrained(repository)
+        found = transformers.AutoConfig.from_pretrained(repository)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {name!r} is no model that the Hugging Face hub gave ({str(error).splitlines()[0]}).") from error
     return str(found._commit_hash)

@@ -23,6 +23,7 @@ from ..learn.models import MODELS
 from ..learn.objectives import objective
 from ..learn.optimizers import OPTIMIZERS, SCHEDULES
 from ..learn.values import READERS, read_bool
+from .executors import needed
 from ..sparse.sparsify import method_options
 
 # %% ../../nbs/scale/00_grids.ipynb #615fea39
@@ -140,6 +141,7 @@ def read_sweep(path: str | Path) -> dict:
 
     Raises ValueError for a file that is none, and for names it does not know.
     """
+    needed("yaml", "lab", "A sweep in a file")
     import yaml  # papermill brings it
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

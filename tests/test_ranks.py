@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from sparselab.learn import Config, Run, train
 from sparselab.learn.assembly import make_learner
-from sparselab.scale import ParallelLearner, train_parallel
+from sparselab.scale import ParallelLearner, expand, train_parallel
 from sparselab.scale.ranks import check_equal, main, read_config, share
 
 CONFIG = Config(method="rigl", model="mlp", sparsity=0.9, epochs=3, eps=0.02, method_options={"update_every": 4}, train_samples=400, test_samples=50,
@@ -90,10 +90,10 @@ def test_masks_and_weights_are_the_same_on_every_rank(place, method):
 
 
 def test_a_killed_training_continues_to_the_same_bits(place, monkeypatch):
-    killed = replace(CONFIG, runs_dir=str(place / "killed"))
+    killed = replace(CONFIG, ranks=2, runs_dir=str(place / "killed"))
     folder = place / "killed" / killed.run_id
     assert not (folder / "summary.json").exists() and (folder / "checkpoint").exists()
-    run = train_parallel(killed, 2)
+    run = train_parallel(killed)
     whole = place / "whole" / killed.run_id
     for name in ("model.safetensors", "margins.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
@@ -102,21 +102,42 @@ def test_a_killed_training_continues_to_the_same_bits(place, monkeypatch):
     alone = train(replace(CONFIG, kernels="dense", runs_dir=str(place / "alone")), ())
     assert abs(alone.summary["accuracy"]["clean"] - run.summary["accuracy"]["clean"]) <= 0.1
     monkeypatch.setattr(subprocess, "Popen", None)
-    assert train_parallel(killed, 2).path == run.path  # it has finished: no process is started
+    for call in (train_parallel, train):
+        assert call(killed).path == run.path  # it has finished: no process is started
 
 
-def test_a_run_goes_on_with_as_many_processes_as_before(place, tmp_path, monkeypatch):
+def test_the_run_of_one_process_is_not_that_of_two(place, tmp_path):
+    """Their bits differ, so neither may be returned, or continued, as the other."""
+    shutil.copytree(place / "whole", tmp_path / "runs")
+    two, one = (replace(CONFIG, ranks=ranks, runs_dir=str(tmp_path / "runs")) for ranks in (2, 1))
+    assert Run(tmp_path / "runs" / two.run_id).of(two).config.ranks == 2
+    assert one.run_id == replace(CONFIG, ranks=1).run_id == CONFIG.run_id not in [path.name for path in (tmp_path / "runs").iterdir()]
+    assert len({replace(CONFIG, ranks=ranks).run_id for ranks in (1, 2, 3)}) == 3
+    with pytest.raises(ValueError, match="begun with ranks 2, not 1"):
+        Run(tmp_path / "runs" / two.run_id).of(one)
+    assert train_parallel(one).name == CONFIG.run_id
+
+
+def test_one_process_does_not_train_what_is_of_several(tmp_path):
+    config = replace(CONFIG, ranks=2, runs_dir=str(tmp_path))
+    for method in ("rigl", "imp"):
+        with pytest.raises(ValueError, match=r"ranks is 2, and this is one process\. torchrun --nproc-per-node 2"):
+            train(replace(config, method=method, method_options={}), ())
+    with pytest.raises(ValueError, match="ranks is 2, and this is one process"):
+        expand(config, {"seed": [0, 1]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_with_as_many_processes_as_before(tmp_path, monkeypatch):
     process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     monkeypatch.setattr(os, "environ", os.environ | process)
-    shutil.copytree(place / "whole", tmp_path / "whole")
-    config = replace(CONFIG, runs_dir=str(tmp_path / "whole"))
-    (tmp_path / "whole" / config.run_id / "summary.json").unlink()
+    config = replace(CONFIG, ranks=2, runs_dir=str(tmp_path / "runs"))
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
-    with pytest.raises(SystemExit, match="begun on 2 of the processes that train together, and would continue on 1"):
+    with pytest.raises(SystemExit, match="the configuration of a run of 2 processes, and there are 1"):
         main([str(tmp_path / "config.json"), "--problem", str(tmp_path / "problem.json")])
     dist.destroy_process_group()
     kind, sentence = json.loads((tmp_path / "problem.json").read_text())
-    assert kind == "ValueError" and "Continue it on as many" in sentence
+    assert kind == "ValueError" and "start as many" in sentence and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
@@ -124,7 +145,7 @@ def test_a_run_goes_on_with_as_many_processes_as_before(place, tmp_path, monkeyp
     ({"sparsity": 0.5, "method": "dense"}, "dense")])
 def test_what_several_processes_cannot_train_is_refused_before_they_start(changes, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
-        train_parallel(replace(CONFIG, runs_dir=str(tmp_path), **changes), 2)
+        train_parallel(replace(CONFIG, ranks=2, runs_dir=str(tmp_path), **changes))
     assert not list(tmp_path.iterdir())
 
 

@@ -18,6 +18,7 @@ from sparselab.learn.files import locked, read_rows, write_sealed
 from sparselab.scale import Executor, Job, Local, execute_all, expand, front, read_sweep, search, sweep
 from sparselab.scale import executors as executors_module
 from sparselab.scale.sweeps import Crew, job_of, train_notebook
+from sparselab.view import show
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"epochs": 1, "objective": "natural", "model": "mlp", "model_options": {"widths": [16]}, "train_samples": 200, "test_samples": 40,
@@ -109,6 +110,18 @@ def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, executor, mo
     with pytest.raises(ImportError, match=rf"needs {module}, which is not installed: pip install 'sparselab\[{extra}\]'"):
         sweep({}, {"seed": 0}, executor=executor)
     assert f"\n{extra}_requirements" in (ROOT / "settings.ini").read_text()
+
+
+@pytest.mark.parametrize("package, call, sentence", [
+    ("pandas", lambda: front(None), r"^The table of a front needs pandas, which is not installed: pip install 'sparselab\[lab\]'"),
+    ("yaml", lambda: read_sweep("sweep.yaml"), r"^A sweep in a file needs yaml, which is not installed: pip install 'sparselab\[lab\]'"),
+    ("IPython", lambda: show(None), r"IPython is not installed: pip install 'sparselab\[lab\]'"),
+    ("transformers", lambda: Config(model="hub:some/net").run_id, "^model 'hub:some/net' is built by transformers, which cannot be imported")])
+def test_a_package_that_is_missing_is_a_sentence(monkeypatch, package, call, sentence):
+    monkeypatch.delenv("IN_TEST", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises((ImportError, ValueError), match=sentence):
+        call()
 
 
 # grids

@@ -22,7 +22,7 @@ from sparselab import view
 from sparselab.errors import counted
 from sparselab.learn import claims
 from sparselab.learn.config import Config
-from sparselab.scale.estimates import Estimate, estimate
+from sparselab.scale.estimates import estimate
 from sparselab.scale.sweeps import duration
 
 HERE = Path(__file__).resolve().parent
@@ -78,12 +78,9 @@ def grids(configs: Sequence[Config]) -> tuple[dict, list[dict]]:
 
 def bill(configs: Sequence[Config], steps: int) -> list[str]:
     """What the trainings cost in all, and the most that one of them takes."""
-    known: dict[str, Estimate] = {}
-    for config in configs:
-        key = json.dumps(asdict(replace(config, seed=0)), sort_keys=True)
-        if key not in known:
-            known[key] = estimate(config, steps)
-    each = [known[json.dumps(asdict(replace(config, seed=0)), sort_keys=True)] for config in configs]
+    keys = [json.dumps(asdict(replace(config, seed=0)), sort_keys=True) for config in configs]  # seeds of one setting cost the same
+    known = {key: estimate(config, steps) for key, config in dict(zip(keys, configs, strict=True)).items()}
+    each = [known[key] for key in keys]
     flops, memory, seconds = sum(e.flops for e in each), max(e.bytes for e in each), sum(e.seconds for e in each)
     lines = [f"{counted(len(each), 'training')}: {flops:.2g} FLOPs of dense steps, counted; the largest takes {memory / 1e9:.1f} GB",
              f"{duration(sum(max(e.flops / RATE, e.steps * STEP) for e in each))} of a GPU in all, modelled at {RATE:.0e} FLOPs a second and "

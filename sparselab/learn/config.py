@@ -40,6 +40,7 @@ class Config:
     engine: str = "native"
     kernels: str = "auto"
     amp: bool = False
+    ranks: int = 1
     runs_dir: str = "runs"
     data_dir: str = ""
     resume: bool = True
@@ -60,7 +61,7 @@ class Config:
     def __post_init__(self):
         for name, reader in self.readers().items():
             object.__setattr__(self, name, reader(name, getattr(self, name)))
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "ranks"):
             _at_least(name, getattr(self, name), 1)
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is a whole number from 0 to 2**64 - 1; got {self.seed!r}.")

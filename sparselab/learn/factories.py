@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..checksums import digest
 from ..errors import unknown
-from .computed import described, own_files
+from .computed import described, own_files, tensor_hooks
 
 # %% ../../nbs/learn/11b_factories.ipynb #67483a84
 def is_own(name: str) -> bool:
@@ -111,10 +111,7 @@ _GIVEN: dict[str, nn.Module] = {}  # name -> a copy of the object, as it was giv
 
 def model_digest(module: nn.Module) -> str:
     """32 hexadecimal digits of all that `module` computes with: structure, code, attributes, hooks, weights and buffers."""
-    parts = [repr(module), described(module)]
-    tensors = [(name, value.detach().cpu().contiguous()) for name, value in module.state_dict().items() if isinstance(value, Tensor)]
-    raw = [part for name, t in tensors for part in (f"{name}{t.dtype}{tuple(t.shape)}".encode(), t.reshape(-1).view(torch.uint8).numpy().tobytes())]
-    return digest(*(part.encode() for part in parts), *raw)
+    return digest(described(module).encode())
 
 
 def own_model(module: nn.Module) -> str:
@@ -123,6 +120,9 @@ def own_model(module: nn.Module) -> str:
         raise ValueError(f"model is a {type(module).__name__}; an nn.Module is needed, or a name.")
     if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module.parameters()):
         raise ValueError(f"A layer of {type(module).__name__} is lazy and has no weights yet; call the model once on an input first.")
+    if hooked := [name for name, p in module.named_parameters() if tensor_hooks(p)]:
+        raise ValueError(f"{hooked[0]} of {type(module).__name__} has a hook on its gradient, which a copy of it has not, and the run trains a copy. "
+                         "Scale the gradient in forward, or register the hook in the constructor and give a factory: package.module:factory.")
     name = f"own:{type(module).__name__}-{model_digest(module)[:8]}"
     if name not in _GIVEN:
         try:
@@ -254,8 +254,9 @@ def _hub_fingerprint(name: str) -> str:
     repository = name.removeprefix("hub:")
     if (folder := Path(repository).expanduser()).is_dir():
         return digest(*(part for path in sorted(folder.iterdir()) if path.is_file() for part in (path.name.encode(), path.read_bytes())))
+    transformers = _need("transformers", name)
     try:
-        found = _need("transformers", name).AutoConfig.from_pretrained(repository)
+        found = transformers.AutoConfig.from_pretrained(repository)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {name!r} is no model that the Hugging Face hub gave ({str(error).splitlines()[0]}).") from error
     return str(found._commit_hash)

@@ -161,7 +161,11 @@ def _fail(study: "optuna.Study", trial: "optuna.Trial", sentence: str) -> None:
 
 
 def front(study: "optuna.Study") -> "pd.DataFrame":
-    """The trials of which none is at least as good in every goal and better in one: their run, what was proposed, and what came of it."""
+    """The trials of which none is at least as good in every goal and better in one: their run, what was proposed, and what came of it.
+
+    Raises ImportError, naming the extra, without pandas.
+    """
+    needed("pandas", "lab", "The table of a front")
     import pandas as pd
     goals = study.user_attrs["goals"]
     rows = [{"run": trial.user_attrs["run"], **trial.params, **dict(zip(goals, trial.values, strict=True))} for trial in study.best_trials]

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from ..errors import check_known
 from ..learn.config import Config
-from ..learn.experiments import ALL_METHODS, PROCEDURES, dense_partner
+from ..learn.experiments import ALL_METHODS, PROCEDURES, check_alone, dense_partner
 from ..learn.factories import is_own
 from ..learn.models import MODELS
 from ..learn.objectives import objective
 from ..learn.optimizers import OPTIMIZERS, SCHEDULES
 from ..learn.values import READERS, read_bool
+from .executors import needed
 from ..sparse.sparsify import method_options
 
 # %% ../../nbs/scale/00_grids.ipynb #615fea39
@@ -53,7 +54,9 @@ def check_axis(name: str) -> None:
 
 
 def check_choices(config: Config) -> None:
-    """Raise ValueError, with the nearest name, where a method, its options, a model, an objective, an optimizer or a schedule does not exist."""
+    """Raise ValueError, with the nearest name, where a method, its options, a model, an objective, an optimizer or a schedule does not exist;
+    and for a training of several processes, as those of a sweep are not."""
+    check_alone(config)
     check_known("method", config.method, ALL_METHODS)
     if config.method in PROCEDURES:
         PROCEDURES[config.method].of(config, Path(config.runs_dir))  # refuses options that it does not know
@@ -138,6 +141,7 @@ def read_sweep(path: str | Path) -> dict:
 
     Raises ValueError for a file that is none, and for names it does not know.
     """
+    needed("yaml", "lab", "A sweep in a file")
     import yaml  # papermill brings it
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

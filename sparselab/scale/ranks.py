@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checksums import digest
-from ..learn import Callback, Config, Learner, Run, TrainingStopped
+from ..learn import Callback, Config, Learner, Run, TrainingStopped, train
 from ..learn.assembly import make_learner
 from ..learn.callbacks import Progress
 from ..learn.changes import Changes
@@ -132,8 +132,15 @@ def check_parallel(config: Config) -> None:
 def train_rank(config: Config, callbacks: Sequence[Callback] = (Progress(),)) -> Run | None:
     """The part of one process in the training of `config`; the run for the first process, None for the others.
 
-    A run folder that was begun is continued on as many processes as before. Raises what `train` raises.
+    The run is that of as many processes: another number is another run, by another name. Raises what `train` raises, and ValueError where
+    `config` has the ranks of a run of another number.
     """
+    if config.ranks not in (1, ranks := dist.get_world_size()):
+        raise ValueError(f"This is the configuration of a run of {config.ranks} processes, and there are {ranks}: start as many. With ranks=1 in it, "
+                         "another run is trained.")
+    if ranks == 1:
+        return train(config, callbacks)
+    config = replace(config, ranks=ranks)
     check_parallel(config)
     folder = Path(config.runs_dir) / config.run_id
     if dist.get_rank():
@@ -203,13 +210,13 @@ if __name__ == "__main__" and __package__ == "sparselab.scale":  # a notebook is
 PROBLEMS = {error.__name__: error for error in (ValueError, OSError, FileNotFoundError, RuntimeError, TrainingStopped)}
 
 
-def train_parallel(config: Config, ranks: int = 2) -> Run:
-    """Train `config` on `ranks` processes of this machine, or continue, or return the run if it has finished.
+def train_parallel(config: Config) -> Run:
+    """Train `config` on as many processes of this machine as its `ranks` says, or continue, or return the run if it has finished.
 
     Raises what `train` raises, and ValueError for a method of several trainings.
     """
-    if ranks < 1:
-        raise ValueError(f"ranks is the number of processes, at least 1; got {ranks!r}.")
+    if config.ranks == 1:
+        return train(config)
     check_parallel(config)
     make_learner(config)  # what cannot be is refused here, before processes start
     folder = Path(config.runs_dir) / config.run_id
@@ -218,8 +225,8 @@ def train_parallel(config: Config, ranks: int = 2) -> Run:
     with tempfile.TemporaryDirectory() as place:
         words, problem = Path(place) / "config.json", Path(place) / "problem.json"
         words.write_text(json.dumps(asdict(config)), encoding="utf-8")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "sparselab.scale.ranks",
-                   str(words), "--problem", str(problem)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.ranks),
+                   "-m", "sparselab.scale.ranks", str(words), "--problem", str(problem)]
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
         with (open(Path(place) / "errors", "w+", encoding="utf-8") as errors,
               subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process):

@@ -177,7 +177,10 @@ def show(drawn: Panel | go.Figure, still: bool = False) -> None:
     """Displays a panel or a figure: interactive in JupyterLab, a picture elsewhere; `still`: a picture alone. Does nothing under IN_TEST=1."""
     if os.environ.get("IN_TEST"):
         return
-    from IPython.display import display
+    try:
+        from IPython.display import display
+    except ImportError as error:
+        raise ImportError("show displays in a notebook, and IPython is not installed: pip install 'sparselab[lab]'") from error
     bundle = mimebundle(drawn.figure if isinstance(drawn, Panel) else drawn)
     kept = ("image/png", "text/plain") if still and "image/png" in bundle else bundle
     display({form: bundle[form] for form in kept}, raw=True)

@@ -119,7 +119,8 @@ def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, executor, mo
     ("transformers", lambda: Config(model="hub:some/net").run_id, "^model 'hub:some/net' is built by transformers, which cannot be imported")])
 def test_a_package_that_is_missing_is_a_sentence(monkeypatch, package, call, sentence):
     monkeypatch.delenv("IN_TEST", raising=False)
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in {package, *(name for name in sys.modules if name.startswith(f"{package}."))}:  # also those that another test has loaded
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises((ImportError, ValueError), match=sentence):
         call()
 

@@ -435,6 +435,36 @@ def test_a_kind_that_finds_nothing_leaves_half_of_the_time_to_the_other(monkeypa
     assert searched and all(record.verdict != "unknown" and record.domains > 7 for record in searched)
 
 
+@pytest.mark.parametrize("kind", [module_branching.search, halve])
+def test_a_bound_that_float64_cannot_hold_proves_nothing(kind):
+    """Two equal neurons, times 1.7e308 and minus that: the first margin is -1 everywhere, its bound is inf - inf."""
+    f64 = lambda numbers: torch.tensor(numbers, dtype=torch.float64)  # noqa: E731
+    net = Reduced(f64([-1.0]), f64([1.0]), (slice(0, 2),), torch.zeros(2, 2).double(), f64([[20.0], [20.0]]), f64([10.0, 10.0]),
+                  f64([[1.7e308, -1.7e308], [0, 0]]), f64([[0.0], [0.0]]), f64([-1.0, 1.0]), f64([-10.0, -10.0]), f64([30.0, 30.0]),
+                  torch.arange(1), f64([0.0]))
+    found = kind(net, time.monotonic() + 0.5, lambda at: torch.zeros(len(at), dtype=torch.bool))
+    assert not found.proved and found.bound == -math.inf
+
+
+def test_numbers_beyond_float64_make_a_search_unknown():
+    """Pairs of equal neurons cancel in float32, layer by layer, and the last margin is broken at a spike that is too narrow for the attack."""
+    pair, wide, at = [1e38, -1e38], 8192.0, 4262
+    spike = nn.Linear(1, 5)
+    spike.weight.data, spike.bias.data = torch.tensor([[1.0], [1.0], [wide], [wide], [wide]]), torch.tensor([-0.5, -0.5, 1.0 - at, -at, -1.0 - at])
+    layers = [spike, nn.ReLU()]
+    for row in [[0.0, 0.0, 1.0, -2.0, 1.0]] + [[0.0, 0.0, 1.0]] * 7:
+        layer = nn.Linear(len(row), 3)
+        rest = [0.0] * (len(row) - 2)
+        layer.weight.data, layer.bias.data = torch.tensor([pair + rest, pair + rest, row]), torch.zeros(3)
+        layers += [layer, nn.ReLU()]
+    last = nn.Linear(3, 3)
+    last.weight.data, last.bias.data = torch.tensor([[0.0, 0.0, -5.0], [*pair, 0.0], [0.0, 0.0, -5.0]]), torch.tensor([1.0, 0.0, 0.5])
+    net, x, y = nn.Sequential(*layers, last).eval(), torch.tensor([[0.5]]), torch.tensor([0])
+    assert net(torch.tensor([[at / wide]])).argmax() == 1
+    found = decide(net, x, y, 0.1, budget=5.0)
+    assert found.verdicts == ["unknown"] and "not finite" in found.records[0].reason
+
+
 def test_a_margin_of_zero_ends_undecided():
     """m = |x_1| + |x_2| on [-1, 1]^2 is zero at the origin: no number of halves proves it, and the point is no counterexample."""
     rows = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64)

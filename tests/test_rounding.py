@@ -303,6 +303,23 @@ def test_where_a_sum_may_overflow_there_are_no_bounds():
     assert lb[1].isfinite().all() and (lb[1] <= net(x)[1]).all() and (net(x)[1] <= ub[1]).all()  # the other sample keeps its own
 
 
+AVERAGES = {
+    "mean": lambda x: x.mean((2, 3)), "avg_pool2d": lambda x: nn.functional.avg_pool2d(x, 10).flatten(1),
+    "adaptive": lambda x: nn.functional.adaptive_avg_pool2d(x, 1).flatten(1),
+    "divisor": lambda x: nn.functional.avg_pool2d(x, 10, divisor_override=10**6).flatten(1) * 1e4,
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_where_the_sum_of_an_average_may_overflow_there_are_no_bounds(average):
+    """A hundred numbers of 1e37 have a mean of 1e37, and a sum beyond float32."""
+    net = Calls(lambda x: AVERAGES[average](x * 1e37) * 1e-37)
+    x = torch.cat([torch.ones(1, 1, 10, 10), torch.full((1, 1, 10, 10), 1e-3)])
+    assert not net(x)[0].isfinite().any() and net(x)[1].isfinite().all()
+    lb, ub = bounds(net, x, x, sound=True, program=read(net, x))
+    assert lb[0].isneginf().all() and ub[0].isposinf().all() and (lb[1] <= net(x)[1]).all() and (net(x)[1] <= ub[1]).all()
+
+
 @pytest.mark.parametrize("slope", [0.0, 0.01, 0.3, 0.9, 1.0])
 def test_lines_of_a_relu_lie_around_it(slope):
     generator = torch.Generator().manual_seed(0)
@@ -410,6 +427,7 @@ def test_operations_with_a_model(function, method):
     (nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(32, 3))), "computes a weight by"),
     (nn.Sequential(nn.Flatten(), nn.Linear(32, 3)).double(), "float32"),
     (nn.Sequential(nn.BatchNorm2d(2), nn.Flatten()), "train mode"),
+    (Calls(lambda x: torch.addmm(torch.ones(3), x.flatten(1), torch.full((32, 3), 1e38), alpha=1e-38)), "alpha or beta"),
 ])
 def test_what_has_no_model_is_refused_with_a_sentence(net, sentence):
     x = torch.rand(2, 2, 4, 4, dtype=next((p.dtype for p in net.parameters()), torch.float32))
@@ -438,6 +456,21 @@ def test_other_arithmetic_and_other_engines_are_refused():
                 onednn.fp32_precision = before
     with pytest.raises(ValueError, match="native engine"):
         bounds(net, x, x, engine="auto_lirpa", sound=True)
+
+
+def test_convolutions_that_are_transformed_are_refused(monkeypatch):
+    convolution, linear, x = nn.Sequential(nn.Conv2d(2, 1, 3), nn.Flatten()), nn.Sequential(nn.Flatten(), nn.Linear(32, 2)), torch.rand(2, 2, 4, 4)
+    monkeypatch.setattr(torch.backends.nnpack, "is_available", lambda: True)
+    with torch.backends.mkldnn.flags(enabled=False):
+        with torch.backends.nnpack.flags(True):
+            bounds(linear, x, x, sound=True)
+            labels = torch.zeros(2, dtype=torch.long)
+            for call in (lambda: bounds(convolution, x, x, sound=True), lambda: verify(convolution, x, labels, 0.1, sound=True)):
+                with pytest.raises(ValueError, match=r"Winograd.*nnpack.set_flags\(False\)"):
+                    call()
+        with torch.backends.nnpack.flags(False):
+            bounds(convolution, x, x, sound=True)
+    bounds(convolution, x, x, sound=True)
 
 
 def test_masks_that_are_multiplied_in_have_a_model():

@@ -262,9 +262,11 @@ class _Cascade:
             logits = ask(self.model, image).double().cpu()
             margins = (margin_matrix(self.y[one].cpu(), logits.shape[1], torch.float64) @ logits.unsqueeze(2)).squeeze(2)
             ours, z = net.forward(image.flatten(1).double().cpu()[:, net.pixels])
+            if not (margins.isfinite().all() and ours.isfinite().all() and z.isfinite().all()):
+                raise Unreduced("The network computes numbers that are not finite, in its own type or in float64.")
             slack = 2 * rounding(ask(self.model, image)).cpu()
-            outside = torch.maximum(net.lb - z, z - net.ub) > 1e-6 * (net.ub - net.lb)
-            if bool(((ours - margins).abs() > slack).any()) or bool(outside.any()):
+            inside = torch.maximum(net.lb - z, z - net.ub) <= 1e-6 * (net.ub - net.lb)
+            if not bool(((ours - margins).abs() <= slack).all()) or not bool(inside.all()):
                 raise Contradiction(f"The network that branch and bound would split differs from the model at a point of box {i}. "
                                     "No verdict is given. Please report the model.")
 

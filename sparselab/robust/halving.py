@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .branching import WAITING, Found, counterexample
+from .branching import WAITING, Found, counterexample, why_open
 from .reduced import Reduced
 
 # %% ../../nbs/robust/22b_halving.ipynb #5ea75ca5
@@ -36,7 +36,8 @@ def lowest(net: Reduced, rows: tuple[Tensor, Tensor, Tensor], lines: tuple[Tenso
         A = A + here @ net.G[group]
         a[:, :, : group.start] += here @ net.L[group, : group.start]
     A = A.expand(*a.shape[:2], -1)
-    return constant + (A @ centre.unsqueeze(2)).squeeze(2) - (A.abs() @ radius.unsqueeze(2)).squeeze(2), A
+    value = constant + (A @ centre.unsqueeze(2)).squeeze(2) - (A.abs() @ radius.unsqueeze(2)).squeeze(2)
+    return value.where(value.isfinite(), -torch.inf), A  # where a number on the way is beyond float64, nothing is known
 
 
 def bounded_margins(net: Reduced, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +96,7 @@ def halve(net: Reduced, until: float, wrong: Callable[[Tensor], Tensor]) -> Foun
         count += 2 * len(low)
         lower, upper = torch.cat([lower, low, low.scatter(1, axis, middle)]), torch.cat([upper, up.scatter(1, axis, middle), up])
         left, value = torch.cat([left, still, still]), torch.cat([value, worst, worst])
-    return Found(not undecided, min([bound, *undecided]), count, reason="a part lies within rounding of zero" if undecided else "")
+    return Found(not undecided, min([bound, *undecided]), count, reason=why_open(undecided, until))
 
 # %% ../../nbs/robust/22b_halving.ipynb #7fccd1d7
 FEW, SOME = 8, 16  # inputs up to which halves come first, and up to which they are tried

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['U', 'TINY', 'TOP', 'KAPPA', 'MOST', 'LEAST', 'MOVES', 'PRODUCTS', 'ENTRYWISE', 'CONSTANTS', 'gamma', 'size', 'ends',
-           'Computed', 'live', 'terms', 'Rounded', 'RoundedReLU', 'RoundedMaxPool', 'window', 'norm', 'modelled',
-           'AsComputed', 'wide', 'sound_backward', 'outward', 'SoundCrownPass', 'sound_pass', 'sound_bounds',
-           'check_settings', 'outer_box']
+           'Computed', 'live', 'terms', 'Rounded', 'RoundedReLU', 'RoundedMaxPool', 'window', 'undivided', 'norm',
+           'modelled', 'AsComputed', 'wide', 'sound_backward', 'outward', 'SoundCrownPass', 'sound_pass',
+           'sound_bounds', 'check_settings', 'outer_box']
 
 # %% ../../nbs/robust/20_rounding.ipynb #c7adb9a0
 import math
@@ -90,13 +90,14 @@ class Rounded(Computed):
     """y = L x + b as computed: `exact` in float64, and what each output is rounded.
 
     `roundings`: how many a term meets; a number, or a function of the inputs' boxes. With 0 values are only moved. `beside`: magnitudes
-    next to |L| |x| + |b| which are added on the way. `factor`: by how much underflows grow on the way.
+    next to |L| |x| + |b| which are added on the way. `factor`: by how much numbers on the way are larger than those of the output, and
+    underflows grow; a number, one for each output, or a function of the inputs' boxes.
     """
 
     exact: Layer
     roundings: float | Callable[[Interval], Tensor] = 0
     beside: Tensor | float = 0.0
-    factor: Tensor | float = 1.0
+    factor: Tensor | float | Callable[[Interval], float] = 1.0
     shift: Tensor = field(init=False)  # b
     slack: Tensor = field(init=False)  # E and the errors of float64
     linear, switch = True, False
@@ -111,9 +112,10 @@ class Rounded(Computed):
             raise Refused(f"it has more than 2^20 = {MOST:,} activations, for which the error of the bound's own sums is not proved")
         mass = self.exact.interval(*(Interval.ball(torch.zeros_like(s), s) for s in sizes))  # b +- |L| |x|
         self.shift, M = mass.mid, mass.rad * (1 + KAPPA) + mass.mid.abs() + self.beside
-        error = self._error(M, xs, sizes) * (1 + 4 * KAPPA)
+        factor = self.factor(*xs) if callable(self.factor) else self.factor
+        error = self._error(M, xs, sizes, factor) * (1 + 4 * KAPPA)
         self.slack = error + 4 * KAPPA * M
-        self.fits = (flat(M * self.factor) < TOP / 2).all(1)
+        self.fits = (flat(M * factor) < TOP / 2).all(1)
         if self.roundings == 0:
             y = self.exact.interval(*map(ends, xs))
             lb, ub = y.lb - error, y.ub + error
@@ -123,13 +125,13 @@ class Rounded(Computed):
         here = self.fits.view(-1, *(1,) * (lb.dim() - 1))  # the bounds of the other samples are infinite in the end
         return Interval.ends(lb.where(here, 0.0), ub.where(here, 0.0))
 
-    def _error(self, M: Tensor, xs: Sequence[Interval], sizes: Sequence[Tensor]) -> Tensor:
+    def _error(self, M: Tensor, xs: Sequence[Interval], sizes: Sequence[Tensor], factor: Tensor | float) -> Tensor:
         """E, the distance of the computed y from the exact one."""
         if self.roundings == 0:  # a constant that is written between the values is rounded when it is read
             return (self.shift != 0) * (2 * U * self.shift.abs() + TINY)
         n = self.roundings(*xs) if callable(self.roundings) else self.roundings
         most = torch.stack([flat(s).amax(1) for s in sizes]).amax(0).view(-1, *(1,) * (M.dim() - 1))
-        flushed = 2 * TINY * (n + 1) * (2 + most) * self.factor
+        flushed = 2 * TINY * (n + 1) * (2 + most) * factor
         return gamma(n + 1) * M + flushed
 
     def relax(self, A: Tensor, *boxes: Interval) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -219,6 +221,11 @@ def window(layer: Layer, x: Interval) -> int:
     return math.prod(layer.kernel) if isinstance(layer, AvgPool) else math.prod(x.shape[1:])
 
 
+def undivided(layer: Layer, x: Interval) -> int:
+    """How many times its output the sum of an average may be, before it is divided."""
+    return max(window(layer, x), abs(getattr(layer, "divisor", None) or 1))
+
+
 def norm(layer: Layer, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Rounded:
     """A BatchNorm in eval mode, whose scale and shift are `layer`."""
     ones, root = layer.scale.dim() * (1,), torch.rsqrt(running_var + eps)
@@ -242,6 +249,8 @@ def modelled(what: str, layer: Any, scalars: Sequence[float]) -> Any:
         return RoundedMaxPool(layer)
     if what in MOVES:
         return Rounded(layer)
+    if what == "addmm" and any(number != 1 for number in scalars):
+        raise Refused("its alpha or beta is other than 1, by which a sum is multiplied after it was rounded, and may have overflowed")
     if what in PRODUCTS and isinstance(layer, Linear | Conv | MatMul):
         return Rounded(layer, lambda x: terms(layer, x))
     if what == "div" and bool((torch.as_tensor(layer.scale).abs() > 1 / TINY).any()):
@@ -251,7 +260,7 @@ def modelled(what: str, layer: Any, scalars: Sequence[float]) -> Any:
             raise Refused(f"one of its numbers, {max(scalars, key=abs):g}, is beyond the largest number of the network's type")
         return Rounded(layer, ENTRYWISE[what] + 2 * len(scalars))
     if what in ("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "mean", "sum"):
-        return Rounded(layer, lambda x: window(layer, x) + 3)
+        return Rounded(layer, lambda x: window(layer, x) + 3, factor=lambda x: undivided(layer, x))
     raise Refused("its rounding has no model, and sound=True promises bounds of the network as it is computed")
 
 # %% ../../nbs/robust/20_rounding.ipynb #e6f108fc
@@ -284,7 +293,7 @@ class AsComputed(Graph):
             return (norm(layer[0], *(given[name] for name in ("running_mean", "running_var", "weight", "bias", "eps"))),)
         every = (*node.args, *node.kwargs.values())
         scalars = [float(number) for number in every if isinstance(number, int | float) and not isinstance(number, bool)]
-        return modelled(what, layer, scalars if what in ENTRYWISE else [])
+        return modelled(what, layer, scalars if what in ENTRYWISE or what == "addmm" else [])
 
 
 def wide(value: Any) -> Any:
@@ -360,7 +369,7 @@ def sound_bounds(
 
     Raises UnsupportedLayer for an operation whose rounding has no model, ValueError for mixed types and a BatchNorm in train mode.
     """
-    check_settings(program.value.device)
+    check_settings(program.value.device, any(operation(node) == "convolution" for node in program.names))
     if program.value.dtype != torch.float32:
         raise ValueError(f"sound=True is for networks of float32, not {program.value.dtype}: call model.float().")
     if training_norms(program):
@@ -384,14 +393,27 @@ def sound_bounds(
     return lb.masked_fill(~fits | lb.isnan(), -math.inf), ub.masked_fill(~fits | ub.isnan(), math.inf)
 
 
-def check_settings(device: torch.device) -> None:
-    """Refuse, with a sentence, settings of torch in which a float32 network is not computed in float32."""
+def check_settings(device: torch.device, convolutions: bool = False) -> None:
+    """Refuse, with a sentence, settings in which torch does not compute a float32 network, or its `convolutions`, by sums of float32 products."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise ValueError("autocast is on, so that a network computes in half precision: leave it before you ask for sound=True.")
     if short_products(device):
         cudnn = " and set torch.backends.cudnn.allow_tf32 = False" if device.type == "cuda" else ""
         raise ValueError(f"Products on '{device.type}' may be computed in TF32 or bfloat16: call torch.set_float32_matmul_precision('highest')"
                          f"{cudnn}, also where the network is used. sound=True is about float32.")
+    switch = _transforming(device) if convolutions else ""
+    if switch:
+        raise ValueError(f"Convolutions on '{device.type}' may be computed by Winograd's or Fourier's algorithm, which sum no products: "
+                         f"call {switch}, also where the network is used.")
+
+
+def _transforming(device: torch.device) -> str:
+    """What switches algorithms off that transform a convolution; "" where none of them is on."""
+    if device.type == "cuda":
+        return "torch.backends.cudnn.set_flags(False)" if torch.backends.cudnn.enabled else ""
+    onednn = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()  # it is asked first, and sums products
+    nnpack = torch.backends.nnpack.is_available() and torch._C._get_nnpack_enabled()
+    return "torch.backends.nnpack.set_flags(False)" if device.type == "cpu" and nnpack and not onednn else ""
 
 # %% ../../nbs/robust/20_rounding.ipynb #be040963
 def outer_box(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

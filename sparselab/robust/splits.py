@@ -105,6 +105,7 @@ def bounded(net: Reduced, of: Margins, lines: Lines, alpha: Tensor, pull: Tensor
     constant = of.c + coefficients @ net.h + (a.clamp(max=0) * lines.height).sum(1)
     x = net.centre - net.radius * A.sign()
     value = constant + A @ net.centre - A.abs() @ net.radius
+    value = value.where(value.isfinite(), -torch.inf)  # where a number on the way is beyond float64, nothing is known
     z, y = net.reads.forth(x) + net.h, torch.zeros_like(a)
     for group in net.groups:
         if group.start:

@@ -157,7 +157,7 @@ def in_full_width(x: Tensor) -> Tensor:
 
 
 def written_precision(function: Callable) -> Callable:
-    """The function, in the precision of its tensors: autocast is off while it runs."""
+    """The function, in the precision of its tensors: without autocast."""
     @wraps(function)
     def in_full(*args, **kwargs):
         if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):

@@ -76,7 +76,7 @@ class CrownPass(IntervalPass):
         super().__init__([box])
         self.refined: dict[int, Interval] = {}
         self.independent = {0}  # places whose box is the joint range: every combination of entries occurs
-        self.exact = {0}  # places whose single entries reach their bounds
+        self.exact = {0}  # places whose single entries reach their bounds, or come entry by entry from a refined box
 
     def inputs(self, step: Step) -> list[Interval]:
         if step.layer.linear:

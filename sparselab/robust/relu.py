@@ -102,7 +102,7 @@ class _Box(Function):
 class ReLU(Layer):
     """nn.ReLU, and nn.LeakyReLU with its `slope` in [0, 1] for negative inputs."""
 
-    linear, entrywise, switch = False, True, True
+    linear, entrywise, switch = False, True, True  # the flags of 02: y_i reads x_i alone, and each neuron has a state
     slope: float = 0.0
 
     def interval(self, x: Interval) -> Interval:

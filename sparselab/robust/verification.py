@@ -231,7 +231,7 @@ def verify(
     engine: str | Engine = "native",  # or "auto_lirpa", or an engine that was made for this model, as `learn.Unrolled`
     batch_size: int = 500,  # at most; fewer where the model is large
     robust: Tensor | None = None,  # (B,) bool: samples that no attack broke; others are not worth a proof
-    budget: float | None = None,  # seconds for each sample: then `decide` runs, complete verification, and gives its Verdicts
+    budget: float | None = None,  # seconds for each sample: then `decide` runs, with branch and bound, and gives its Verdicts
     sound: bool = False,  # proofs of the float32 network as it is computed, in every order of summation
 ) -> Verification:
     """Which samples the model, in eval mode, provably classifies as `y` on all of input_box(x, eps).

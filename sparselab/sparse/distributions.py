@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import check_names
 
 # %% ../../nbs/sparse/02_distributions.ipynb #55eb2895
-DISTRIBUTIONS = ("uniform", "er", "erk", "global")
+DISTRIBUTIONS = ("uniform", "er", "erk", "global")  # global: all layers ranked together, at the end of the notebook
 
 
 def budget(sparsity: float, total: int) -> int:

@@ -185,8 +185,8 @@ GROWTH: dict[str, Score] = {"gradient": gradient, "random": random}
 class SET(Replacing):
     """Drop the smallest |w|, grow at random (arXiv 1707.04780).
 
-    `update_every` steps, from the first until the share `end` of training, replace `drop_fraction` of the weights,
-    falling to 0 along a cosine. `accumulate`: steps whose dense gradients are added up for the growth score. `across`:
+    Every `update_every` steps, until the share `end` of training, the share `drop_fraction` of the weights is replaced; it
+    falls to 0 along a cosine. `accumulate`: steps whose dense gradients are added up for the growth score. `across`:
     rank all layers together, so that only the total is fixed. An update waits for the next step when it has no gradient to grow
     by, as its own step was skipped. `regrow_warmup`: over how many steps Adam's steps of a grown weight rise to their full size, on
     the weight's own clock (see `Regrowth`); 0 leaves them to Adam.
@@ -236,6 +236,7 @@ class SET(Replacing):
 
     @property
     def grows_by_gradients(self) -> bool:
+        """Whether gradients of growth are all that the method reads of a step, so that sparse steps may skip those between its updates."""
         return type(self).see_gradients is SET.see_gradients and type(self).update is SET.update and not self.regrow_warmup
 
     def busy(self) -> bool:

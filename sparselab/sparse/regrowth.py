@@ -26,7 +26,7 @@ class Regrowth:
     """Gives every grown weight the steps of an Adam that began when it was grown, warmed up over `warmup` steps (arXiv 2606.00888).
 
     `born`: weight name -> the optimizer's step count at which each of its weights was grown, minus infinity for those that
-    were there from the start. Exact up to Adam's eps and the decay of AdamW, which are scaled along.
+    were there from the start. Exact but for Adam's eps and the decay of AdamW, whose part of the step is scaled by the share too.
     """
 
     def __init__(self, warmup: int):

@@ -79,7 +79,7 @@ def papers_table(papers: Sequence[Mapping], folder: str | Path) -> str:
     A paper has `arxiv`, `name`, `methods`, `notebooks`, and, without a claim to test, a sentence `instead`.
     """
     claims = [Claim.load(path) for path in Path(folder).glob("*.json")]
-    lines = ["| paper | methods | notebook | its claims here | our questions |", "| --- " * 5 + "|"]
+    lines = ["| paper | methods shown there | notebook | its claims here | our questions |", "| --- " * 5 + "|"]
 
     def counts(found: Sequence[Claim]) -> str:
         verdicts = [claim.verdict for claim in found]

@@ -22,7 +22,7 @@ from .sparsifier import Sparsifier, cloned, highest
 
 # %% ../../nbs/sparse/14_jackpots.ipynb #7c1d5a90
 class Frozen(Sparsifier, abstract=True):
-    """A trained `model` whose parameters stay as they are; what is learned says in `shown` what becomes of its weights."""
+    """A trained `model` whose parameters stay as they are; `shown` maps a frozen weight to the one that the model uses."""
 
     keeps_weights = True
     knobs = ()

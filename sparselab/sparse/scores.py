@@ -17,10 +17,10 @@ SAMPLE = 64  # one score in SAMPLE estimates the threshold
 
 
 def top(scores: Tensor, k: int, taken: Tensor | None = None) -> Tensor:
-    """Flat indices (ascending) of the `k` highest scores; equal scores are taken lowest index first.
+    """Flat indices (ascending) of the `k` highest scores; of equal scores the lowest index comes first.
 
-    `taken`: bool, True where a score does not take part. Raises ValueError when k exceeds the number of scores that take
-    part, FloatingPointError when a score is NaN.
+    `taken`: bool, True at a place that is taken already, whose score does not compete. Raises ValueError when k exceeds the number of scores that
+    compete, FloatingPointError when a score is NaN.
     """
     flat, taken = scores.reshape(-1), None if taken is None else taken.reshape(-1)
     free = flat.numel() if taken is None else int((~taken).count_nonzero())

@@ -286,6 +286,25 @@ def test_what_auto_lirpa_imports_and_lacks_is_named():
     assert last.startswith("ImportError: auto_LiRPA is installed, but not appdirs") and "'sparselab[lirpa]'" in last
 
 
+class Elsewhere:
+    """An engine that knows the model at the images alone: at every other point it computes other outputs."""
+
+    def __init__(self, model, x):
+        self.model, self.x = model, x
+
+    def bounds(self, lower, upper, method, C):
+        lb, ub = bounds(self.model, lower, upper, method, C)
+        known = torch.equal(lower, upper) and torch.equal(lower, self.x)
+        return (lb, ub) if known or not torch.equal(lower, upper) else (lb + 0.1, ub + 0.1)
+
+
+def test_an_engine_of_the_model_is_held_against_it_away_from_the_images():
+    torch.manual_seed(0)
+    model, x = network(), torch.rand(6, 4)
+    with pytest.raises(Contradiction, match="boxes of width zero differ"):
+        verify(model, x, model(x).argmax(1), 0.05, engine=Elsewhere(model, x))
+
+
 def test_both_engines_prove_the_same():
     try:
         load()

@@ -9,6 +9,7 @@ __all__ = ['FLOATS', 'ATTACKED', 'STEPS', 'BROKEN', 'Verification', 'check_order
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -133,18 +134,28 @@ def _slope(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
 
-def _witnesses(model: nn.Module, x: Tensor, y: Tensor, eps: float, logits: Tensor) -> tuple[Tensor, Tensor]:
+def _made_of(engine: Engine, program: Program, model: nn.Module, points: Tensor, y: Tensor | None = None) -> Tensor:
+    """The model's outputs `y` at `points`; Contradiction where an engine that was made of the model gives others."""
+    y = ask(model, points) if y is None else y
+    check_point(y, *bounds(model, points, points, "ibp", None, engine, program=program))
+    return y
+
+
+def _witnesses(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, logits: Tensor, engine: str | Engine, program: Program
+) -> tuple[Tensor, Tensor]:
     """What the real model says at x and at three points of every box, (4, B, K), and a mask like x that tells the last of them: the
     corner that is `upper` where the mask is True, and `lower` elsewhere.
 
-    Contradiction where the reading of the model differs.
+    Contradiction where a reading of the model on these images, or an engine that was made of it, differs.
     """
-    program, (lower, upper) = read(model, x), input_box(x, eps)
-    check_reading(program, model, x, logits)
+    lower, upper = input_box(x, eps)
+    check = partial(check_reading, read(model, x), model) if isinstance(engine, str) else partial(_made_of, engine, program, model)
+    check(x, logits)
     check_alone(model, x, logits)
     rises = _slope(model, x, y) > 0
     steepest = torch.where(rises, upper, lower)
-    return torch.stack([logits, *(check_reading(program, model, point) for point in (*probes(lower, upper), steepest))]), rises
+    return torch.stack([logits, *map(check, (*probes(lower, upper), steepest))]), rises
 
 # %% ../../nbs/robust/16_verification.ipynb #52ba2c9e
 ATTACKED, STEPS = 32, 3  # samples of a batch that are attacked before they are called proved, and PGD steps
@@ -163,16 +174,19 @@ def _hunted(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor | None
 
 
 def _lower_margins(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, seen: Tensor, rises: Tensor, method: str, engine: str | Engine, sound: bool = False
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, seen: Tensor, rises: Tensor, method: str, engine: str | Engine, program: Program,
+    sound: bool = False,
 ) -> Tensor:
     """Lower bound of the worst margin of each sample, -inf where one is not finite; Contradiction where a margin of `seen` is lower.
 
     `seen` and `rises` are the outputs and the mask of `_witnesses`.
     """
-    program, C, (lower, upper) = read(model, x), margin_matrix(y, seen.shape[2], dtype=x.dtype), input_box(x, eps)
-    check_reading(program, model, x, seen[0])
-    check_reading(program, model, torch.where(rises, upper, lower), seen[-1])
-    if engine != "native":  # it reads the model in a way of its own
+    C, (lower, upper) = margin_matrix(y, seen.shape[2], dtype=x.dtype), input_box(x, eps)
+    if isinstance(engine, str):  # the reading of these images is what is bounded
+        program = read(model, x)
+        check_reading(program, model, x, seen[0])
+        check_reading(program, model, torch.where(rises, upper, lower), seen[-1])
+    if engine == "auto_lirpa":  # it reads the program in a way of its own
         check_point(seen[0], *bounds(model, x, x, "ibp", None, engine, program=program))
     lb, ub = bounds(model, *(outer_box(x, eps) if sound else (lower, upper)), method, C, engine, program=program, sound=sound)
     lb, ub = lb.masked_fill(~lb.isfinite(), -math.inf), ub.masked_fill(~ub.isfinite(), math.inf)
@@ -260,7 +274,7 @@ def verify(
         size = _batch(program, 1, "ibp", engine, batch_size)
         logits = torch.cat([ask(model, part) for part in x.split(size)])
         check_classes(logits, y)
-        parts = [_witnesses(model, *part, eps, z) for *part, z in zip(x.split(size), y.split(size), logits.split(size), strict=True)]
+        parts = [_witnesses(model, *part, eps, z, engine, program) for *part, z in zip(x.split(size), y.split(size), logits.split(size), strict=True)]
         seen, rises = torch.cat([outputs for outputs, _ in parts], 1), torch.cat([mask for _, mask in parts])
         clean, scale = worst_margin(logits, y) > 0, (logits.double() if sound else logits).abs().amax(1).clamp(min=1)
         unbroken = torch.stack([worst_margin(z, y) > 0 for z in seen]).all(0)
@@ -273,7 +287,7 @@ def verify(
             left, found = tried[method].nonzero().flatten(), torch.full_like(scale, -math.inf)
             for rows in left.split(_batch(program, logits.shape[1], method, engine, batch_size)):
                 if len(rows):
-                    found[rows] = _lower_margins(model, x[rows], y[rows], eps, seen[:, rows], rises[rows], method, engine, sound)
+                    found[rows] = _lower_margins(model, x[rows], y[rows], eps, seen[:, rows], rises[rows], method, engine, program, sound)
             check_order(clean, provable, found > (0 if sound else 1e-4) * scale)  # less is rounding: scale is the largest logit
             found = torch.where(provable, found, found.clamp(max=0))  # a broken point outweighs rounding
             by_method[method], margins = found > 0, torch.maximum(margins, found)

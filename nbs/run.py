@@ -15,13 +15,14 @@ from papermill.exceptions import PapermillExecutionError, strip_color
 from traitlets.config import Config
 from yaml import YAMLError
 
-FIRST = "from sparselab.notebooks import short_errors; short_errors()"
+FIRST = "from sparselab.notebooks import short_errors, to_a_log; short_errors()"
 
 
 class Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **options):
-        options |= {"config": Config({"KernelManager": {"transport_encryption": "auto"}}), "extra_arguments": [f"--IPKernelApp.exec_lines={FIRST}"]}
+        first = FIRST if sys.stdout.isatty() else f"{FIRST}; to_a_log()"
+        options |= {"config": Config({"KernelManager": {"transport_encryption": "auto"}}), "extra_arguments": [f"--IPKernelApp.exec_lines={first}"]}
         return super().execute_managed_notebook(nb_man, kernel_name, **options)
 
 

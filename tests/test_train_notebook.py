@@ -165,13 +165,14 @@ def test_the_launcher_says_in_a_sentence_what_cannot_be_read_or_written(launcher
     assert shown.strip().splitlines()[-1].startswith(f"Error: {sentence}")
 
 
-def test_the_launcher_makes_the_folder_of_its_output(tmp_path):
-    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)")])
+def test_the_launcher_makes_the_folder_of_its_output_and_tells_progress_in_lines(tmp_path):
+    source = "from sparselab.notebooks import writes_over\nprint(6 * 7, writes_over())"
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     made.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
     nbformat.write(made, tmp_path / "in.ipynb")
     done = subprocess.run([sys.executable, ROOT / "nbs" / "run.py", "in.ipynb", "runs/deep/out.ipynb"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "42" in done.stdout, done.stderr[-2000:]
-    assert outputs(tmp_path / "runs" / "deep" / "out.ipynb")[0]["text"] == "42\n"
+    assert outputs(tmp_path / "runs" / "deep" / "out.ipynb")[0]["text"] == "42 False\n"
 
 
 def test_every_parameter_is_a_field_with_its_default_and_a_description():

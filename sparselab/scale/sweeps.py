@@ -7,7 +7,6 @@ __all__ = ['train_notebook', 'job_of', 'Crew', 'duration', 'epochs_so_far', 'Pro
            'sweep']
 
 # %% ../../nbs/scale/05_sweeps.ipynb #9fa5f42f
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from ..learn.config import Config
 from ..learn.files import being_written
 from ..learn.find import absolute, is_path
 from ..learn.runs import Run
-from ..notebooks import PACKAGE
+from ..notebooks import PACKAGE, writes_over
 from .execution import Job, Outcome, outcome
 from .executors import Executor, Local, needed
 from .grids import Point, expand
@@ -129,7 +128,7 @@ class Progress:
 
     def __init__(self, total: int, before: int = 0, show: bool = True):
         self.total, self.before, self.begun, self.show, self.width = total, before, time.monotonic(), show, 0
-        self.live = sys.stdout.isatty() or type(sys.stdout).__module__.startswith("ipykernel")
+        self.live = writes_over()
 
     def line(self, states: Counter, now: Sequence[str] = ()) -> str:
         """How many have ended how, the time so far and the time left, and what is running."""

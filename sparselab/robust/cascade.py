@@ -359,7 +359,7 @@ class _Record:
         self.before = read_json(line, self.before)[1]
 
 # %% ../../nbs/robust/23_cascade.ipynb #d4df2b7f
-CHUNK = 32  # samples that go through the stages together
+CHUNK = 128  # samples that go through the stages together: of fewer, what a stage does once takes most of the time
 
 
 def _check_budget(budget: float, workers: int, x: Tensor) -> None:

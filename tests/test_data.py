@@ -356,6 +356,22 @@ def test_the_hub_reader_on_a_local_folder_in_its_format(nowhere):
     assert fingerprint(f"hub:{nowhere / 'other'}") != first
 
 
+def test_a_set_is_read_once_as_long_as_its_files_are_the_same(nowhere, monkeypatch):
+    read = []
+    monkeypatch.setattr(find_module, "_last", {})
+    check = find_module.check
+    monkeypatch.setattr(find_module, "check", lambda raw, name: read.append(name) or check(raw, name))
+    write_idx(nowhere / "data" / "scans")
+    first = load("scans").test
+    first.images.fill_(200)  # who owns the split may change it
+    assert torch.equal(load("scans").test.images[:, 0, 0, 0], torch.arange(12)) and len(read) == 1
+    write_idx(nowhere / "data" / "scans", value=7)
+    assert load("scans").test.images.unique().tolist() == [7] and len(read) == 2 and len(find_module._last) == 1
+    monkeypatch.setattr(find_module, "KEPT", 10)
+    write_idx(nowhere / "data" / "scans", value=9)
+    assert load("scans").test.images.unique().tolist() == [9] and not find_module._last
+
+
 def test_a_fingerprint_is_of_what_is_read_and_of_nothing_else(nowhere):
     folder = nowhere / "shapes"
     for part in ("train/cat/0.png", "train/dog/0.png", "test/cat/0.png", "test/dog/0.jpg"):

@@ -136,16 +136,21 @@ def _slope(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def _made_of(engine: Engine, program: Program, model: nn.Module, points: Tensor, y: Tensor | None = None) -> Tensor:
     """The model's outputs `y` at `points`; Contradiction where an engine that was made of the model gives others."""
+    bounded = y is not None or not isinstance(engine, nn.Module)
     y = ask(model, points) if y is None else y
-    check_point(y, *bounds(model, points, points, "ibp", None, engine, program=program))
+    check_point(y, *(bounds(model, points, points, "ibp", None, engine, program=program) if bounded else 2 * (engine(points),)))
     return y
+
+
+def _moves(eps: float | Tensor) -> bool:
+    return bool(eps.any()) if isinstance(eps, Tensor) else eps > 0
 
 
 def _witnesses(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, logits: Tensor, engine: str | Engine, program: Program
 ) -> tuple[Tensor, Tensor]:
     """What the real model says at x and at three points of every box, (4, B, K), and a mask like x that tells the last of them: the
-    corner that is `upper` where the mask is True, and `lower` elsewhere.
+    corner that is `upper` where the mask is True, and `lower` elsewhere. Where the box is x, (1, B, K).
 
     Contradiction where a reading of the model on these images, or an engine that was made of it, differs.
     """
@@ -153,6 +158,8 @@ def _witnesses(
     check = partial(check_reading, read(model, x), model) if isinstance(engine, str) else partial(_made_of, engine, program, model)
     check(x, logits)
     check_alone(model, x, logits)
+    if not _moves(eps):
+        return logits.unsqueeze(0), torch.zeros_like(x, dtype=torch.bool)
     rises = _slope(model, x, y) > 0
     steepest = torch.where(rises, upper, lower)
     return torch.stack([logits, *map(check, (*probes(lower, upper), steepest))]), rises
@@ -163,7 +170,7 @@ ATTACKED, STEPS = 32, 3  # samples of a batch that are attacked before they are 
 
 def _hunted(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor | None:
     """What the model says, (B, K), where a short attack ends; None where no attack can run, or none is needed."""
-    if not len(x) or not (eps.any() if isinstance(eps, Tensor) else eps):
+    if not len(x) or not _moves(eps):
         return None
     try:
         return ask(model, pgd(model, x, y, eps, STEPS))

@@ -134,7 +134,7 @@ def _slope(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
 
-def _made_of(engine: Engine, program: Program, model: nn.Module, points: Tensor, y: Tensor | None = None) -> Tensor:
+def _check_twin(engine: Engine, program: Program, model: nn.Module, points: Tensor, y: Tensor | None = None) -> Tensor:
     """The model's outputs `y` at `points`; Contradiction where an engine that was made of the model gives others."""
     bounded = y is not None or not isinstance(engine, nn.Module)
     y = ask(model, points) if y is None else y
@@ -155,7 +155,7 @@ def _witnesses(
     Contradiction where a reading of the model on these images, or an engine that was made of it, differs.
     """
     lower, upper = input_box(x, eps)
-    check = partial(check_reading, read(model, x), model) if isinstance(engine, str) else partial(_made_of, engine, program, model)
+    check = partial(check_reading, read(model, x), model) if isinstance(engine, str) else partial(_check_twin, engine, program, model)
     check(x, logits)
     check_alone(model, x, logits)
     if not _moves(eps):

@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, reduce
@@ -86,15 +86,19 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 # %% ../nbs/00e_program.ipynb #8733a447
 _WAYS_OUT = {Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__,
-             Tensor.__deepcopy__, Tensor.__reduce_ex__}
+             Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__repr__, Tensor.__format__}
 
 
 class _StayInside(TorchFunctionMode):
-    """Refuses to hand the memory of a tensor to anybody who is not torch."""
+    """Refuses to hand the memory of a tensor to anybody who is not torch; `refuse` raises for a reason."""
+
+    def __init__(self, refuse: Callable[[str], None]):
+        super().__init__()
+        self.refuse = refuse
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in _WAYS_OUT:
-            raise Unreadable(f"it leaves torch by Tensor.{function.__name__}, where nobody can follow")
+            self.refuse(f"it leaves torch by Tensor.{function.__name__}, where nobody can follow")
         return function(*args, **(kwargs or {}))
 
 
@@ -135,6 +139,12 @@ class _Recorder(TorchDispatchMode):
         self.places: dict[fx.Node, str] = {}
         self.written: set[fx.Node] = set()  # parameters and buffers that get another value
         self.ends: set[int] = set()  # the input and the buffers, which get their new values when forward is over
+        self.refused: Unreadable | None = None  # a model may catch what is raised in its forward, and go another way
+
+    def refuse(self, why: str) -> None:
+        """Raise Unreadable, here and once more when forward is over."""
+        self.refused = Unreadable(why)
+        raise self.refused
 
     def know(self, tensor: Tensor, node: fx.Node) -> None:
         self.known[id(tensor)] = node
@@ -154,7 +164,7 @@ class _Recorder(TorchDispatchMode):
         read = {self.node(tensor) for tensor in tensors}
         on_input, on_state = bool(read & self.of_input), bool(read & self.of_state)
         if objection := _objection(function, args, on_input, self.ends):
-            raise Unreadable(objection)
+            self.refuse(objection)
         if function in _OF_SHAPE:
             return function(*args, **kwargs)  # a constant
         self.steady &= not (on_state and reads_values(function, args))
@@ -321,8 +331,10 @@ def _read(model: nn.Module, x: Tensor) -> Program:
         recorder.ends.add(id(x))
         recorder.of_input.add(source)
         try:
-            with recorder, _StayInside():
+            with recorder, _StayInside(recorder.refuse):
                 value = functionalize(call, remove="mutations")(state, x)
+            if recorder.refused:
+                raise recorder.refused
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

@@ -240,6 +240,21 @@ def test_what_changes_between_two_calls_is_read_again(middle, monkeypatch):
     agree(net)
 
 
+def _asks(h):
+    try:
+        return bool((h > 0.5).all())
+    except Exception:  # of the reading, which a model may catch
+        return False
+
+
+@pytest.mark.parametrize("ask", [_asks, lambda h: "0.6" in repr(h), lambda h: "0.6" in f"{h}", lambda h: "0.6" in str(h)],
+                         ids=["caught", "repr", "format", "str"])
+def test_a_model_that_looks_at_values_is_not_read_whatever_it_catches(ask):
+    net = Net(lambda self, h: h * (1.0 + ask(h)))
+    with pytest.raises(Unreadable):
+        read(net, torch.rand(3, 4))
+
+
 def test_a_training_loop_reads_again_when_something_has_changed():
     net, x, last = Net(_attribute), torch.rand(3, 4), LastReading()
     assert last(net, x)[1] and not last(net, x)[1]

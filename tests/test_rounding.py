@@ -374,6 +374,17 @@ def test_batch_norm_is_bounded_in_both_forms():
     assert (lb <= exact).all() and (exact <= ub).all() and (ub - lb < 10).all()
 
 
+@pytest.mark.parametrize("var, eps", [(0.0, 1e39), (3e38, 1e38), (-9e-6, 1e-5), (1e-40, 0.0), (0.0, 1e-40), (0.0, 2.0**-110)])
+def test_a_batch_norm_whose_variance_no_float32_holds_is_refused(var, eps):
+    norm = nn.BatchNorm1d(2, eps=eps).eval()
+    norm.running_var.fill_(var)
+    with pytest.raises(ValueError, match="its variance"):
+        bounds(norm, torch.zeros(1, 2), torch.ones(1, 2), sound=True)
+    if not 0 < var + eps < 1e38:
+        with pytest.raises(ValueError, match="its variance"):
+            bounds(norm, torch.zeros(1, 2), torch.ones(1, 2))
+
+
 def test_normalisation_of_the_input_counts():
     class Normalised(nn.Module):
         def __init__(self):

@@ -1,6 +1,7 @@
 """A network unrolled on its nonzeros against the dense engine: outputs, gradients, bounds, proofs; with and without numba."""
 import copy
 import math
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -216,6 +217,32 @@ def test_verify_proves_the_same_by_an_unrolled_network(numba):
     assert 0 < int(theirs.verified.sum()) < 60 and ours.proved_by == theirs.proved_by
     assert torch.allclose(ours.margins, theirs.margins, atol=1e-5)
     assert torch.equal(left, survivors(model, x, y, eps))
+
+
+class Gated(nn.Module):
+    """A linear layer under a mask of bools, kept as a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("mask", torch.arange(12).view(3, 4) % 2 == 0)
+
+    def forward(self, x):
+        return torch.relu(nn.functional.linear(x, self.linear.weight * self.mask, self.linear.bias))
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.mask.fill_(True), lambda model: model.register_forward_hook(lambda module, given, output: 2 * output),
+    lambda model: setattr(model, "forward", model.linear.forward)], ids=["buffer of bools", "hook", "forward"])
+def test_a_network_that_was_unrolled_before_its_code_or_its_buffers_changed_proves_nothing(change):
+    model, x = Gated().eval(), torch.rand(5, 4)
+    net = Unrolled(model, x[:2])
+    bounds(model.train(), *input_box(x, 0.01), engine=net), bounds(model.eval(), *input_box(x, 0.01), engine=net)
+    one, other = pickle.loads(pickle.dumps((model, net)))  # as for another process
+    bounds(one, *input_box(x, 0.01), engine=other)
+    change(model)
+    with pytest.raises(Contradiction, match="make an Unrolled of the model as it is now"):
+        bounds(model, *input_box(x, 0.01), engine=net)
 
 
 def test_a_network_that_was_unrolled_before_its_weights_changed_proves_nothing():

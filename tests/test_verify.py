@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sparselab.learn import Unrolled
 from sparselab.robust import verification as module
 from sparselab.robust.attacks import pgd, survivors
 from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
@@ -303,6 +304,34 @@ def test_an_engine_of_the_model_is_held_against_it_away_from_the_images():
     model, x = network(), torch.rand(6, 4)
     with pytest.raises(Contradiction, match="boxes of width zero differ"):
         verify(model, x, model(x).argmax(1), 0.05, engine=Elsewhere(model, x))
+
+
+def test_a_point_that_the_attack_broke_is_not_verified_by_rounding(monkeypatch):
+    """A bound a little above zero where the attack ends at zero: less than rounding, and broken all the same."""
+    model, x = nn.Linear(1, 2, bias=False), torch.tensor([[0.5]])
+    model.weight.data = torch.tensor([[1.0], [0.0]])
+    monkeypatch.setattr(module, "_hunted", lambda *given: torch.zeros(1, 2))
+    monkeypatch.setattr(module, "check_bounds", lambda *given, **options: None)
+    assert not verify(model, x, torch.tensor([0]), 0.1).verified.any()
+    monkeypatch.setattr(module, "_hunted", lambda *given: torch.tensor([[1.0, 0.0]]))
+    assert verify(model, x, torch.tensor([0]), 0.1).verified.all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bounds_of_tiny_numbers_are_bounds(method):
+    """The same network with its first layer times 1e-33 and its second over that: widths far below 1e-30 are widths."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 2)).eval()
+        with torch.no_grad():
+            net[0].weight *= 1e-33
+            net[0].bias *= 1e-33
+            net[2].weight /= 1e-33
+        lower, upper = input_box(torch.rand(1, 6), 0.2)
+        points = net(lower + (upper - lower) * torch.randint(0, 2, (5000, 6)))
+        for engine in ("native", Unrolled(net, lower)):
+            lb, ub = bounds(net, lower, upper, method, engine=engine)
+            assert (lb <= points + 1e-6).all() and (points <= ub + 1e-6).all()
 
 
 def test_both_engines_prove_the_same():

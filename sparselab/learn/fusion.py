@@ -29,7 +29,8 @@ def keep(x, rows, n, slope, ends):
 @inlined
 def _chord(low, up, slope, zero, half, one, tiny):
     """The slope of the upper line: 1 for an active neuron, `slope` for an inactive one."""
-    at = (half * low + half * up) / max(half * up - half * low, tiny)
+    width = half * up - half * low
+    at = (half * low + half * up) / (width if width > zero else tiny)
     at = one if at > one else -one if at < -one else at
     return at * half * (one - slope) + half * (one + slope)
 
@@ -94,7 +95,8 @@ def keep_in_torch(x, rows, n, slope, ends):
 def _lines(ends: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both ends, the slope of the upper line, and that of the lower one."""
     low, up = ends.chunk(2, 1)
-    at = ((low / 2 + up / 2) / (up / 2 - low / 2).clamp(min=1e-30)).clamp(-1, 1)
+    width = up / 2 - low / 2
+    at = ((low / 2 + up / 2) / width.where(width > 0, 1e-30)).clamp(-1, 1)
     chord = at * ((1 - slope) / 2) + (1 + slope) / 2
     steep = (1 + slope) / 2 if slope > 0.5 else 0.5
     return low, up, chord, torch.where(chord > steep, torch.ones_like(chord), slope)

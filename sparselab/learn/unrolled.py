@@ -20,6 +20,7 @@ from ..checksums import digest
 from ..errors import check_known
 from .recordings import NeuronSums
 from .rows import Unsupported
+from ..program import structure
 from ..robust.bounds import METHODS
 from ..robust.boxes import Interval, check_box, input_box, margin_matrix
 from ..robust.crown import CrownPass, crown_pass
@@ -281,8 +282,9 @@ ONE = threading.RLock()  # kernels release the interpreter's lock and share room
 
 
 def contents(model: nn.Module) -> str:
-    """A digest of all weights, and of all buffers that are no counters."""
-    values = dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    """A digest of all weights, and of all buffers that are no counters of batches."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if not name.endswith("num_batches_tracked")}
+    values = dict(model.named_parameters()) | buffers
     raw = ((name.encode(), value.detach().cpu().reshape(-1).view(torch.uint8)) for name, value in values.items())  # NumPy has no bfloat16
     return digest(*(part for name, octets in raw for part in (name, octets.numpy().tobytes())))
 
@@ -327,13 +329,21 @@ class _Evaluated(nn.Module):
             y, z = model(x.clone()), self(x)
             if z.shape != y.shape or bool(((y - z).abs().flatten(1) > rounding(y)).any()):
                 raise Unsupported("its outputs differ from those of the model")
+            self.parts = structure(model)
         self.made_of = contents(model)
         self.eval()
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise Contradiction for a model whose weights or buffers are other ones than when it was unrolled."""
-        if contents(model) != self.made_of:
-            raise Contradiction("The weights of the model are not those that it was unrolled with: make an Unrolled of the model as it is now.")
+        """Raise Contradiction for a model whose weights, buffers, code or hooks are other ones than when it was unrolled."""
+        with eval_mode(model):
+            parts = structure(model)
+        self.parts = parts if self.parts is None else self.parts
+        if contents(model) != self.made_of or parts != self.parts:
+            raise Contradiction("The weights, buffers or parts of the model are not those that it was unrolled with: make an Unrolled of the "
+                                "model as it is now.")
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"parts": None}  # a copy belongs to a copy of the model, whose parts are other objects
 
     @property
     def multiplications(self) -> int:

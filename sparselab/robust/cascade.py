@@ -236,17 +236,21 @@ class _Cascade:
             bound = max(bound, found.bound)
         return replace(found, bound=bound), None
 
-    def _proved(self, i: int, bound: float) -> dict[int, tuple[str, None]]:
-        """The verdict where the bound is above zero, once an attack has tried its best."""
-        if bound > 0:
-            self._attacked(i, bound)
+    def _proved(self, i: int, bound: float) -> dict[int, tuple[str, Tensor | None]]:
+        """The verdict where the bound is above zero, once an attack has tried its best; a broken point outweighs rounding."""
+        if bound > 0 and (wrong := self._attacked(i, bound)) is not None:
+            return {i: ("falsified", wrong)}
         self.bound[i] = max(self.bound[i], bound)
         return {i: ("verified", None)} if bound > 0 else {}
 
     def _reduced(self, i: int) -> Reduced:
         one = slice(i, i + 1)
         C = margin_matrix(self.y[one], ask(self.model, self.x[one]).shape[1], torch.float64)
-        net = reduced(double_pass(read(self.model, self.x[one]), self.model, self.lower[one], self.upper[one]), C)
+        pass_ = double_pass(read(self.model, self.x[one]), self.model, self.lower[one], self.upper[one])
+        most = max(float(torch.maximum(box.lb.abs(), box.ub.abs()).max()) for box in pass_.intervals if box is not None)
+        if not most < torch.finfo(self.x.dtype).max:
+            raise Unreduced(f"An activation may be as large as {most:.3g}, which is no {self.x.dtype}.")
+        net = reduced(pass_, C)
         self._held(i, net)
         return net
 
@@ -270,19 +274,20 @@ class _Cascade:
                 raise Contradiction(f"The network that branch and bound would split differs from the model at a point of box {i}. "
                                     "No verdict is given. Please report the model.")
 
-    def _attacked(self, i: int, bound: float) -> None:
-        """Contradiction where a short attack on the real model ends below the bound."""
+    def _attacked(self, i: int, bound: float) -> Tensor | None:
+        """An image that the real model gets wrong, where a short attack finds one; Contradiction where it ends far below the bound."""
         one = slice(i, i + 1)
         try:
             point = pgd(self.model, self.x[one], self.y[one], self.eps, 3)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            return
+            return None
         slack = 2 * float(rounding(ask(self.model, self.x[one])))
         if float(self._margins(i, point)) < bound - slack:
             raise Contradiction(f"A search proved a margin of {bound:.6g} for box {i}, but the model has {self.seen[i]:.6g} there. "
                                 "Please report the model.")
+        return self._replayed(i, point[0]) if self.seen[i] <= 0 else None
 
 # %% ../../nbs/robust/23_cascade.ipynb #70da4bd2
 def fingerprint(model: nn.Module, x: Tensor) -> str:

@@ -49,7 +49,7 @@ class _Lines(Function):
     @staticmethod
     def forward(ctx, A: Tensor, mid: Tensor, rad: Tensor, y0: Tensor, slope: float) -> tuple[Tensor, Tensor]:
         half_rise = 0.5 - 0.5 * slope  # from the slope left of 0 to that right of 0
-        place = mid.div(rad.clamp(min=1e-30)).clamp_(-1, 1)  # as zero_in
+        place = mid.div(rad.abs()).clamp_(-1, 1).nan_to_num_(nan=0.0)  # as zero_in; rad may be -0, and 0 / 0 is NaN
         chord = place.mul(half_rise).add_(1 - half_rise)
         alpha = chord.sub(_steep_from(slope)).sign_().clamp_(min=0).mul_(1 - slope).add_(slope)
         half = alpha.sub(chord).mul_(0.5)  # (alpha - chord) / 2

@@ -228,6 +228,9 @@ def undivided(layer: Layer, x: Interval) -> int:
 
 def norm(layer: Layer, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Rounded:
     """A BatchNorm in eval mode, whose scale and shift are `layer`."""
+    spread = running_var.float() + eps  # as the network computes it
+    if not 0 <= eps <= TOP or not bool(((running_var >= 0) & (spread >= 2.0**-100) & (spread <= TOP)).all()):
+        raise Refused("its variance and eps are negative, or their sum is near the smallest or beyond the largest float32")
     ones, root = layer.scale.dim() * (1,), torch.rsqrt(running_var + eps)
     shape = (-1, *ones[1:])
     beside = (running_mean.view(shape) * layer.scale).abs() + (0.0 if bias is None else bias.abs().view(shape))

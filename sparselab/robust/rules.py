@@ -104,7 +104,10 @@ def batch_norm(x, *args, names: Sequence[str], statistics: tuple[Tensor, Tensor]
     """A scale and a shift; `names` are those of the arguments, of which x is the first; `statistics` in train mode."""
     given = dict(zip(names[1:], args, strict=False))
     mean, var = statistics or (given["running_mean"], given["running_var"])
-    scale = torch.rsqrt(var + given.get("eps", given.get("epsilon")))
+    eps = given.get("eps", given.get("epsilon"))
+    if statistics is None and not bool(((var >= 0) & (var.float() + eps).isfinite()).all()):
+        raise Refused("its variance is negative, or with eps beyond the largest float32")
+    scale = torch.rsqrt(var + eps)
     scale = scale if given["weight"] is None else scale * given["weight"]
     shift = -mean * scale
     shift = shift if given["bias"] is None else shift + given["bias"]

@@ -138,6 +138,8 @@ def _check_twin(engine: Engine, program: Program, model: nn.Module, points: Tens
     """The model's outputs `y` at `points`; Contradiction where an engine that was made of the model gives others."""
     bounded = y is not None or not isinstance(engine, nn.Module)
     y = ask(model, points) if y is None else y
+    if not len(points):
+        return y
     check_point(y, *(bounds(model, points, points, "ibp", None, engine, program=program) if bounded else 2 * (engine(points),)))
     return y
 
@@ -199,10 +201,12 @@ def _lower_margins(
     lb, ub = lb.masked_fill(~lb.isfinite(), -math.inf), ub.masked_fill(~ub.isfinite(), math.inf)
     for logits in seen:
         check_bounds(logits, lb, ub, C, exactly=sound)
-    proved = (lb.amin(1) > 0).nonzero().flatten()[:ATTACKED]
+    least = lb.amin(1)
+    proved = (least > 0).nonzero().flatten()[:ATTACKED]
     if (found := _hunted(model, x[proved], y[proved], eps)) is not None:
         check_bounds(found, lb[proved], ub[proved], C[proved], exactly=sound)
-    return lb.amin(1)
+        least[proved[worst_margin(found, y[proved]) <= 0]] = 0.0  # a broken point outweighs rounding
+    return least
 
 # %% ../../nbs/robust/16_verification.ipynb #fc24a70a
 BROKEN = 32  # broken samples that methods other than IBP run on, as a test of the method

@@ -57,7 +57,8 @@ def _relax(rows, start, z, slope, boxes, chord, height, fixed, finite):
         if on or (off and slope == 0):
             continue
         for b in range(B):
-            at = (half * low[b] + half * up[b]) / max(half * up[b] - half * low[b], tiny)  # the width may be no float32
+            width = half * up[b] - half * low[b]  # the whole width may be no float32
+            at = (half * low[b] + half * up[b]) / (width if width > zero else tiny)
             at = one if at > one else -one if at < -one else at
             d[b] = at * rise + (one - rise)
             c[b] = (up[b] if up[b] > 0 else zero) * (one - d[b])
@@ -300,8 +301,8 @@ class BagCoefficients(Coefficients):
     def relax(self, lines, place, z):
         rows, slope, B = self.rows[place], float(self.net.slope[place]), len(lines.finite)
         at, (low, up) = self.net.first[place] + rows, torch.from_numpy(z[rows]).split(B, 1)
-        mid, rad, rise = 0.5 * low + 0.5 * up, (0.5 * up - 0.5 * low).clamp(min=1e-30), 0.5 - 0.5 * slope
-        d = (mid / rad).clamp(-1, 1) * rise + (1 - rise)
+        mid, rad, rise = 0.5 * low + 0.5 * up, 0.5 * up - 0.5 * low, 0.5 - 0.5 * slope
+        d = (mid / rad.where(rad > 0, 1e-30)).clamp(-1, 1) * rise + (1 - rise)
         lines.boxes[at] = np.maximum(z[rows], np.float32(slope) * z[rows])
         lines.chord[at], lines.height[at] = d.numpy(), (up.clamp(min=0) * (1 - d)).numpy()
         lines.finite[:] &= np.isfinite(z[rows]).reshape(len(rows), 2, B).all((0, 1))

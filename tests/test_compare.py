@@ -25,7 +25,7 @@ from torch import nn
 pytest.importorskip("plotly", reason="figures need the extra lab")
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import train
-from sparselab.learn.files import write_sealed
+from sparselab.learn.files import append_row, write_sealed
 from sparselab.learn.models import build
 from sparselab.learn.runs import Run, runs_in
 from sparselab.sparse.history import MaskHistory
@@ -86,6 +86,21 @@ def test_every_run_is_a_row_whatever_its_state(rows):
     assert set(states.values()) == {"finished"} and len(finished(rows)) == 7
     assert "2 of 9 runs are in no figure: " in left_out(rows) and "killed (epoch 30 of 30)" in left_out(rows)
     assert len(run_table(rows).rows) == 9 and run_table(rows[:0]).rows == [] and "no run here" in left_out(rows[:0])
+
+
+def test_a_run_that_was_changed_while_it_trained_is_no_repetition_of_one_that_was_not(tmp_path):
+    later, before = ({"step": step, "name": "lr", "old": 0.01, "new": new} for step, new in ((140, 0.002), (100, 0.01)))
+    for name, events in (("plain", []), ("live", [later]), ("withdrawn", [later, before])):
+        (tmp_path / name).mkdir()
+        write_sealed(tmp_path / name / "config.json", asdict(Config()))
+        for row in events:
+            append_row(tmp_path / name / "events.jsonl", row)
+    found = run_rows(tmp_path).set_index("run")["changed"]
+    assert found["live"] == "lr 0.002 at step 140" and found["withdrawn"] == "lr 0.01 at step 100" and found.isna()["plain"]
+    rows = table_of([made(run=f"rigl-s{seed}", method="rigl", seed=seed, clean=0.9, epochs=60, changed=changed)
+                     for seed, changed in ((0, None), (1, None), (0, "lr 0.002 at step 140"))])
+    assert {group.label: len(group.rows) for group in groups_of(rows)} == {"rigl": 2, "rigl · changed lr 0.002 at step 140": 1}
+    assert run_table(rows).columns[-1] == "changed" and "changed" not in run_table(rows[:2]).columns
 
 
 def test_a_run_that_goes_on_from_another_is_told_from_one_that_began_anew(tmp_path):

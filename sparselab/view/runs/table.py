@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ...errors import attempt, unknown
 from ...learn import DATASETS
+from ...learn.changes import effective as effective_events
 from ...learn.config import Config
+from ...learn.files import read_rows
 from ...learn.models import build
 from ...learn.runs import Run, runs_in
 from ...learn.values import READERS
@@ -31,7 +33,7 @@ from .results import MEASURES, ResultsTable, flops_share, spread
 _FIRST = ("method", "sparsity", "seed", "dataset", "model", "objective", "eps", "epochs")
 _FOUND = (*MEASURES, "nnz", "total", "training_flops", "training_share", "inference_flops", "inference_share", "seconds")
 _PLACES = ("runs_dir", "data_dir", "resume", "device")
-COLUMNS = ("run", "state", *_FIRST, *_FOUND, *(f.name for f in fields(Config) if f.name not in (*_FIRST, *_PLACES)), "continues")
+COLUMNS = ("run", "state", *_FIRST, *_FOUND, *(f.name for f in fields(Config) if f.name not in (*_FIRST, *_PLACES)), "continues", "changed")
 
 
 def table_of(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
@@ -58,7 +60,14 @@ def _row(run: Run, name: str) -> dict[str, object]:
     if config and config["method"] == "dense":
         config["sparsity"] = 0.0  # it ignores what is asked for
     continues, _ = attempt(lambda: run.continues)
-    return {"source": run, "run": name, "state": state, "continues": continues} | (config or {}) | _found(summary or {})
+    changed, _ = attempt(lambda: _changed(run))
+    return {"source": run, "run": name, "state": state, "continues": continues, "changed": changed} | (config or {}) | _found(summary or {})
+
+
+def _changed(run: Run) -> str | None:
+    """What was changed while the run trained, from its events; None where nothing was."""
+    kept = effective_events(read_rows(run.path / "events.jsonl"))
+    return ", ".join(f"{row['name']} {row['new']} at step {row['step']}" for row in kept) or None
 
 
 def _found(summary: dict) -> dict[str, object]:
@@ -104,13 +113,13 @@ def ordered(rows: pd.DataFrame, sort: str) -> pd.DataFrame:
 # %% ../../../nbs/view/runs/12_table.ipynb #3f7566d7
 _SHOWN = {"run": "", "state": "", "method": "", "sparsity": ".2%", "seed": "d", "dataset": "", "model": "", "objective": "",
           "eps": ".4g", **dict.fromkeys(MEASURES, ".2%"), "nnz": ",d", "training_share": ".2%", "inference_share": ".2%",
-          "seconds": ",.0f", "continues": ""}
+          "seconds": ",.0f", "continues": "", "changed": ""}
 HEADS = {column: column.replace("_share", " FLOPs") for column in _SHOWN}  # columns of the table, and what stands above them
 
 
 def run_table(rows: pd.DataFrame) -> ResultsTable:
-    """The rows as a table that a notebook shows; FLOPs are shares of the dense network's. A last column says which run another one continues."""
-    shown = {name: form for name, form in _SHOWN.items() if name != "continues" or rows[name].notna().any()}
+    """The rows as a table that a notebook shows; FLOPs are shares of the dense network's. Last: the run that one continues, and changes."""
+    shown = {name: form for name, form in _SHOWN.items() if name not in ("continues", "changed") or rows[name].notna().any()}
     columns = [["-" if pd.isna(value) else format(value, form) for value in rows[name]] for name, form in shown.items()]
     return ResultsTable([list(row) for row in zip(*columns, strict=True)], [HEADS[name] for name in shown])
 
@@ -138,15 +147,15 @@ _SETTINGS = COLUMNS[COLUMNS.index("seconds") + 1:] + ("epochs",)
 def labels_of(rows: pd.DataFrame) -> list[str]:
     """What to call the experiment of each row, but for sparsity and seed: the method, and what tells it from other runs' here."""
     experiments = rows["continues"].map(lambda run: re.sub(r"-s\d+", "", run) if isinstance(run, str) else "")  # without the seed
-    rows = rows.assign(continues=experiments)
+    rows = rows.assign(continues=experiments, changed=rows["changed"].fillna(""))
 
     def several(column: str, among: pd.DataFrame) -> bool:
         return _comparable(among[column]).astype(object).fillna("").nunique() > 1
 
     told = {method: [column for column in PROBLEM if several(column, rows)] + [column for column in _SETTINGS if several(column, group)]
             for method, group in rows.groupby("method")}
-    return [" · ".join([row["method"], *(_text(column, row[column]) for column in told[row["method"]] if column != "continues" or row[column])])
-            for _, row in rows.iterrows()]
+    return [" · ".join([row["method"], *(_text(column, row[column]) for column in told[row["method"]]
+                                         if column not in ("continues", "changed") or row[column])]) for _, row in rows.iterrows()]
 
 
 def _text(column: str, value: object) -> str:

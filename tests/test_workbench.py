@@ -20,6 +20,7 @@ from ipywidgets import Widget
 from sparselab.learn import Config, Live, Run, train
 from sparselab.notebooks import at_root
 from sparselab.view import Explorer
+from sparselab.view.explorer.blocks import Selection
 from sparselab.view.explorer.mask_block import table_of
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +104,19 @@ def test_layer_and_relu_follow_each_other(configs):
     for relu, weight in links.items():
         side.mask.layer.value = weight
         assert side.neurons.layer.value == relu
+
+
+def test_a_selected_neuron_is_marked_in_its_own_relu_alone(configs):
+    block = Explorer(Live(configs[0]).folder).sides[0].neurons
+    first, *_, last = block.links
+    side_by_side = block.detail.layout
+    block.select(Selection(block.links[last], 3, last, 3))
+    marked = list(block.content.mark)
+    assert marked[0] >= 0 and side_by_side.display is None
+    block.layer.value = first
+    assert block.content.mark[0] == -1 and side_by_side.display == "none" and block.content.height == block.tall
+    block.layer.value = last
+    assert list(block.content.mark) == marked and side_by_side.display is None
 
 
 def test_two_runs_share_what_is_selected(pair):

@@ -132,6 +132,7 @@ def load(folder: str | Path) -> MaskHistory:
 
 
 def _lost(path: Path, what: str, history: MaskHistory) -> str:
+    what = what if path.exists() else "is missing"
     return f"{path} {what}: how the masks changed after step {history.steps[-1]:,} is not known."
 
 

@@ -27,6 +27,7 @@ class NeuronBlock(Block):
 
     def __init__(self, source: Source, selected: Callable[[str, int], None]):
         self.source, self.neuron, self.step = source, -1, 0
+        self.relu = ""  # the ReLU that the neuron is of
         self.recorded: NeuronRecordings | None = None
         self.raster: Raster | None = None
         self.tall = RASTER
@@ -60,6 +61,11 @@ class NeuronBlock(Block):
         return self.layer.value or ""
 
     @property
+    def marked(self) -> int:
+        """The selected neuron where its ReLU is on display, else -1."""
+        return self.neuron if self.layer.value == self.relu else -1
+
+    @property
     def links(self) -> dict[str, str]:
         """ReLU -> weight of the layer that feeds it."""
         layers = self.recorded.layers if self.recorded else {}
@@ -82,13 +88,15 @@ class NeuronBlock(Block):
             self.code.value = call_of("neurons_panel", self.source, layer=self.layer.value, sort=self.sort.value)
             self.say("")
             self.show(self.step)
+            if self.neuron >= 0:
+                self.settle(self.step)
 
     def show(self, step: float) -> None:
         """Mark the epoch at or after `step`, and the selected neuron."""
         with self.lock:
             self.step = step = within(self.source, step)
             if self.raster is not None:
-                row = int(np.flatnonzero(self.order == self.neuron)[0]) if 0 <= self.neuron < len(self.order) else -1
+                row = int(np.flatnonzero(self.order == self.marked)[0]) if 0 <= self.marked < len(self.order) else -1
                 self.content.mark = [row, self.recorded.steps.index(self.recorded.nearest(step)), 1, 1]
                 if self.detail.layout.display is None:
                     self.detail.at = step
@@ -96,8 +104,8 @@ class NeuronBlock(Block):
     def settle(self, step: float) -> None:
         """Draw the bounds and incoming weights of the selected neuron for `step`."""
         with self.lock:
-            wanted = self.neuron >= 0 and self.raster is not None
-            panel = attempt(lambda: neuron_panel(self.source, within(self.source, step), self.layer.value, self.neuron))[0] if wanted else None
+            wanted = self.marked >= 0 and self.raster is not None
+            panel = attempt(lambda: neuron_panel(self.source, within(self.source, step), self.relu, self.neuron))[0] if wanted else None
             self.detail.layout.display = None if panel else "none"
             self.content.height = self.tall // 2 if panel else self.tall  # both in sight
             if panel:
@@ -109,7 +117,8 @@ class NeuronBlock(Block):
         """Show the selected neuron: its bounds over time, and its incoming weights; none when the layer has no ReLU here."""
         with self.lock:
             if selection.relu in self.layer.options:
-                self.neuron, self.layer.value = selection.neuron, selection.relu
+                self.neuron, self.relu = selection.neuron, selection.relu
+                self.layer.value = selection.relu
                 self.settle(self.step)
                 self.show(self.step)
 

@@ -60,7 +60,7 @@ def _sorted(fig: go.Figure, margins: Margins, lb: np.ndarray) -> None:
     broken = right & (margins.attacked != margins.labels)
     for name, outcome, hue in (("proved", right & (lb > 0), COLORS["verified"]), ("broken by PGD", broken, COLORS["pgd"]),
                                ("not proved", right & ~(lb > 0) & ~broken, COLORS["train_eps"]),
-                               ("misclassified", ~right, OKABE_ITO["vermillion"])):
+                               ("misclassified", ~right, OKABE_ITO["purple"])):
         samples = np.flatnonzero(outcome)
         words = [f"sample {i}: label {margins.labels[i]}, predicted {margins.predictions[i]}, "
                  f"under attack {margins.attacked[i]}" for i in samples]

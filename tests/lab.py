@@ -43,8 +43,17 @@ def server(root: Path, scratch: Path, at_once: bool = True) -> Iterator[str]:
         until(lambda: answers(f"{url}/api"), 60, lambda: (scratch / "lab.log").read_text()[-2000:])
         yield url
     finally:
-        lab.terminate()  # the server ends its kernels
-        lab.wait(30)
+        ended(lab)  # the server ends its kernels
+
+
+def ended(process: subprocess.Popen, seconds: float = 30) -> None:
+    """Ask `process` to end, and kill it after `seconds`: a server that hangs while it closes is no fault of what was tested."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def until(true, seconds: float = 30, otherwise=lambda: "it did not happen"):

@@ -13,7 +13,7 @@ pytest.importorskip("playwright", reason="playwright is not installed: pip insta
 if importlib.util.find_spec("marimo") is None:
     pytest.skip("marimo is not installed: pip install 'sparselab[dev]'", allow_module_level=True)
 
-from lab import answers, browser, until
+from lab import answers, browser, ended, until
 
 pytestmark = pytest.mark.browser
 APP = '''import marimo
@@ -83,8 +83,7 @@ def page(tmp_path_factory):
             page.locator(".sparselab-canvas[data-drawn]").wait_for(timeout=120_000)
             yield page, lambda: [json.loads(line) for line in Path(said).read_text().splitlines()]
     finally:
-        host.terminate()
-        host.wait(30)
+        ended(host)
 
 
 def test_keys_reach_python_and_the_changed_codes_reach_the_canvas(page):

@@ -55,7 +55,10 @@ class IntervalPass:
     steps: list[Step] = field(default_factory=list)
 
     def advance(self, name: str, layer: Layer | None, inputs: list[Interval], bound: bool = True) -> Interval | None:
-        """Write a layer down and return what it makes of its inputs, unless `bound` is False."""
+        """Write a layer down and return what it makes of its inputs, or None when `bound` is False.
+
+        `layer` is None for an operation that changes nothing, such as `x ** 1`: its input is returned.
+        """
         if layer is None:
             return inputs[0]
         self.steps.append(Step(name, layer, tuple(x.place for x in inputs)))

@@ -236,7 +236,7 @@ class SET(Replacing):
 
     @property
     def grows_by_gradients(self) -> bool:
-        """Whether gradients of growth are all that the method reads of a step, so that sparse steps may skip those between its updates."""
+        """Whether the method looks at nothing but gradients of growth, and only in busy steps; True for SET, which looks at none."""
         return type(self).see_gradients is SET.see_gradients and type(self).update is SET.update and not self.regrow_warmup
 
     def busy(self) -> bool:

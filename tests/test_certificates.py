@@ -655,6 +655,36 @@ def test_the_model_and_its_export_are_compared_at_every_image(beyond, tmp_path, 
     certify(net, x[:2], torch.zeros(2, dtype=torch.long), 0.001, tmp_path / "c", batch_size=2, radii=())
 
 
+def cancelling():
+    """16 x and 2^27, which a BatchNorm takes off again: the export folds it, the model rounds 16 x to a multiple of 16."""
+    conv, norm, last = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, eps=0.0), nn.Linear(1, 2)
+    conv.weight.data.fill_(16.0), conv.bias.data.fill_(2.0**27), norm.running_mean.fill_(2.0**27)
+    last.weight.data, last.bias.data = torch.tensor([[1.0], [0.0]]), torch.tensor([-5.6, 0.0])
+    return nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(), last).eval()
+
+
+def test_an_export_that_differs_from_the_model_inside_a_box_alone_gets_no_certificate(tmp_path):
+    """At the image both have a margin of 10.4; at 0.46, in the box, the model's is -5.6."""
+    net, x, y = cancelling(), torch.ones(1, 1, 1, 1), torch.tensor([0])
+    torch.testing.assert_close(net(x), exported(net, x)(x))
+    assert net(torch.full_like(x, 0.46)).argmax() == 1
+    with pytest.raises(Contradiction, match="differs from the model by up to 7.2"):
+        certify(net, x, y, 0.55, tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_proof_of_the_export_alone_is_no_verdict(tmp_path, monkeypatch):
+    """Where a rounding decides, and only the model is wrong, the sample is unknown, and recheck finds nothing to object to."""
+    net, (x, y) = trained(mlp()), (part[:6] for part in digits())
+    plain = certify(net, x, y, 0.01, tmp_path / "plain", radii=())
+    first = [row["verdict"] for row in plain.rows].index("verified")
+    monkeypatch.setattr(certificates, "broken_samples", lambda *_: [k == first for k in range(6)])
+    made = certify(net, x, y, 0.01, tmp_path / "c", radii=())
+    assert [row["verdict"] for row in made.rows] == ["unknown" if k == first else row["verdict"] for k, row in enumerate(plain.rows)]
+    assert "the model itself is wrong" in (tmp_path / "c" / "report.html").read_text()
+    assert recheck(tmp_path / "c")["verified"] == plain.summary["verified"] - 1
+
+
 @pytest.mark.parametrize("net, sentence", [
     (nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Sigmoid()), "has no place in a certificate"),
     (nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(3, padding=1), nn.Flatten(), nn.Linear(8, 10)), "has no place in a certificate"),

@@ -16,10 +16,10 @@ from sparselab.robust import Contradiction, bounds, decide, input_box, margin_ma
 from sparselab.robust import branching as module_branching
 from sparselab.robust import cascade as module
 from sparselab.robust.branching import Found
-from sparselab.robust.halving import bounded_margins, halve
+from sparselab.robust.halving import bounded_margins, halve, lines_of
 from sparselab.robust.ibp import interval_pass
 from sparselab.robust.reduced import Reduced, double_pass, reduced
-from sparselab.robust.splits import Domains, climb, tightened
+from sparselab.robust.splits import Domains, Lines, climb, tightened
 
 ORDER = ("ibp", "crown_ibp", "crown", "alpha_crown")
 
@@ -463,6 +463,33 @@ def test_numbers_beyond_float64_make_a_search_unknown():
     assert net(torch.tensor([[at / wide]])).argmax() == 1
     found = decide(net, x, y, 0.1, budget=5.0)
     assert found.verdicts == ["unknown"] and "An activation may be as large as" in found.records[0].reason
+
+
+def test_a_box_that_is_wider_than_the_type_has_lines_around_its_relu():
+    """The ends of the first neuron are finite, their distance is not: a chord of ub / inf is a line below the ReLU."""
+    x, y = torch.tensor([[0.5, 0.5]]).double(), torch.tensor([0])
+    layers = [([[1.7e308, -1.7e308]], [0.0]), ([[1e-308], [-1e-308]], [-0.9, 0.9]), ([[-1e3, -1e3]], [1.0]), ([[-1.0], [0.0]], [0.5, 0.0])]
+    net = nn.Sequential()
+    for weight, bias in layers:
+        layer = nn.Linear(len(weight[0]), len(weight)).double()
+        layer.weight.data, layer.bias.data = torch.tensor(weight, dtype=torch.float64), torch.tensor(bias, dtype=torch.float64)
+        net.extend([layer, nn.ReLU()])
+    net = net[:-1].requires_grad_(False)
+    at = torch.tensor([[0.5 + 0.9 / 3.4, 0.5 - 0.9 / 3.4]]).double()
+    assert net(at).argmax() == 1 and ((at - x).abs() < 0.5).all()
+    assert decide(net, x, y, 0.5, budget=5.0).verdicts != ["verified"]
+    lb, ub = torch.tensor([[-1.7e308, -1.0]], dtype=torch.float64), torch.tensor([[1.7e308, 3.0]], dtype=torch.float64)
+    below, above, height = lines_of(lb, ub)
+    assert torch.equal(above, torch.tensor([[0.5, 0.75]]).double()) and torch.equal(height, torch.tensor([[0.85e308, 0.75]], dtype=torch.float64))
+    of = Lines.of(replace(small_net(), lb=lb[0], ub=ub[0]), torch.zeros(1, 2))
+    assert torch.equal(of.slope, above) and torch.equal(of.height, height)
+
+
+def small_net():
+    """Two neurons that read one input."""
+    f64, none = (lambda numbers: torch.tensor(numbers, dtype=torch.float64)), torch.zeros(2, 2).double()
+    return Reduced(f64([-1.0]), f64([1.0]), (slice(0, 2),), none, f64([[1.0], [1.0]]), f64([0.0, 0.0]), none, f64([[0.0], [0.0]]), f64([0.0, 0.0]),
+                   f64([-1.0, -1.0]), f64([1.0, 1.0]), torch.arange(1), f64([0.0]))
 
 
 def test_a_margin_of_zero_ends_undecided():

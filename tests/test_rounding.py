@@ -320,6 +320,48 @@ def test_where_the_sum_of_an_average_may_overflow_there_are_no_bounds(average):
     assert lb[0].isneginf().all() and ub[0].isposinf().all() and (lb[1] <= net(x)[1]).all() and (net(x)[1] <= ub[1]).all()
 
 
+@pytest.mark.parametrize("scale, var, weight", [(1e37, 0.0, 1e-37), (1e38, 1e4, 10.0)])
+def test_where_a_batch_norm_may_overflow_before_its_scale_there_are_no_bounds(scale, var, weight):
+    """x - m times r, or times w, is beyond float32; the output is not."""
+    norm = nn.BatchNorm1d(1).eval()
+    norm.running_var.fill_(var), norm.weight.data.fill_(weight), norm.bias.data.fill_(1.0)
+    net, x = nn.Sequential(chain(([[scale]], [0.0])), norm), torch.tensor([[0.9], [1e-4]])
+    h, r = net[0](x), torch.rsqrt(norm.running_var + norm.eps)
+    orders = [(h * r) * norm.weight + norm.bias, (h * norm.weight) * r + norm.bias, h * (norm.weight * r) + norm.bias]
+    assert not all(order[0].isfinite().all() for order in orders) and all(order[1].isfinite().all() for order in orders)
+    lb, ub = bounds(net, x, x, sound=True)
+    assert lb[0].isneginf().all() and ub[0].isposinf().all()
+    assert all(((lb[1] <= order[1]) & (order[1] <= ub[1])).all() for order in orders)
+
+
+class Product(nn.Module):
+    """A linear layer whose weights are a product of numbers."""
+
+    def __init__(self, *factors):
+        super().__init__()
+        self.factors = nn.ParameterList([torch.tensor([[factor], [0.0]]) for factor in factors])
+
+    def forward(self, x):
+        weight = self.factors[0]
+        for factor in [*self.factors][1:]:
+            weight = weight * factor
+        return nn.functional.linear(x, weight)
+
+
+@pytest.mark.parametrize("factors", [(2.0**-70, 2.0**-60, 2.0**126), (2.0**-130, 2.0**126)])
+def test_a_weight_that_grows_out_of_a_subnormal_number_is_refused(factors):
+    net, x = Product(*factors), torch.tensor([[0.5]])
+    value = net(x)
+    if torch.set_flush_denormal(True):
+        assert net(x)[0, 0] == 0 != value[0, 0]
+        torch.set_flush_denormal(False)
+    with pytest.raises(ValueError, match="below 2\\^-126"):
+        bounds(net, x, x, sound=True)
+    for harmless in ((2.0**-70, 2.0**-20, 2.0**80), (3.0, 0.0, 2.0), (2.0**-70, 2.0**-70)):
+        lb, ub = bounds(Product(*harmless), x, x, sound=True)
+        assert (lb <= Product(*harmless)(x)).all() and (Product(*harmless)(x) <= ub).all()
+
+
 @pytest.mark.parametrize("slope", [0.0, 0.01, 0.3, 0.9, 1.0])
 def test_lines_of_a_relu_lie_around_it(slope):
     generator = torch.Generator().manual_seed(0)

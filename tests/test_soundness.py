@@ -139,3 +139,14 @@ def test_batch_norm_scales_the_dimension_that_torch_scales(method):
     x = torch.rand(BOXES, 2, 6, 6)
     for end in bounds(net.eval(), x, x, method):
         torch.testing.assert_close(end, net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_box_that_is_wider_than_the_type_has_bounds(method):
+    """The ends of a neuron are finite in float32, their distance is not."""
+    net = nn.Sequential(nn.Linear(2, 1), nn.LeakyReLU(0.5), nn.LeakyReLU(0.1), nn.Linear(1, 1)).requires_grad_(False)
+    net[0].weight[:], net[0].bias[:] = torch.tensor([[3.2e38, -3.2e38]]), 0.0
+    net[3].weight[:], net[3].bias[:] = -1e-38, 3.0
+    lb, ub = bounds(net, torch.zeros(1, 2), torch.ones(1, 2), method)
+    corners = net(torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
+    assert lb.isfinite().all() and (lb <= corners + 1e-5).all() and (corners - 1e-5 <= ub).all()

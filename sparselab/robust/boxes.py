@@ -117,8 +117,8 @@ class Interval:
     # `ends` sets lb and ub, `ball` sets mid and rad; the other pair is computed when it is first read
     lb = cached_property(lambda self: self.mid - self.rad)
     ub = cached_property(lambda self: self.mid + self.rad)
-    mid = cached_property(lambda self: (self.lb + self.ub).mul_(0.5))
-    rad = cached_property(lambda self: (self.ub - self.lb).mul_(0.5))
+    mid = cached_property(lambda self: self.lb.mul(0.5).add_(self.ub, alpha=0.5))  # halved first: a sum may be beyond the type
+    rad = cached_property(lambda self: self.ub.mul(0.5).sub_(self.lb, alpha=0.5))
 
     _known = property(lambda self: self.__dict__["mid"] if "mid" in self.__dict__ else self.lb)
     shape = property(lambda self: self._known.shape)

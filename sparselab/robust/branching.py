@@ -89,7 +89,9 @@ def why_open(undecided: list[float], until: float) -> str:
         return ""
     if time.monotonic() >= until:
         return "time"
-    return "a part lies within rounding of zero" if min(undecided) > -torch.inf else "a part has numbers beyond float64"
+    if min(undecided) == -torch.inf:
+        return "a part has numbers beyond float64"
+    return "a part lies within rounding of zero" if min(undecided) > -1e-6 else "a part could neither be proved nor refuted by the model"
 
 
 @dataclass

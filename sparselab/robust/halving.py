@@ -19,7 +19,8 @@ from .reduced import Reduced
 def lines_of(lb: Tensor, ub: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slope of the line below, slope and height of the line above, for neurons with these boxes; all (D, n)."""
     free = (lb < 0) & (ub > 0)
-    above = torch.where(free, ub / torch.where(free, ub - lb, 1.0), (lb >= 0).to(lb))
+    half = ub / 2  # ub - lb may be beyond float64
+    above = torch.where(free, half / torch.where(free, half - lb / 2, 1.0), (lb >= 0).to(lb))
     return torch.where(free, (ub > -lb).to(lb), above), above, torch.where(free, -above * lb, 0.0)
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['U', 'TINY', 'TOP', 'KAPPA', 'MOST', 'LEAST', 'MOVES', 'PRODUCTS', 'ENTRYWISE', 'CONSTANTS', 'gamma', 'size', 'ends',
-           'Computed', 'live', 'terms', 'Rounded', 'RoundedReLU', 'RoundedMaxPool', 'window', 'undivided', 'norm',
-           'modelled', 'AsComputed', 'wide', 'sound_backward', 'outward', 'SoundCrownPass', 'sound_pass',
+           'Computed', 'live', 'terms', 'Rounded', 'RoundedReLU', 'RoundedMaxPool', 'window', 'undivided', 'Norm',
+           'norm', 'modelled', 'AsComputed', 'wide', 'sound_backward', 'outward', 'SoundCrownPass', 'sound_pass',
            'sound_bounds', 'check_settings', 'outer_box']
 
 # %% ../../nbs/robust/20_rounding.ipynb #c7adb9a0
@@ -226,7 +226,20 @@ def undivided(layer: Layer, x: Interval) -> int:
     return max(window(layer, x), abs(getattr(layer, "divisor", None) or 1))
 
 
-def norm(layer: Layer, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Rounded:
+@dataclass
+class Norm(Rounded):
+    """A BatchNorm: x - m times r, or times w, may be larger than the output, and must not overflow either."""
+
+    mean: Tensor | float = 0.0  # |m|
+    early: Tensor | float = 1.0  # by how much x - m may have been multiplied before it is multiplied by both
+
+    def interval(self, *xs: Interval) -> Interval:
+        y = super().interval(*xs)
+        self.fits = self.fits & (flat(self.early * (size(xs[0]) + self.mean)) < TOP / 2).all(1)
+        return y
+
+
+def norm(layer: Layer, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm:
     """A BatchNorm in eval mode, whose scale and shift are `layer`."""
     spread = running_var.float() + eps  # as the network computes it
     if not 0 <= eps <= TOP or not bool(((running_var >= 0) & (spread >= 2.0**-100) & (spread <= TOP)).all()):
@@ -234,8 +247,9 @@ def norm(layer: Layer, running_mean: Tensor, running_var: Tensor, weight: Tensor
     ones, root = layer.scale.dim() * (1,), torch.rsqrt(running_var + eps)
     shape = (-1, *ones[1:])
     beside = (running_mean.view(shape) * layer.scale).abs() + (0.0 if bias is None else bias.abs().view(shape))
-    factor = (1 + running_mean.abs()) * (1 + root) * (2 if weight is None else 1 + weight.abs())
-    return Rounded(layer, 12, 2 * beside, factor.view(shape))
+    early = (1 + root) * (2 if weight is None else 1 + weight.abs())
+    factor = (1 + running_mean.abs()) * early
+    return Norm(layer, 12, 2 * beside, factor.view(shape), running_mean.abs().view(shape), early.view(shape))
 
 
 def modelled(what: str, layer: Any, scalars: Sequence[float]) -> Any:
@@ -285,7 +299,11 @@ class AsComputed(Graph):
             if node.op == "call_function" and node not in self.program.activations and operation(node) not in CONSTANTS:
                 raise ValueError(f"The model computes a weight by '{operation(node)}', whose rounding has no model: store the result as the weight, "
                                  "for example by torch.nn.utils.parametrize.remove_parametrizations.")
-        return {node: wide(value) for node, value in super().constants(model).items()}
+        values = super().constants(model)
+        for node in self.program.nodes:
+            if node.op == "call_function" and node in values and operation(node) == "mul":
+                _refuse_growth(*(values.get(factor, factor) for factor in node.args), values[node])
+        return {node: wide(value) for node, value in values.items()}
 
     def build(self, node: fx.Node, values: dict[fx.Node, Any], statistics: Statistics) -> Any:
         what, layer = operation(node), self._apply(node, values, statistics)
@@ -297,6 +315,14 @@ class AsComputed(Graph):
         every = (*node.args, *node.kwargs.values())
         scalars = [float(number) for number in every if isinstance(number, int | float) and not isinstance(number, bool)]
         return modelled(what, layer, scalars if what in ENTRYWISE or what == "addmm" else [])
+
+
+def _refuse_growth(left: Any, right: Any, product: Tensor) -> None:
+    """ValueError for a product of weights that is not below 2^-126, of a factor that is."""
+    for factor in (torch.as_tensor(left), torch.as_tensor(right)):
+        if bool(((factor != 0) & (factor.abs() < TINY) & (product.abs() >= TINY)).any()):
+            raise ValueError("The model multiplies a weight below 2^-126, which some processors read as zero, to a larger one: "
+                             "store the product as the weight, for example by torch.nn.utils.parametrize.remove_parametrizations.")
 
 
 def wide(value: Any) -> Any:

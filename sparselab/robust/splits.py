@@ -80,7 +80,8 @@ class Lines:
 
     @classmethod
     def of(cls, net: Reduced, sign: Tensor) -> "Lines":
-        free, chord = sign == 0, net.ub / (net.ub - net.lb)
+        half = net.ub / 2  # ub - lb may be beyond float64
+        free, chord = sign == 0, half / (half - net.lb / 2)
         return cls(free, torch.where(free, chord, (sign > 0).to(chord)), torch.where(free, -chord * net.lb, torch.zeros_like(chord)))
 
 

@@ -275,7 +275,8 @@ def verify(
         if robust is not None:
             raise ValueError("robust= and budget= do not go together: with a budget the samples are attacked anyway.")
         if sound:
-            raise ValueError("sound=True and budget= do not go together: branch and bound proves in real arithmetic. Leave one of them out.")
+            raise ValueError("sound=True and budget= do not go together: the search does not count rounding in. "
+                             "Leave one of them out, or call certify(..., budget=...).")
         return decide(model, x, y, eps, budget, METHODS + LEARNED if methods is METHODS else order, engine, batch_size=batch_size)
     check_task(model, x, y, eps, batch_size, robust)
     if sound:

@@ -228,6 +228,7 @@ def test_ranges_without_radii_are_shown_too(tmp_path):
     ({"eps": torch.full((3,), 0.1)}, r"eps has shape \(3,\), but an image has \(4,\)"), ({"eps": torch.tensor(0.1)}, "a radius in pixel space"),
     ({"eps": torch.tensor([0.1, -0.1, 0, 0])}, "what is no radius"), ({"eps": torch.tensor([0.1, math.nan, 0, 0])}, "what is no radius"),
     ({"eps": torch.tensor([0.1, math.inf, 0, 0])}, "what is no radius"), ({"eps": torch.tensor([True] * 4)}, "what is no radius"),
+    ({"eps": torch.full((4,), 0.1).to_sparse()}, "eps is not a dense tensor"), ({"eps": torch.ones(4).to(torch.float8_e4m3fn)}, "has few radii"),
     ({"eps": torch.full((4,), 0.1), "radius": RADIUS}, "a tensor of radii beside"), ({"eps": math.nan, "radius": 1.0}, "eps is nan"),
     ({"eps": 1e308, "radius": torch.full((4,), 3e38)}, "what is no radius"), ({"low": -math.inf}, "low holds -inf"),
     ({"high": torch.tensor([1, 2, math.inf, 4])}, "high holds inf"), ({"high": 1e300}, "high holds inf in float32"),

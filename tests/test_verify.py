@@ -246,6 +246,14 @@ class Sine(nn.Module):
         return x.sin()
 
 
+@pytest.mark.parametrize("options", [{}, {"budget": 1.0}, {"sound": True}])
+def test_images_that_the_model_cannot_read_are_refused_by_a_sentence(options):
+    with pytest.raises(ValueError, match="not a single number"):
+        verify(network(), torch.tensor(0.5), torch.tensor([0]), 0.1, **options)
+    with pytest.raises(ValueError, match="does not fit what reaches it"):
+        verify(network(), torch.rand(2, 4).double(), torch.tensor([0, 1]), 0.1, **options)
+
+
 def test_an_unsupported_layer_is_named_and_the_mode_comes_back():
     net = nn.Sequential(nn.Linear(4, 3), Sine(), nn.Linear(3, 2)).train()
     with torch.no_grad():

@@ -26,7 +26,10 @@ def input_box(
     Raises ValueError when `eps` is negative or not finite, or when `x` leaves [0, 1].
     """
     check_dense("x", x)
+    if x.dim() == 0:
+        raise ValueError("x is a single number, but images are a tensor (B, ...): give x.view(1, 1), for example.")
     if isinstance(eps, Tensor) and eps.dim():
+        check_dense("eps", eps)
         _check_radii(eps, x)
         eps = eps.to(x)
     elif not _is_radius(eps):
@@ -50,6 +53,8 @@ def _is_radius(eps: object) -> bool:
 def _check_radii(eps: Tensor, x: Tensor) -> None:
     if eps.dim() and eps.shape != x.shape[1:]:
         raise ValueError(f"eps has shape {tuple(eps.shape)}, but an image has {tuple(x.shape[1:])}: give one radius for each input, or one number.")
+    if eps.is_floating_point() and eps.element_size() == 1:
+        raise ValueError(f"eps is {eps.dtype}, which has few radii: give eps.float().")
     if eps.dtype == torch.bool or eps.is_complex() or not bool(((eps >= 0) & (eps < math.inf)).all()):
         raise ValueError("eps holds what is no radius: each is a finite number >= 0.")
 

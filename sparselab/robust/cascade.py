@@ -387,6 +387,7 @@ def _methods(methods: Sequence[str]) -> list[str]:
 def _run(rows: Tensor, model: nn.Module, x: Tensor, y: Tensor, *options) -> Iterator[Verdict]:
     """The verdicts of some samples, with their own numbers."""
     with eval_mode(model), restored(model), full_precision(x.device), torch.no_grad():
+        read(model, x[:1])  # a model that does not fit its images is told so by a sentence
         for verdict in _Cascade(model, x[rows], y[rows], *options).run():
             yield Verdict(**vars(verdict) | {"index": int(rows[verdict.index])})
 

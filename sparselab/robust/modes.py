@@ -78,7 +78,8 @@ def check_labels(x: Tensor, y: Tensor) -> None:
     """Refuse, with a sentence, labels that do not fit the images."""
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
         shape = tuple(y.shape)
-        raise ValueError(f"{len(x)} images need {len(x)} labels of type torch.int64, not {y.dtype} of shape {shape}.")
+        images = f"{len(x)} images need {len(x)} labels" if x.dim() else "Images are a tensor (B, ...), not a single number, and need B labels"
+        raise ValueError(f"{images} of type torch.int64, not {y.dtype} of shape {shape}.")
 
 
 def check_classes(logits: Tensor, y: Tensor) -> None:

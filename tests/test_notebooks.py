@@ -70,6 +70,20 @@ def test_is_small_and_without_widget_state_or_errors(path):
     assert [output["evalue"] for output in outputs if output["output_type"] == "error"] == []
 
 
+def shows(cell: dict) -> bool:
+    """Whether a cell prints or draws whatever happens: by a call of print or show that stands in no function and under no condition."""
+    calls = [line.value.func for line in ast.parse(source(cell)).body if isinstance(line, ast.Expr) and isinstance(line.value, ast.Call)]
+    return any(getattr(call, "id", getattr(call, "attr", "")) in ("print", "show") for call in calls)
+
+
+@every
+def test_a_cell_that_prints_or_draws_has_its_output(path):
+    """What the text around it speaks of is there for who reads the notebook on a page."""
+    if relative(path) in ("nbs/bench/fronts.ipynb", "nbs/papers/sparsevlr_wide.ipynb"):
+        pytest.skip("a reader runs it, at the scale that is wanted: it takes an hour, and README has its figures")
+    assert [i for i, cell in enumerate(code_cells(path)) if shows(cell) and not cell["outputs"]] == []
+
+
 @pytest.mark.parametrize("name", ["explorer", "live_explorer"])
 def test_the_workbench_shows_its_panels_where_there_is_no_kernel(name):
     """As pictures, made by tests/screenshot.py: what a widget shows is gone with its kernel."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check_known
-from .boxes import check_switch, input_box
+from .boxes import check_switch, input_box, moves
 from .modes import check_labels, eval_mode, full_precision, worst_margin
 
 # %% ../../nbs/robust/14_attacks.ipynb #dbe22d5c
@@ -126,7 +126,7 @@ def pgd(
     check_labels(x, y)
     _check_options(steps, step_size, restarts, loss), check_switch("early_stop", early_stop)
     eps = eps.to(x) if isinstance(eps, Tensor) else eps
-    if not len(x) or not (eps.any() if isinstance(eps, Tensor) else eps):
+    if not len(x) or not moves(eps):
         return x.clone()
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     with eval_mode(model):

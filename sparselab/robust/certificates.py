@@ -43,7 +43,7 @@ from ..program import read
 from . import recheck as recheck_file
 from .attacks import pgd
 from .bounds import METHODS
-from .boxes import Interval, flat, input_box, margin_matrix, shortened
+from .boxes import Interval, flat, input_box, margin_matrix, moves, shortened
 from .branching import search
 from .crown import one_hot
 from .curves import Leaky, per_channel
@@ -695,7 +695,7 @@ class Findings:
         beyond = [k for k, sample in enumerate(samples) if sample.clean and not sample.method]
         for k in within:
             samples[k].reaches = 1.0
-        radii = sorted(self.radii) if bool(torch.as_tensor(self.eps).any()) else []
+        radii = sorted(self.radii) if moves(self.eps) else []
         for radius in (radius for radius in radii if radius > 1):  # those that are verified at the radius before
             within = verified(within, radius)
         for radius in (radius for radius in reversed(radii) if radius < 1):  # those that are not at the radius above

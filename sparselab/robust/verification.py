@@ -19,7 +19,7 @@ from ..errors import check_known
 from ..program import Program, read, restored
 from .attacks import gradient, pgd
 from .bounds import LEARNED, METHODS, Engine, bounds, check_engine, input_box, margin_matrix
-from .boxes import check_dense, check_switch
+from .boxes import check_dense, check_switch, moves
 from .modes import check_classes, check_labels, eval_mode, full_precision, worst_margin
 from .replay import ask, check_alone, check_bounds, check_point, check_reading, probes
 from .rounding import check_settings, outer_box
@@ -144,10 +144,6 @@ def _check_twin(engine: Engine, program: Program, model: nn.Module, points: Tens
     return y
 
 
-def _moves(eps: float | Tensor) -> bool:
-    return bool(eps.any()) if isinstance(eps, Tensor) else eps > 0
-
-
 def _witnesses(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, logits: Tensor, engine: str | Engine, program: Program
 ) -> tuple[Tensor, Tensor]:
@@ -160,7 +156,7 @@ def _witnesses(
     check = partial(check_reading, read(model, x), model) if isinstance(engine, str) else partial(_check_twin, engine, program, model)
     check(x, logits)
     check_alone(model, x, logits)
-    if not _moves(eps):
+    if not moves(eps):
         return logits.unsqueeze(0), torch.zeros_like(x, dtype=torch.bool)
     rises = _slope(model, x, y) > 0
     steepest = torch.where(rises, upper, lower)
@@ -172,7 +168,7 @@ ATTACKED, STEPS = 32, 3  # samples of a batch that are attacked before they are 
 
 def _hunted(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor | None:
     """What the model says, (B, K), where a short attack ends; None where no attack can run, or none is needed."""
-    if not len(x) or not _moves(eps):
+    if not len(x) or not moves(eps):
         return None
     try:
         return ask(model, pgd(model, x, y, eps, STEPS))

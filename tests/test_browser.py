@@ -400,6 +400,35 @@ def test_cards_and_panels_can_be_read_in_light_and_dark(lab, runs):
     book.page.close()
 
 
+# the red, 0..255, of the line above the selected one of `rows` neurons
+OUTLINE = """rows => { const canvas = document.querySelectorAll('.sparselab-canvas canvas')[1], [row] = canvas.parentElement.dataset.mark.split(',');
+    return canvas.getContext('2d').getImageData(40, Math.floor(row / rows * canvas.height), 1, 1).data[0]; }"""
+
+
+def test_another_theme_reaches_what_is_drawn_already(lab, runs):
+    """No cell is run again, and nothing is drawn again but the rasters, whose outlines have a colour of the theme."""
+    root, open_notebook = lab
+    notebook(root / "theme.ipynb", "from sparselab.view import Explorer", f"one = Explorer({str(runs[0].path)!r})\none")
+    book = open_notebook("theme.ipynb")
+    show_in(book, "JupyterLab Light")
+    wait_for_figures(book, 6, 2)
+    book.do("one.sides[0].neuron_clicked(one.sides[0].neurons.layer.value, 3)")
+    wait_for_figures(book, 7, 2)
+    count = book.value("len(one.sides[0].neurons.order)")
+    plots, texts = "all => all.map(plot => plot.dataset.drawn)", ".sparselab-plot .main-svg text"
+    drawn = book.page.locator(".sparselab-plot").evaluate_all(plots)
+    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+        book.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+        dark = theme == "JupyterLab Dark"
+        until(lambda dark=dark: (book.page.evaluate(OUTLINE, count) > 128) == dark, 10, lambda: book.page.evaluate(OUTLINE, count))
+        seen = book.page.locator(texts).evaluate_all(f"all => all.map({CONTRAST})")
+        assert len(seen) > 60 and min(contrast for contrast, _ in seen) > 4.5
+        assert all((behind < 0.1) == dark for _, behind in seen)
+    assert book.page.locator(".sparselab-plot").evaluate_all(plots) == drawn
+    assert book.errors == [] and book.tracebacks() == []
+    book.page.close()
+
+
 # seconds from a click on pause, by the page's clock, until the kernel's snapshot says so
 PAUSE = """() => { const at = Date.now(); [...document.querySelectorAll('.sparselab-live button')]
     .find(button => button.textContent.includes('pause')).click(); return at / 1000; }"""

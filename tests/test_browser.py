@@ -223,10 +223,25 @@ def test_two_runs_move_on_one_timeline(opened, runs):
             until(lambda canvas=canvas, run=run, name=name, step=step: codes(opened, canvas) == expected(run, name, step))
     assert codes(opened, 2) != codes(opened, 4)
     both = "() => { const plot = document.querySelectorAll('.sparselab-explorer')[1].querySelector('.sparselab-plot');" \
-           " return [plot.data?.map(trace => trace.line?.dash === 'dash'), plot.layout?.shapes?.map(shape => shape.x0)]; }"
+           " const lines = plot.data?.filter(trace => trace.showlegend === false);" \
+           " return [lines?.map(trace => trace.line?.dash === 'dash'), plot.layout?.shapes?.map(shape => shape.x0)]; }"
     until(lambda: step in (opened.page.evaluate(both)[1] or []))
     dashed = opened.page.evaluate(both)[0]
     assert 0 < sum(dashed) == len(dashed) / 2  # one panel: every metric solid and dashed
+
+
+def test_two_runs_have_room_for_their_metrics_and_share_the_axes_of_a_neuron(opened):
+    """However long the names of the runs are, the legend is one line."""
+    strip = """() => { const plot = document.querySelectorAll('.sparselab-explorer')[1].querySelector('.sparselab-plot');
+        const rows = [...plot.querySelectorAll('.legend .traces')].map(each => Math.round(each.getBoundingClientRect().top));
+        return [new Set(rows).size, plot._fullLayout._size.h / plot._fullLayout.height]; }"""
+    rows, share = opened.page.evaluate(strip)
+    assert rows == 1 and share > 0.4
+    opened.do("two.sides[0].neuron_clicked(two.sides[0].neurons.layer.value, 5)")
+    ranges = """() => [...document.querySelectorAll('.sparselab-explorer')[1].querySelectorAll('.sparselab-plot')]
+        .filter(plot => plot._fullData?.some(trace => trace.name === 'upper bound'))
+        .map(plot => [plot._fullLayout.yaxis.range, plot._fullLayout.yaxis2.range])"""
+    until(lambda: len(found := opened.page.evaluate(ranges)) == 2 and np.allclose(*found), 20, lambda: opened.page.evaluate(ranges))
 
 
 def tip(book: Notebook, row: int, column: int, shape: tuple[int, int]) -> str:

@@ -192,7 +192,7 @@ class Explorer(widgets.VBox):
             side.blocks[0] = self.metrics  # one for all
         if len(sources) > 1:
             for one, other in zip(*(side.blocks[1:] for side in self.sides[:2]), strict=True):
-                if isinstance(one, PanelBlock):
+                if isinstance(one, (PanelBlock, NeuronBlock)):
                     one.peer, other.peer = other, one
             self.sides[0].blocks.insert(1, difference := DifferenceBlock(self.sides[0].mask, sources[1]))
             difference.runs = self.metrics.runs

@@ -120,6 +120,25 @@ def test_no_text_of_a_figure_is_cut_off(book):
     assert any("grown" in text for text, _ in notes) and max(over for _, over in notes) <= 1
 
 
+HEIGHTS = """() => {
+    const all = document.querySelectorAll('.sparselab-explorer')[0], page = document.querySelector('.jp-WindowedPanel-outer');
+    return [page.scrollTop, ...[...all.querySelectorAll('.sparselab-canvas canvas')].map(canvas => {
+        const { top, height } = canvas.getBoundingClientRect(); return [top, height]; })]; }"""
+
+
+def test_a_click_on_a_neuron_leaves_the_rasters_as_high_as_they_are(book):
+    book.do("explorer.sides[0].neurons.layer.value = next(relu for relu in explorer.sides[0].neurons.links)")
+    book.page.evaluate("() => document.activeElement.blur()")
+    scroll(book, 0, 150)
+    book.page.wait_for_timeout(500)
+    before, plots = book.page.evaluate(HEIGHTS), "() => document.querySelectorAll('.sparselab-plot[data-ready]').length"
+    count, box = book.page.evaluate(plots), canvas(book, NEURONS)[1]
+    book.page.mouse.click(box["x"] + 60, box["y"] + box["height"] * 0.7)
+    until(lambda: book.page.evaluate(plots) > count, 20)
+    book.page.wait_for_timeout(500)
+    assert book.page.evaluate(HEIGHTS) == before
+
+
 def canvas(book: Notebook, which: int) -> tuple[object, dict]:
     found = book.page.locator(".sparselab-canvas canvas").nth(which)
     return found, found.bounding_box()

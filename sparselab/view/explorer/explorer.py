@@ -331,7 +331,7 @@ class Explorer(widgets.VBox):
         heads = [LiveControls(side.source) if isinstance(side.source, Live) else side.state for side in self.sides]  # both say how far it is
         if len(self.sides) > 1:
             for side in self.sides:
-                side.mask.content.height = side.neurons.content.height = side.neurons.tall = RASTER // 2  # four pictures on a screen
+                side.mask.content.height = side.neurons.content.height = RASTER // 2  # four pictures on a screen
             top, below = [title for title in PANELS if title in ABREAST], [title for title in list(PANELS)[1:] if title not in ABREAST]
             names = [widgets.HTML(f"<b>{html.escape(side.source.name)}</b>") for side in self.sides]
             above = [column(name, head, *map(side.block, top)) for name, head, side in zip(names, heads, self.sides, strict=True)]

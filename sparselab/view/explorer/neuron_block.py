@@ -36,7 +36,6 @@ class NeuronBlock(Block):
         self.relu = ""  # the ReLU that the neuron is of
         self.recorded: NeuronRecordings | None = None
         self.raster: Raster | None = None
-        self.tall = RASTER
         self.layer = chooser("ReLU", width="12em")
         self.sort = chooser("sort by", SORTS, "10em")
         self.legend = widgets.HTML()
@@ -113,7 +112,6 @@ class NeuronBlock(Block):
             wanted = self.marked >= 0 and self.raster is not None
             self.bounds = attempt(lambda: neuron_panel(self.source, within(self.source, step), self.relu, self.neuron))[0] if wanted else None
             self.detail.layout.display = None if self.bounds else "none"
-            self.content.height = self.tall // 2 if self.bounds else self.tall  # both in sight
             if self.bounds:
                 self.panel, self.code.value = self.bounds, self.bounds.call
                 self.detail.at = step

@@ -257,6 +257,24 @@ def test_every_panel_follows_the_slider_in_a_browser(opened, runs, single):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("width", [1440, 1000])
+def test_no_button_of_a_figure_covers_its_legend(opened, double, width):
+    page = opened(double)
+    page.set_viewport_size({"width": width, "height": 900})
+    settled(page)
+    page.wait_for_function("() => [...document.querySelectorAll('.plotly-graph-div')]"
+                           ".every(box => Math.abs(box._fullLayout.width - box.clientWidth) < 2)")
+    boxes = page.evaluate("""() => [...document.querySelectorAll('.plotly-graph-div')].flatMap(plot => {
+        const box = each => { const { left, top, right, bottom } = each.getBoundingClientRect(); return [left, top, right, bottom]; };
+        const others = [...plot.querySelectorAll('.legend .traces, .plot')].map(box);
+        return [...plot.querySelectorAll('.modebar-btn')].map(button => [box(button), others]); })""")
+    assert len(boxes) > 20
+    for (left, top, right, bottom), others in boxes:
+        for x0, y0, x1, y1 in others:
+            assert right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
+
+
+@pytest.mark.browser
 def test_a_page_plays_faster_and_stops(opened, single):
     page = opened(single)
     at = "() => Number(document.getElementById('timeline').value)"

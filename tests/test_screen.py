@@ -115,6 +115,16 @@ def test_no_text_of_a_figure_is_cut_off(book):
             const at = text.getBoundingClientRect(), frame = plot.getBoundingClientRect();
             return at.width && (at.right > frame.right + 1 || at.left < frame.left - 1); }).map(text => text.textContent))""")
     assert cut == []
+    headings = book.page.evaluate("""() => [...document.querySelectorAll('.sparselab-explorer .sparselab-heading')]
+        .filter(each => each.clientWidth).map(each => [each.textContent, each.scrollHeight - each.clientHeight])""")
+    assert len(headings) >= len(PANELS) and max(over for _, over in headings) <= 1
+    assert any("both axes are logarithmic" in text for text, _ in headings)
+    ticks = book.page.evaluate("""() => { const plot = [...document.querySelectorAll('.sparselab-explorer .sparselab-plot')]
+            .find(plot => plot.layout?.meta?.title === 'Density by layer');
+        const boxes = [...plot.querySelectorAll('.xtick text, .x2tick text')].map(text => text.getBoundingClientRect());
+        return boxes.map(box => [box.left, box.right]); }""")
+    ends = sorted(ticks)
+    assert len(ends) > 3 and all(after[0] - before[1] > 4 for before, after in zip(ends, ends[1:], strict=False)), ends
     notes = book.page.evaluate("""() => [...document.querySelectorAll('.sparselab-explorer .sparselab-note')]
         .filter(note => note.clientWidth).map(note => [note.textContent, note.scrollWidth - note.clientWidth])""")
     assert any("grown" in text for text, _ in notes) and max(over for _, over in notes) <= 1

@@ -141,6 +141,12 @@ def test_a_page_is_made_of_a_folder_and_its_own_folder_is_made(tmp_path, runs, s
     assert file.read_text() == single.read_text() and file.stat().st_size < 6_000_000 and file.read_text().count("plotly.js v") == 1
 
 
+def test_a_page_says_how_far_it_is_while_it_is_made(tmp_path, runs, capsys):
+    save_html(runs[0], tmp_path / "run.html", most=3)
+    said = capsys.readouterr().err
+    assert all(f"{title}:" in said for title in PANELS) and f"{len(PANELS)}/{len(PANELS)}" in said and "\r" in said
+
+
 def test_a_layer_and_a_relu_can_be_chosen_and_a_layer_of_a_wrong_name_is_refused(runs, single):
     written = Written(single.read_text())
     assert re.findall('<option value="([^"]*)"', written.section("Mask")) == runs[0].history.names

@@ -33,7 +33,7 @@ from .mask_block import DifferenceBlock, MaskBlock
 from .neuron_block import NeuronBlock
 from .plot import asset
 from ..figures.masks import counts_of
-from ..figures.metrics import metrics_panel
+from ..figures.metrics import measured, metrics_panel
 from ..figures.panels import Panel, source_of, within
 from ..figures.report import PANELS
 
@@ -122,7 +122,7 @@ class Side:
 # %% ../../../nbs/view/explorer/22_explorer.ipynb #5a61621f
 def metrics_of(sources: list[Source], step: float | None = None, folded: bool = False) -> Panel:
     """The metrics of all `sources` in one panel, or of those that have any."""
-    first, *others = [source for source in sources if attempt(lambda source=source: metrics_panel(source))[0]] or sources[:1]
+    first, *others = [source for source in sources if attempt(lambda source=source: measured(source))[0]] or sources[:1]
     step = min(step, max(within(source, step) for source in (first, *others))) if step is not None else None
     return metrics_panel(first, step, others=others, folded=folded)
 

@@ -124,7 +124,7 @@ def test_no_text_of_a_figure_is_cut_off(book):
         const boxes = [...plot.querySelectorAll('.xtick text, .x2tick text')].map(text => text.getBoundingClientRect());
         return boxes.map(box => [box.left, box.right]); }""")
     ends = sorted(ticks)
-    assert len(ends) > 3 and all(after[0] - before[1] > 4 for before, after in zip(ends, ends[1:], strict=False)), ends
+    assert len(ends) > 3 and all(after[0] - before[1] > 12 for before, after in zip(ends, ends[1:], strict=False)), ends
     notes = book.page.evaluate("""() => [...document.querySelectorAll('.sparselab-explorer .sparselab-note')]
         .filter(note => note.clientWidth).map(note => [note.textContent, note.scrollWidth - note.clientWidth])""")
     assert any("grown" in text for text, _ in notes) and max(over for _, over in notes) <= 1

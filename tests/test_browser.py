@@ -223,10 +223,25 @@ def test_two_runs_move_on_one_timeline(opened, runs):
             until(lambda canvas=canvas, run=run, name=name, step=step: codes(opened, canvas) == expected(run, name, step))
     assert codes(opened, 2) != codes(opened, 4)
     both = "() => { const plot = document.querySelectorAll('.sparselab-explorer')[1].querySelector('.sparselab-plot');" \
-           " return [plot.data?.map(trace => trace.line?.dash === 'dash'), plot.layout?.shapes?.map(shape => shape.x0)]; }"
+           " const lines = plot.data?.filter(trace => trace.showlegend === false);" \
+           " return [lines?.map(trace => trace.line?.dash === 'dash'), plot.layout?.shapes?.map(shape => shape.x0)]; }"
     until(lambda: step in (opened.page.evaluate(both)[1] or []))
     dashed = opened.page.evaluate(both)[0]
     assert 0 < sum(dashed) == len(dashed) / 2  # one panel: every metric solid and dashed
+
+
+def test_two_runs_have_room_for_their_metrics_and_share_the_axes_of_a_neuron(opened):
+    """However long the names of the runs are, the legend is one line."""
+    strip = """() => { const plot = document.querySelectorAll('.sparselab-explorer')[1].querySelector('.sparselab-plot');
+        const rows = [...plot.querySelectorAll('.legend .traces')].map(each => Math.round(each.getBoundingClientRect().top));
+        return [new Set(rows).size, plot._fullLayout._size.h / plot._fullLayout.height]; }"""
+    rows, share = opened.page.evaluate(strip)
+    assert rows == 1 and share > 0.4
+    opened.do("two.sides[0].neuron_clicked(two.sides[0].neurons.layer.value, 5)")
+    ranges = """() => [...document.querySelectorAll('.sparselab-explorer')[1].querySelectorAll('.sparselab-plot')]
+        .filter(plot => plot._fullData?.some(trace => trace.name === 'upper bound'))
+        .map(plot => [plot._fullLayout.yaxis.range, plot._fullLayout.yaxis2.range])"""
+    until(lambda: len(found := opened.page.evaluate(ranges)) == 2 and np.allclose(*found), 20, lambda: opened.page.evaluate(ranges))
 
 
 def tip(book: Notebook, row: int, column: int, shape: tuple[int, int]) -> str:
@@ -396,6 +411,35 @@ def test_cards_and_panels_can_be_read_in_light_and_dark(lab, runs):
         seen = book.page.locator(texts).evaluate_all(f"all => all.map({CONTRAST})")
         assert len(seen) > 60 and min(contrast for contrast, _ in seen) > 4.5
         assert all((behind < 0.1) == (theme == "JupyterLab Dark") for _, behind in seen)
+    assert book.errors == [] and book.tracebacks() == []
+    book.page.close()
+
+
+# the red, 0..255, of the line above the selected one of `rows` neurons
+OUTLINE = """rows => { const canvas = document.querySelectorAll('.sparselab-canvas canvas')[1], [row] = canvas.parentElement.dataset.mark.split(',');
+    return canvas.getContext('2d').getImageData(40, Math.floor(row / rows * canvas.height), 1, 1).data[0]; }"""
+
+
+def test_another_theme_reaches_what_is_drawn_already(lab, runs):
+    """No cell is run again, and nothing is drawn again but the rasters, whose outlines have a colour of the theme."""
+    root, open_notebook = lab
+    notebook(root / "theme.ipynb", "from sparselab.view import Explorer", f"one = Explorer({str(runs[0].path)!r})\none")
+    book = open_notebook("theme.ipynb")
+    show_in(book, "JupyterLab Light")
+    wait_for_figures(book, 6, 2)
+    book.do("one.sides[0].neuron_clicked(one.sides[0].neurons.layer.value, 3)")
+    wait_for_figures(book, 7, 2)
+    count = book.value("len(one.sides[0].neurons.order)")
+    plots, texts = "all => all.map(plot => plot.dataset.drawn)", ".sparselab-plot .main-svg text"
+    drawn = book.page.locator(".sparselab-plot").evaluate_all(plots)
+    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+        book.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+        dark = theme == "JupyterLab Dark"
+        until(lambda dark=dark: (book.page.evaluate(OUTLINE, count) > 128) == dark, 10, lambda: book.page.evaluate(OUTLINE, count))
+        seen = book.page.locator(texts).evaluate_all(f"all => all.map({CONTRAST})")
+        assert len(seen) > 60 and min(contrast for contrast, _ in seen) > 4.5
+        assert all((behind < 0.1) == dark for _, behind in seen)
+    assert book.page.locator(".sparselab-plot").evaluate_all(plots) == drawn
     assert book.errors == [] and book.tracebacks() == []
     book.page.close()
 

@@ -38,12 +38,15 @@ from sparselab.view import (
     accuracy_by_flops,
     accuracy_by_sparsity,
     effective_sparsity,
+    layer_densities,
     left_out,
     ordered,
+    overlap_by_method,
     run_csv,
     run_rows,
     run_table,
     selected,
+    stability_by_method,
     trade_off,
 )
 from sparselab.view.explorer.browser import FIGURES
@@ -206,6 +209,30 @@ def test_a_method_looks_the_same_in_every_figure(rows):
         for trace in draw(rows).data:
             if trace.name.split(" ")[0] in ("dense", "static", "rigl"):
                 assert trace.line.color == style(trace.name.split(" ")[0])["color"]
+
+
+def test_settings_of_one_method_are_told_apart_where_each_is_a_single_point():
+    options = {"update_every": 10, "drop_fraction": 0.3, "grow_by": "gradient"}
+    found = table_of([made(method="rigl", seed=0, clean=0.9, verified=0.8, training_flops=9, epochs=60, eps=0.05, method_options=options),
+                      made(method="rigl", seed=0, clean=0.1, verified=0.1, training_flops=8, epochs=3)])
+    for draw in (accuracy_by_sparsity, trade_off, accuracy_by_flops):
+        lines = {trace.name: trace for trace in draw(found).data if trace.name.startswith("rigl")}
+        assert len(lines) == 2 and len({trace.marker.symbol for trace in lines.values()}) == len({trace.line.dash for trace in lines.values()}) == 2
+
+
+def test_groups_with_long_names_have_markers_of_their_own_and_room_for_what_is_drawn(rows):
+    """A name beside an axis is broken into lines, and none of it is lost."""
+    one, two = rows[rows["method"].eq("rigl")].copy(), rows[rows["method"].eq("rigl")].copy()
+    two["method_options"] = [{"update_every": 10, "drop_fraction": 0.3, "grow_by": "gradient"}] * len(two)
+    found = pd.concat([one, two], ignore_index=True)
+    names = [group.name for group in groups_of(found)]
+    assert max(map(len, names)) > 60
+    densities = layer_densities(found).data
+    assert [trace.name for trace in densities] == names and len({trace.marker.symbol for trace in densities}) == 3 < len(names)
+    for fig, drawn in ((stability_by_method(found), names), (overlap_by_method(found, "all"), [pair.name for pair in pairs_of(found)])):
+        shown = {name for trace in fig.data for name in trace.y}
+        assert {name.replace("<br>", " ") for name in shown} == set(drawn)
+        assert max(len(line) for name in shown for line in name.split("<br>")) <= 40
 
 
 def test_a_method_without_a_look_is_refused_loudly(monkeypatch):

@@ -141,6 +141,12 @@ def test_a_page_is_made_of_a_folder_and_its_own_folder_is_made(tmp_path, runs, s
     assert file.read_text() == single.read_text() and file.stat().st_size < 6_000_000 and file.read_text().count("plotly.js v") == 1
 
 
+def test_a_page_says_how_far_it_is_while_it_is_made(tmp_path, runs, capsys):
+    save_html(runs[0], tmp_path / "run.html", most=3)
+    said = capsys.readouterr().err
+    assert all(f"{title}:" in said for title in PANELS) and f"{len(PANELS)}/{len(PANELS)}" in said and "\r" in said
+
+
 def test_a_layer_and_a_relu_can_be_chosen_and_a_layer_of_a_wrong_name_is_refused(runs, single):
     written = Written(single.read_text())
     assert re.findall('<option value="([^"]*)"', written.section("Mask")) == runs[0].history.names
@@ -254,6 +260,24 @@ def test_every_panel_follows_the_slider_in_a_browser(opened, runs, single):
         assert set(shown["Stability"]["now"]) == {rows[-1]["epoch"]}
         page.keyboard.press("ArrowRight")
     assert settled(page) == shown  # the last moment stays
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1440, 1000])
+def test_no_button_of_a_figure_covers_its_legend(opened, double, width):
+    page = opened(double)
+    page.set_viewport_size({"width": width, "height": 900})
+    settled(page)
+    page.wait_for_function("() => [...document.querySelectorAll('.plotly-graph-div')]"
+                           ".every(box => Math.abs(box._fullLayout.width - box.clientWidth) < 2)")
+    boxes = page.evaluate("""() => [...document.querySelectorAll('.plotly-graph-div')].flatMap(plot => {
+        const box = each => { const { left, top, right, bottom } = each.getBoundingClientRect(); return [left, top, right, bottom]; };
+        const others = [...plot.querySelectorAll('.legend .traces, .plot')].map(box);
+        return [...plot.querySelectorAll('.modebar-btn')].map(button => [box(button), others]); })""")
+    assert len(boxes) > 20
+    for (left, top, right, bottom), others in boxes:
+        for x0, y0, x1, y1 in others:
+            assert right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
 
 
 @pytest.mark.browser

@@ -108,7 +108,12 @@ def test_every_panel_draws_says_how_to_read_it_and_can_be_called_again(run):
 
 def test_two_runs_are_compared_on_one_timeline(run):
     other = Run(EXAMPLE / "rigl")
-    lines = {trace.name: trace for trace in metrics_panel(run, 200, others=[other]).figure.data}
+    panel = metrics_panel(run, 200, others=[other])
+    lines = {trace.name: trace for trace in panel.figure.data if trace.showlegend is False}
+    named = [trace for trace in panel.figure.data if trace.showlegend is not False]  # by the legend: each measure once, in its colour
+    assert [trace.name for trace in named] == ["loss", "train_eps", "clean", "pgd", "verified", "unstable", "nnz"]
+    assert all(line.line.color == next(each.line.color for each in named if each.name == name.split()[1]) for name, line in lines.items())
+    assert "sparsevlr (solid), step" in panel.figure.layout.meta["note"] and "rigl (dashed), step" in panel.figure.layout.meta["note"]
     assert list(lines["sparsevlr verified"].y) == [row["verified"] for row in run.metrics]
     assert list(lines["rigl verified"].y) == [row["verified"] for row in other.metrics]
     assert {(name.split()[0], line.line.dash) for name, line in lines.items()} == {("sparsevlr", "solid"), ("rigl", "dash")}

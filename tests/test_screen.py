@@ -115,9 +115,38 @@ def test_no_text_of_a_figure_is_cut_off(book):
             const at = text.getBoundingClientRect(), frame = plot.getBoundingClientRect();
             return at.width && (at.right > frame.right + 1 || at.left < frame.left - 1); }).map(text => text.textContent))""")
     assert cut == []
+    headings = book.page.evaluate("""() => [...document.querySelectorAll('.sparselab-explorer .sparselab-heading')]
+        .filter(each => each.clientWidth).map(each => [each.textContent, each.scrollHeight - each.clientHeight])""")
+    assert len(headings) >= len(PANELS) and max(over for _, over in headings) <= 1
+    assert any("both axes are logarithmic" in text for text, _ in headings)
+    ticks = book.page.evaluate("""() => { const plot = [...document.querySelectorAll('.sparselab-explorer .sparselab-plot')]
+            .find(plot => plot.layout?.meta?.title === 'Density by layer');
+        const boxes = [...plot.querySelectorAll('.xtick text, .x2tick text')].map(text => text.getBoundingClientRect());
+        return boxes.map(box => [box.left, box.right]); }""")
+    ends = sorted(ticks)
+    assert len(ends) > 3 and all(after[0] - before[1] > 12 for before, after in zip(ends, ends[1:], strict=False)), ends
     notes = book.page.evaluate("""() => [...document.querySelectorAll('.sparselab-explorer .sparselab-note')]
         .filter(note => note.clientWidth).map(note => [note.textContent, note.scrollWidth - note.clientWidth])""")
     assert any("grown" in text for text, _ in notes) and max(over for _, over in notes) <= 1
+
+
+HEIGHTS = """() => {
+    const all = document.querySelectorAll('.sparselab-explorer')[0], page = document.querySelector('.jp-WindowedPanel-outer');
+    return [page.scrollTop, ...[...all.querySelectorAll('.sparselab-canvas canvas')].map(canvas => {
+        const { top, height } = canvas.getBoundingClientRect(); return [top, height]; })]; }"""
+
+
+def test_a_click_on_a_neuron_leaves_the_rasters_as_high_as_they_are(book):
+    book.do("explorer.sides[0].neurons.layer.value = next(relu for relu in explorer.sides[0].neurons.links)")
+    book.page.evaluate("() => document.activeElement.blur()")
+    scroll(book, 0, 150)
+    book.page.wait_for_timeout(500)
+    before, plots = book.page.evaluate(HEIGHTS), "() => document.querySelectorAll('.sparselab-plot[data-ready]').length"
+    count, box = book.page.evaluate(plots), canvas(book, NEURONS)[1]
+    book.page.mouse.click(box["x"] + 60, box["y"] + box["height"] * 0.7)
+    until(lambda: book.page.evaluate(plots) > count, 20)
+    book.page.wait_for_timeout(500)
+    assert book.page.evaluate(HEIGHTS) == before
 
 
 def canvas(book: Notebook, which: int) -> tuple[object, dict]:

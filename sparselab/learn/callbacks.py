@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..errors import counted
 from .arrays import drop_later, write_arrays
 from .checkpoints import load_checkpoint, save_checkpoint
 from .evaluation import reestimate_statistics, sparse_network, validate
@@ -136,10 +137,11 @@ class Progress(Callback):
         """What has been trained on the nonzeros in the first epoch, why the rest has not, and why the evaluation is not."""
         steps = learner.on_nonzeros
         if steps.count:
-            print(f"{steps.count:,} steps of the first epoch were on the nonzeros" + f"; others were dense: {steps.reason}" * bool(steps.reason))
+            print(f"In the first epoch {counted(steps.count, 'training step')} used the nonzero weights alone, which is faster" +
+                  f"; the others used all weights, zeros too, because {steps.reason}" * bool(steps.reason) + ".")
         elif steps.kernels == "auto" and steps.reason:
-            print(f"training steps are dense: {steps.reason}")
+            print(f"Training steps use all weights, zeros too, because {steps.reason}.")
         x, _ = next(iter(learner.data.train.batches(2, shuffle=False)))
         _, reason = sparse_network(learner.model, x, steps.kernels, learner.objective.engine)
         if reason:
-            print(f"evaluation is dense: {reason}")
+            print(f"Validation and proofs use all weights, zeros too, because {reason}.")

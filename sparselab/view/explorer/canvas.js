@@ -105,7 +105,7 @@ export default () => {
       function outline(context, width, height, rows, columns) {
         const [row, column, down, across] = model.get("mark");
         const tall = height * zoom / rows, wide = width * zoom / columns;
-        context.strokeStyle = getComputedStyle(line).color; context.lineWidth = 2;
+        context.strokeStyle = getComputedStyle(box).color; context.lineWidth = 2;
         if (row >= 0) context.strokeRect(-left * width, row * tall - top * height, width * zoom, Math.max(down * tall, 3));
         if (column >= 0) context.strokeRect(column * wide - left * width, -top * height, Math.max(across * wide, 3), height * zoom);
       }
@@ -153,6 +153,7 @@ export default () => {
         zoom = Math.min(64, Math.max(1, zoom * Math.exp(-event.deltaY / 400)));
         left = (left + x) * zoom / before - x; top = (top + y) * zoom / before - y; clamp();
       };
+      box.ontransitionend = redraw;  // another theme: outlines have its colour
       canvas.ondblclick = () => everything();
       canvas.onpointerdown = event => {
         const at = place(event);  // before the focus, which may move the page

@@ -33,7 +33,7 @@ from .mask_block import DifferenceBlock, MaskBlock
 from .neuron_block import NeuronBlock
 from .plot import asset
 from ..figures.masks import counts_of
-from ..figures.metrics import metrics_panel
+from ..figures.metrics import measured, metrics_panel
 from ..figures.panels import Panel, source_of, within
 from ..figures.report import PANELS
 
@@ -122,7 +122,7 @@ class Side:
 # %% ../../../nbs/view/explorer/22_explorer.ipynb #5a61621f
 def metrics_of(sources: list[Source], step: float | None = None, folded: bool = False) -> Panel:
     """The metrics of all `sources` in one panel, or of those that have any."""
-    first, *others = [source for source in sources if attempt(lambda source=source: metrics_panel(source))[0]] or sources[:1]
+    first, *others = [source for source in sources if attempt(lambda source=source: measured(source))[0]] or sources[:1]
     step = min(step, max(within(source, step) for source in (first, *others))) if step is not None else None
     return metrics_panel(first, step, others=others, folded=folded)
 
@@ -192,7 +192,7 @@ class Explorer(widgets.VBox):
             side.blocks[0] = self.metrics  # one for all
         if len(sources) > 1:
             for one, other in zip(*(side.blocks[1:] for side in self.sides[:2]), strict=True):
-                if isinstance(one, PanelBlock):
+                if isinstance(one, (PanelBlock, NeuronBlock)):
                     one.peer, other.peer = other, one
             self.sides[0].blocks.insert(1, difference := DifferenceBlock(self.sides[0].mask, sources[1]))
             difference.runs = self.metrics.runs
@@ -331,7 +331,7 @@ class Explorer(widgets.VBox):
         heads = [LiveControls(side.source) if isinstance(side.source, Live) else side.state for side in self.sides]  # both say how far it is
         if len(self.sides) > 1:
             for side in self.sides:
-                side.mask.content.height = side.neurons.content.height = side.neurons.tall = RASTER // 2  # four pictures on a screen
+                side.mask.content.height = side.neurons.content.height = RASTER // 2  # four pictures on a screen
             top, below = [title for title in PANELS if title in ABREAST], [title for title in list(PANELS)[1:] if title not in ABREAST]
             names = [widgets.HTML(f"<b>{html.escape(side.source.name)}</b>") for side in self.sides]
             above = [column(name, head, *map(side.block, top)) for name, head, side in zip(names, heads, self.sides, strict=True)]

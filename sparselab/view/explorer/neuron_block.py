@@ -14,7 +14,7 @@ import numpy as np
 from ...errors import attempt, counted
 from ...learn.reading import Source
 from ...learn.recordings import STATES, NeuronRecordings
-from .blocks import RASTER, Block, Selection, chooser, heading, legend_html
+from .blocks import RASTER, Block, Selection, chooser, heading, legend_html, shared
 from .canvas import Canvas
 from .plot import Plot
 from ..figures.neurons import SORTS, flips, neuron_panel, neurons_axes, neurons_panel, neurons_raster
@@ -23,14 +23,19 @@ from ..figures.pixels import PALETTES, Raster
 
 # %% ../../../nbs/view/explorer/19_neuron_block.ipynb #1d2f1398
 class NeuronBlock(Block):
-    """Stability of every neuron of `source`; `selected(relu, neuron)` is called when one was clicked."""
+    """Stability of every neuron of `source`; `selected(relu, neuron)` is called when one was clicked.
+
+    The bounds of the selected neuron share their y axes with those of a `peer`, the block of another run.
+    """
+
+    peer: "NeuronBlock | None" = None
+    bounds: Panel | None = None  # of the selected neuron
 
     def __init__(self, source: Source, selected: Callable[[str, int], None]):
         self.source, self.neuron, self.step = source, -1, 0
         self.relu = ""  # the ReLU that the neuron is of
         self.recorded: NeuronRecordings | None = None
         self.raster: Raster | None = None
-        self.tall = RASTER
         self.layer = chooser("ReLU", width="12em")
         self.sort = chooser("sort by", SORTS, "10em")
         self.legend = widgets.HTML()
@@ -105,13 +110,19 @@ class NeuronBlock(Block):
         """Draw the bounds and incoming weights of the selected neuron for `step`."""
         with self.lock:
             wanted = self.marked >= 0 and self.raster is not None
-            panel = attempt(lambda: neuron_panel(self.source, within(self.source, step), self.relu, self.neuron))[0] if wanted else None
-            self.detail.layout.display = None if panel else "none"
-            self.content.height = self.tall // 2 if panel else self.tall  # both in sight
-            if panel:
-                self.panel, self.code.value = panel, panel.call
+            self.bounds = attempt(lambda: neuron_panel(self.source, within(self.source, step), self.relu, self.neuron))[0] if wanted else None
+            self.detail.layout.display = None if self.bounds else "none"
+            if self.bounds:
+                self.panel, self.code.value = self.bounds, self.bounds.call
                 self.detail.at = step
-                self.detail.show(panel.figure)
+            for block in filter(None, (self, self.peer)):
+                block.redrawn()
+
+    def redrawn(self) -> None:
+        """Draw the bounds on axes that have room for those of the peer."""
+        if self.bounds:
+            other = self.peer.bounds if self.peer else None
+            self.detail.show(shared(self.bounds.figure, other.figure if other else None))
 
     def select(self, selection: Selection) -> None:
         """Show the selected neuron: its bounds over time, and its incoming weights; none when the layer has no ReLU here."""

@@ -13,6 +13,7 @@ function figureAt(film, at) {  // the first figure, with what changed since
     path.slice(0, -1).reduce((place, key) => place[key], figure)[path.at(-1)] = value;
   return figure;
 }
+const BUTTONS = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
 // What a part should have drawn: choice, frame and theme.
 const wanted = part => [part.querySelector("select")?.value, filmOf(part).at[moment()], theme().matches].join();
 
@@ -25,7 +26,8 @@ async function draw() {  // the figures, the one that has waited longest first, 
     const box = part.querySelector(".plotly-graph-div"), { data, layout } = figureAt(filmOf(part), moment());
     const first = !part.dataset.drawn, now = wanted(part);
     layout.font = { ...layout.font, color: getComputedStyle(document.body).color };
-    await Plotly.react(box, data, { ...layout, autosize: true }, { responsive: true, displaylogo: false });
+    layout.modebar = { orientation: "v" }; layout.margin = { ...layout.margin, r: Math.max(40, layout.margin?.r ?? 0) };  // buttons stand beside the figure, not on its legend
+    await Plotly.react(box, data, { ...layout, autosize: true }, { responsive: true, displaylogo: false, modeBarButtons: BUTTONS });
     if (first && "timed" in part.dataset) box.on("plotly_click", event => reach(event.points[0].x));
     part.dataset.drawn = now;
     await new Promise(resolve => setTimeout(resolve));  // keys and pictures come first

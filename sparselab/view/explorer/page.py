@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
+from tqdm import tqdm
 
 from ...errors import attempt, check_names, unknown
 from ...learn.live import Live
@@ -32,7 +33,7 @@ from ..figures.neurons import neurons_panel
 from ..figures.panels import Panel, layer_of, within
 from ..figures.pixels import Raster, Tiles, difference_raster, tiles
 from ..figures.report import PANELS
-from ..figures.theme import short, untitled
+from ..figures.theme import short, without_title
 
 # %% ../../../nbs/view/explorer/24_page.ipynb #f4cc86bb
 def thinned(moments: list[int], most: int, kept: int) -> list[int]:
@@ -64,9 +65,13 @@ def changes(before: object, after: object, path: tuple = ()) -> list[list]:
 
 def plain(fig: go.Figure) -> dict:
     """`fig` as JSON has it, without its title and what no browser draws."""
-    figure = json.loads(untitled(fig).to_json())
-    figure["layout"].pop("meta", None)
-    return {"data": figure["data"], "layout": figure["layout"]}
+    figure = json.loads(fig.to_json())
+    layout, lower = figure["layout"], without_title(fig)
+    layout.pop("meta", None)
+    if lower:  # as `untitled` does, without a copy of the figure
+        del layout["title"]
+        layout["height"], layout["legend"]["y"], layout["margin"]["t"] = lower.values()
+    return {"data": figure["data"], "layout": layout}
 
 # %% ../../../nbs/view/explorer/24_page.ipynb #cef31f07
 def film(frames: list[dict]) -> dict:
@@ -187,8 +192,12 @@ def parts_of(sources: list[Source], moments: list[int], layers: tuple[str, ...] 
         panels = [metrics_of(sources, step, folded=True) for step in moments]
         return Part("Metrics", panels[0].how_to_read, {"": film_of(panels)})
 
-    parts = [part("Metrics", metrics)]
-    for title in list(PANELS)[1:]:
+    parts, bar = [], tqdm(PANELS, unit="panel")  # this takes its time: a line says how far it is
+    for title in bar:
+        bar.set_description(title)
+        if title == "Metrics":
+            parts.append(part(title, metrics))
+            continue
         caption = MarginsBlock.caption if title == "Margins" else title
         titles = [f"{caption} of {name}" for name in names_of(sources)] if len(sources) > 1 else [caption]
         make = {"Mask": partial(mask_part, moments=moments, layers=layers), "Neurons": partial(neurons_part, moments=moments)}.get(title)

@@ -52,9 +52,8 @@ export default {
       Plotly = await plotly(model);
       if (gone || !model.get("figure")) return;
       if (!box.dataset.ready) { box.textContent = ""; box.dataset.ready = "yes"; }
-      const figure = JSON.parse(model.get("figure")), colour = getComputedStyle(box).color;
+      const figure = JSON.parse(model.get("figure"));
       const layout = { ...figure.layout, autosize: true, width: undefined, shapes: marked(figure.layout.shapes) };
-      layout.font = { ...layout.font, color: colour };
       await Plotly.react(box, figure.data, layout, { responsive: false, displaylogo: false, displayModeBar: false });
       if (box.dataset.drawn === "0") box.on("plotly_hover", event => {
         const data = event.points[0].customdata ?? null;

@@ -56,7 +56,7 @@ def layers_panel(source: Source, step: float | None = None) -> Panel:
     total = [int(np.prod(history.shapes[name])) for name in counts]
     density, erk = [n / t for n, t in zip(nnz, total, strict=True)], erk_densities(history, record)
     names = [f"{short(name)} · {share:.2%}" for name, share in zip(counts, density, strict=True)]
-    fig = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.03)
+    fig = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.1)  # "100%" ends where the "1" of the weights begins
     if erk:
         fig.add_scatter(x=list(erk.values()), y=names, mode="markers", name="ERK", row=1, col=1,
                         marker={"symbol": "diamond-open", "size": 13, "color": TEXT, "line": {"width": 2}})

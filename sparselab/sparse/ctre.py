@@ -111,9 +111,17 @@ class CTRE(SET):
         super().start()
         self.fraction = ConstantDrop(self.drop_fraction)
 
+    def by_similarity(self, step: int) -> bool:
+        """Whether an update after step number `step` grows by similarity."""
+        return True
+
+    def looks(self, step: int) -> bool:
+        """Whether the activations of step number `step` are recorded: an update that reads them is near."""
+        return any(self.updates.due(step + ahead) and self.by_similarity(step + ahead) for ahead in range(self.accumulate))
+
     def see_gradients(self) -> None:
         notes, self.recorder.notes = self.recorder.notes, []
-        if not any(self.updates.due(self.steps + 1 + ahead) for ahead in range(self.accumulate)):
+        if not self.looks(self.steps + 1):
             return
         for name, seen, made in (row for row in notes if row[0] not in self.dense):
             made = made.softmax(-1) if name == list(self.masks)[-1] else made
@@ -137,7 +145,9 @@ class CTRE(SET):
             weight[new] = (reach * (2 * drawn - 1))[new].to(weight.dtype)
 
     def overhead(self, step: int, sparse: float, dense: float) -> float:
-        return 2 * dense if any(self.updates.due(step + ahead) for ahead in range(self.accumulate)) else 0.0
+        # a dot product for every weight, as many as in a forward pass; where a convolution is, a second one for the norms of what each weight sees
+        products = 1 if all(isinstance(layer, nn.Linear) for layer in self.recorder.layers.values()) else 2
+        return products * dense if self.looks(step) else 0.0
 
     def state_dict(self) -> dict:
         return super().state_dict() | cloned({"sums": self.sums})
@@ -157,10 +167,12 @@ class CTRESeq(CTRE):
         check_share("random_after", self.random_after)
         super().start()
 
+    def by_similarity(self, step: int) -> bool:
+        return step <= self.random_after * self.total_steps
+
     def grow_scores(self, name: str) -> Tensor:
         scores = super().grow_scores(name)
-        late = self.steps > self.random_after * self.total_steps
-        return random(scores, None, generator_for(self.seed, "grow", self.steps, name)) if late else scores
+        return scores if self.by_similarity(self.steps) else random(scores, None, generator_for(self.seed, "grow", self.steps, name))
 
 
 class CTRESim(CTRE):

@@ -230,7 +230,7 @@ def check_family(method: type) -> None:
 
 
 FACTS = {
-    "keeps_weights": "True when it stores a copy of the weights at the start and computes the model's weights from it (Jackpots)",
+    "keeps_weights": "True when it stores a copy of the weights of its own and computes the model's from it (Jackpots, Gibbs)",
     "knobs": "the names of what may change while it trains, read as attributes and set by set_knob; () for nothing",
     "from_training": "option -> 'epochs' (their number) or 'example' (a batch of two inputs), for options that a training fills in; {} for none",
     "overhead": "a method (step, sparse, dense) that returns the FLOPs per image which it adds to a training step",
@@ -252,7 +252,7 @@ class Method:
     """What a method says of itself. Raises TypeError where a class is defined that does not, unless it is `abstract`."""
 
     family: ClassVar[str]  # one of METHOD_FAMILIES
-    keeps_weights: ClassVar[bool]  # whether it goes on from a copy of the weights that the model had at the start
+    keeps_weights: ClassVar[bool]  # whether it stores a copy of the weights of its own and computes the model's from it
     knobs: ClassVar[tuple[str, ...]]  # what may change while it trains
     from_training: ClassVar[Mapping[str, str]]  # option -> "epochs" or "example": what a training fills in
 

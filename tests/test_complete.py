@@ -15,7 +15,7 @@ from sparselab.program import read
 from sparselab.robust import Contradiction, bounds, decide, input_box, margin_matrix, pgd, verify, worst_margin
 from sparselab.robust import branching as module_branching
 from sparselab.robust import cascade as module
-from sparselab.robust.branching import Found
+from sparselab.robust.branching import Found, search
 from sparselab.robust.halving import bounded_margins, halve, lines_of
 from sparselab.robust.ibp import interval_pass
 from sparselab.robust.reduced import Reduced, double_pass, reduced
@@ -490,6 +490,15 @@ def small_net():
     f64, none = (lambda numbers: torch.tensor(numbers, dtype=torch.float64)), torch.zeros(2, 2).double()
     return Reduced(f64([-1.0]), f64([1.0]), (slice(0, 2),), none, f64([[1.0], [1.0]]), f64([0.0, 0.0]), none, f64([[0.0], [0.0]]), f64([0.0, 0.0]),
                    f64([-1.0, -1.0]), f64([1.0, 1.0]), torch.arange(1), f64([0.0]))
+
+
+def test_a_point_that_the_model_does_not_confirm_leaves_its_part_open():
+    """The margin is -2 on the whole box, and the model says of every point that it is right."""
+    net = replace(small_net(), c=torch.tensor([-2.0, -2.0]).double())
+    for kind in (search, halve):
+        found = kind(net, time.monotonic() + 2, lambda at: torch.zeros(len(at), dtype=torch.bool))
+        assert not found.proved and found.x is None and found.bound == -2
+        assert found.reason in ("a part could neither be proved nor refuted by the model", "time")
 
 
 def test_a_margin_of_zero_ends_undecided():

@@ -71,8 +71,13 @@ def test_is_small_and_without_widget_state_or_errors(path):
 
 
 def shows(cell: dict) -> bool:
-    """Whether a cell prints or draws whatever happens: by a call of print or show that stands in no function and under no condition."""
-    calls = [line.value.func for line in ast.parse(source(cell)).body if isinstance(line, ast.Expr) and isinstance(line.value, ast.Call)]
+    """Whether a cell prints or draws whatever happens: by a call of print or show in no function, under no condition, in a loop over a display."""
+    lines = ast.parse(source(cell)).body
+    for line in lines:
+        over = getattr(line, "iter", None)
+        over = over.func.value if isinstance(over, ast.Call) and isinstance(over.func, ast.Attribute) else over
+        lines += line.body if isinstance(line, ast.For) and isinstance(over, ast.Dict | ast.List | ast.Tuple) else []
+    calls = [line.value.func for line in lines if isinstance(line, ast.Expr) and isinstance(line.value, ast.Call)]
     return any(getattr(call, "id", getattr(call, "attr", "")) in ("print", "show") for call in calls)
 
 

@@ -348,18 +348,36 @@ class Product(nn.Module):
         return nn.functional.linear(x, weight)
 
 
-@pytest.mark.parametrize("factors", [(2.0**-70, 2.0**-60, 2.0**126), (2.0**-130, 2.0**126)])
+ROUNDED_UP = (1 - 2.0**-24, 2.0**-63, 2.0**-63, 2.0**126)  # the first three give 2^-126 by rounding, and 0 where they are flushed
+
+
+@pytest.mark.parametrize("factors", [(2.0**-70, 2.0**-60, 2.0**126), (2.0**-130, 2.0**126), ROUNDED_UP])
 def test_a_weight_that_grows_out_of_a_subnormal_number_is_refused(factors):
     net, x = Product(*factors), torch.tensor([[0.5]])
     value = net(x)
     if torch.set_flush_denormal(True):
-        assert net(x)[0, 0] == 0 != value[0, 0]
-        torch.set_flush_denormal(False)
-    with pytest.raises(ValueError, match="below 2\\^-126"):
+        try:
+            assert net(x)[0, 0] == 0 != value[0, 0]
+        finally:
+            torch.set_flush_denormal(False)
+    with pytest.raises(ValueError, match="at most 2\\^-126"):
         bounds(net, x, x, sound=True)
     for harmless in ((2.0**-70, 2.0**-20, 2.0**80), (3.0, 0.0, 2.0), (2.0**-70, 2.0**-70)):
         lb, ub = bounds(Product(*harmless), x, x, sound=True)
         assert (lb <= Product(*harmless)(x)).all() and (Product(*harmless)(x) <= ub).all()
+
+
+MASKED = {
+    "bool": lambda w, mask: w * mask, "bool as a number": lambda w, mask: w * (mask * 1.0), "in place": lambda w, mask: w.clone().mul_(mask)}
+
+
+@pytest.mark.parametrize("masked", MASKED)
+def test_a_weight_times_a_bool_mask_is_bounded(masked):
+    torch.manual_seed(0)
+    layer, mask, x = nn.Linear(6, 3), torch.rand(3, 6) < 0.5, torch.rand(20, 6)
+    net = Calls(lambda x, layer: nn.functional.linear(x, MASKED[masked](layer.weight, mask), layer.bias), layer)
+    lb, ub = bounds(net, x, x, sound=True)
+    assert (lb <= net(x)).all() and (net(x) <= ub).all() and (ub - lb < 1e-4).all()
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.01, 0.3, 0.9, 1.0])

@@ -304,8 +304,8 @@ def test_a_model_that_cannot_be_unrolled_is_evaluated_densely_and_a_sentence_say
     config = Config(dataset="digits", model="mlp", epochs=1, eps=0.05, train_samples=320, sparsity=0.5, kernels="auto")
     learner = make_learner(config, callbacks=[Validate(0.05, kernels="auto"), Progress()])
     learner.fit()
-    assert re.search("Validation and proofs use all weights, zeros too, because no faster way was found: 50% of its products have a nonzero weight, "
-                     "more than [0-9]+%, up to which skipping zeros saves time[.]\n", capsys.readouterr().out)
+    assert re.search("Validation and proofs use all weights, zeros too, because the network has no faster form: 50% of its multiplications "
+                     "have a nonzero weight, more than [0-9]+%, up to which skipping zeros saves time[.]\n", capsys.readouterr().out)
     for bad in ({"kernels": "fast"}, {"kernels": "Sparse"}):
         with pytest.raises(ValueError, match="kernels"):
             evaluate(learner.model, learner.data.test, 0.05, **bad)

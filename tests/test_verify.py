@@ -14,7 +14,7 @@ from sparselab.learn import Unrolled
 from sparselab.robust import verification as module
 from sparselab.robust.attacks import pgd, survivors
 from sparselab.robust.bounds import METHODS, bounds, input_box, margin_matrix
-from sparselab.robust.boxes import Interval
+from sparselab.robust.boxes import Interval, moves
 from sparselab.robust.cascade import decide
 from sparselab.robust.lirpa import load
 from sparselab.robust.modes import worst_margin
@@ -244,6 +244,11 @@ def test_bad_input_is_refused(options, said):
 class Sine(nn.Module):
     def forward(self, x):
         return x.sin()
+
+
+def test_what_a_radius_moves():
+    """A radius that float32 has not moves a box of float64, and whole numbers may be large."""
+    assert [moves(eps) for eps in (0, 0.0, 1e-300, 10**19, torch.zeros(3), torch.tensor([0, 1e-40, 0]))] == [False, False, True, True, False, True]
 
 
 @pytest.mark.parametrize("options", [{}, {"budget": 1.0}, {"sound": True}])

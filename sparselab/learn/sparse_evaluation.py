@@ -27,4 +27,4 @@ def on_nonzeros(model: nn.Module, x: Tensor, kernels: str = "auto", engine: str 
     try:
         return Unrolled(model, x[:2], 1.0 if kernels == "sparse" else PAYS[with_numba()][-1]), ""
     except (ValueError, RuntimeError) as reason:  # whatever it is, the dense network is there
-        return None, f"no faster way was found: {reason}"
+        return None, f"the network has no faster form: {reason}"

@@ -287,7 +287,7 @@ class SparseSteps:
                     self._check(x)
             except (Unsupported, Unreadable) as reason:
                 self.net = None
-                self.close(f"the model is not done on rows: {reason}")
+                self.close(f"the network has no faster form: {reason}")
                 return False
         return self._pays()
 

@@ -321,7 +321,7 @@ class _Evaluated(nn.Module):
         with eval_mode(model), torch.no_grad():
             places = _Places(crown_pass(model, x[:1], x[:1]))
             if places.kept > most * places.dense:
-                raise Unsupported(f"{places.kept / places.dense:.0%} of its products have a nonzero weight, more than {most:.0%}, "
+                raise Unsupported(f"{places.kept / places.dense:.0%} of its multiplications have a nonzero weight, more than {most:.0%}, "
                                   "up to which skipping zeros saves time")
             self.places, self.net = places, places.neurons()
             self._signals = signals_kind()(self.net, live := self.net.read(), places.shapes)

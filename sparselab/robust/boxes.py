@@ -23,7 +23,8 @@ def input_box(
 ) -> tuple[Tensor, Tensor]:  # lower, upper: the same shape as x
     """The l-infinity ball of radius `eps` around each image of `x`, clipped to [0, 1].
 
-    Raises ValueError when `eps` is negative or not finite, or when `x` leaves [0, 1].
+    Raises ValueError when `eps` is negative, not finite, or a tensor that is not dense or of 8 bits; or when `x` is a single number, holds no
+    floats, or leaves [0, 1].
     """
     check_dense("x", x)
     if x.dim() == 0:
@@ -47,7 +48,7 @@ def input_box(
 
 def moves(eps: float | Tensor) -> bool:
     """Whether a box of this radius has more points than its centre."""
-    return bool(torch.as_tensor(eps).any())
+    return bool(eps.any()) if isinstance(eps, Tensor) else eps > 0
 
 
 def _is_radius(eps: object) -> bool:
@@ -59,7 +60,7 @@ def _check_radii(eps: Tensor, x: Tensor) -> None:
     if eps.dim() and eps.shape != x.shape[1:]:
         raise ValueError(f"eps has shape {tuple(eps.shape)}, but an image has {tuple(x.shape[1:])}: give one radius for each input, or one number.")
     if eps.is_floating_point() and eps.element_size() == 1:
-        raise ValueError(f"eps is {eps.dtype}, which has few radii: give eps.float().")
+        raise ValueError(f"eps is {eps.dtype}, a type without comparisons: give eps.float().")
     if eps.dtype == torch.bool or eps.is_complex() or not bool(((eps >= 0) & (eps < math.inf)).all()):
         raise ValueError("eps holds what is no radius: each is a finite number >= 0.")
 

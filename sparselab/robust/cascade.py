@@ -387,7 +387,6 @@ def _methods(methods: Sequence[str]) -> list[str]:
 def _run(rows: Tensor, model: nn.Module, x: Tensor, y: Tensor, *options) -> Iterator[Verdict]:
     """The verdicts of some samples, with their own numbers."""
     with eval_mode(model), restored(model), full_precision(x.device), torch.no_grad():
-        read(model, x[:1])  # a model that does not fit its images is told so by a sentence
         for verdict in _Cascade(model, x[rows], y[rows], *options).run():
             yield Verdict(**vars(verdict) | {"index": int(rows[verdict.index])})
 
@@ -446,6 +445,9 @@ def decide(
     verdicts: list[Verdict] = kept.verdicts if kept else []
     known = {verdict.index for verdict in verdicts}
     left = torch.tensor([i for i in range(len(x)) if i not in known], dtype=torch.long)
+    if len(left):  # a sentence for a model that does not fit its images
+        with eval_mode(model), restored(model), torch.no_grad():
+            read(model, x[:1])
     tell = _line if progress is True else progress or (lambda *_: None)
     for verdict in _each(left, workers, options) if len(left) else ():
         kept.append(verdict) if kept else verdicts.append(verdict)

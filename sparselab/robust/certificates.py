@@ -577,21 +577,21 @@ SHORT = 3  # PGD steps to a point at which the model is asked
 
 
 def broken_samples(model: nn.Module, net: Exported, x: Tensor, y: Tensor, eps: float | Tensor, batch_size: int) -> list[bool]:
-    """Which samples the model gets wrong at one of three points of the box: a corner, an inner point, the end of an attack on its export.
+    """Which samples the model gets wrong at the image, a corner, an inner point of the box, or where an attack on its export ends.
 
     Contradiction where the two differ by more than rounding.
     """
     broken = []
     with eval_mode(model):
         for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            points = *probes(*input_box(images, eps)), pgd(net, images, labels, eps, SHORT)
+            points = images, *probes(*input_box(images, eps)), pgd(net, images, labels, eps, SHORT)
             broken += torch.stack([worst_margin(compared(model, net, part), labels) <= 0 for part in points]).any(0).tolist()
     return broken
 
 
 def without(sample: Sample) -> Sample:
     """The sample without its proof, which is one of the export alone."""
-    return Sample(sample.clean, seconds=sample.seconds, reason="the model itself is wrong, by rounding, at a point of the box")
+    return Sample(sample.clean, seconds=sample.seconds, reaches=sample.reaches, reason="the model itself is wrong, by rounding, at a point of the box")
 
 
 @dataclass
@@ -987,7 +987,7 @@ def write(folder: Path, net: Exported, x: Tensor, y: Tensor, eps: float, ranges:
     about |= {"eps": float(eps), "norm": "linf", "domain": [0, 1], "made": datetime.now(UTC).isoformat(timespec="seconds"),
               "versions": {"sparselab": sparselab.__version__, "torch": torch.__version__, "numpy": np.__version__,
                            "python": platform.python_version()}}
-    trust, curved = calibration(net, x, y), curve(found, about["radii"], eps if bool(torch.as_tensor(reach).any()) else 0.0)
+    trust, curved = calibration(net, x, y), curve(found, about["radii"], eps if moves(reach) else 0.0)
     page = report(about, summary, rows, ranges, layers, tensors, neurons(proofs), trust, curved, reasons(found), more)
     (folder / "report.html").write_text(page, encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -1191,7 +1191,7 @@ a search, is in proofs.safetensors. <code>python recheck.py .</code> derives eve
 <li>Whether the labels are right, and whether the samples stand for those of use: the intervals above assume that they were drawn at
 random.</li><li>Faults of hardware, and of the program that runs the network.</li>
 <li>The model from which the network was exported, where it computes in another order or with other operations: the two were compared at the
-images of this folder, up to rounding.</li></ul>
+images of this folder and at three more points of every box, up to rounding; a sample that the model got wrong at one of them is unknown.</li></ul>
 <h2>8. Samples</h2>
 <table>{row_of(rows[0], "th")}{samples}</table></html>
 """

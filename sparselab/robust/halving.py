@@ -14,13 +14,13 @@ from torch import Tensor
 
 from .branching import WAITING, Found, counterexample, why_open
 from .reduced import Reduced
+from .splits import chord
 
 # %% ../../nbs/robust/22b_halving.ipynb #5ea75ca5
 def lines_of(lb: Tensor, ub: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slope of the line below, slope and height of the line above, for neurons with these boxes; all (D, n)."""
     free = (lb < 0) & (ub > 0)
-    half = ub / 2  # ub - lb may be beyond float64
-    above = torch.where(free, half / torch.where(free, half - lb / 2, 1.0), (lb >= 0).to(lb))
+    above = torch.where(free, chord(torch.where(free, lb, -1.0), ub), (lb >= 0).to(lb))
     return torch.where(free, (ub > -lb).to(lb), above), above, torch.where(free, -above * lb, 0.0)
 
 

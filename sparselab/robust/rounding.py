@@ -270,7 +270,7 @@ def modelled(what: str, layer: Any, scalars: Sequence[float]) -> Any:
         raise Refused("its alpha or beta is other than 1, by which a sum is multiplied after it was rounded, and may have overflowed")
     if what in PRODUCTS and isinstance(layer, Linear | Conv | MatMul):
         return Rounded(layer, lambda x: terms(layer, x))
-    if what == "div" and bool((torch.as_tensor(layer.scale).abs() > 1 / TINY).any()):
+    if what == "div" and bool((torch.as_tensor(layer.scale).abs() >= 1 / TINY).any()):
         raise Refused("it divides by a number so small that a machine without subnormal numbers divides by zero")
     if what in ENTRYWISE and layer.linear:
         if any(abs(number) > TOP for number in scalars):
@@ -318,10 +318,10 @@ class AsComputed(Graph):
 
 
 def _refuse_growth(left: Any, right: Any, product: Tensor) -> None:
-    """ValueError for a product of weights that is not below 2^-126, of a factor that is."""
+    """ValueError for a product of weights above 2^-126, of a factor of at most that: rounded up to 2^-126, or flushed to zero."""
     for factor in (torch.as_tensor(left), torch.as_tensor(right)):
-        if bool(((factor != 0) & (factor.abs() < TINY) & (product.abs() >= TINY)).any()):
-            raise ValueError("The model multiplies a weight below 2^-126, which some processors read as zero, to a larger one: "
+        if factor.is_floating_point() and bool(((factor != 0) & (factor.abs() <= TINY) & (product.abs() > TINY)).any()):
+            raise ValueError("The model multiplies a weight of at most 2^-126, which some processors compute as zero, to a larger one: "
                              "store the product as the weight, for example by torch.nn.utils.parametrize.remove_parametrizations.")
 
 

@@ -70,7 +70,7 @@ def plain(fig: go.Figure) -> dict:
     layout.pop("meta", None)
     if lower:  # as `untitled` does, without a copy of the figure
         del layout["title"]
-        layout["height"], layout["legend"]["y"], layout["margin"]["t"] = lower.values()
+        layout["height"], layout["legend"]["y"], layout["margin"]["t"] = lower["height"], lower["legend_y"], lower["margin_t"]
     return {"data": figure["data"], "layout": layout}
 
 # %% ../../../nbs/view/explorer/24_page.ipynb #cef31f07
@@ -272,7 +272,10 @@ def _section(number: int, part: Part) -> str:
 
 
 def save_html(source: Source | str | Path | tuple, file: str | Path, layers: tuple[str, ...] = (), most: int = 48) -> Path:
-    """Write `explorer_html` to `file`, whose folder is made where it is missing, and return its path. Raises ValueError when `file` is a folder."""
+    """Write `explorer_html` to `file`, whose folder is made where it is missing, and return its path; a line on stderr says how far it is.
+
+    Raises ValueError when `file` is a folder.
+    """
     file = Path(file)
     if file.is_dir():
         raise ValueError(f"{file} is a folder; name the file to write, such as {file / 'run.html'}.")

@@ -668,7 +668,7 @@ def test_an_export_that_differs_from_the_model_inside_a_box_alone_gets_no_certif
     net, x, y = cancelling(), torch.ones(1, 1, 1, 1), torch.tensor([0])
     torch.testing.assert_close(net(x), exported(net, x)(x))
     assert net(torch.full_like(x, 0.46)).argmax() == 1
-    with pytest.raises(Contradiction, match="differs from the model by up to 7.2"):
+    with pytest.raises(Contradiction, match="differs from the model, by up to 7.2"):
         certify(net, x, y, 0.55, tmp_path / "c")
     assert not list(tmp_path.iterdir())
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUNDING', 'REPORT', 'OR_ROUNDING', 'Contradiction', 'rounding', 'ask', 'check_reading', 'check_alone',
-           'check_bounds', 'check_point', 'probes']
+           'check_bounds', 'check_point', 'check_equal', 'probes']
 
 # %% ../../nbs/robust/10_replay.ipynb #2b86049b
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def check_reading(program: Program, model: nn.Module, points: Tensor, y: Tensor 
     y = ask(model, points) if y is None else y.detach()
     with plain(points.device):
         z = run(program, model, points.detach())
-    _compare(y, z, "The operations that were read from the model compute other outputs than the model",
+    check_equal(y, z, "The operations that were read from the model compute other outputs than the model",
              "Its forward is not a fixed function of its input, or it was read wrongly; no bound is given.")
     return y
 
@@ -51,7 +51,7 @@ def check_alone(model: nn.Module, x: Tensor, y: Tensor) -> None:
             alone = ask(model, x[-1:])
         except RuntimeError:  # it takes batches of one size
             alone = ask(model, x[-1:].expand_as(x))[-1:]
-        _compare(y[-1:], alone, "What the model says of one image depends on the others of its batch",
+        check_equal(y[-1:], alone, "What the model says of one image depends on the others of its batch",
                  "Bounds are for one image at a time; no bound is given.")
 
 
@@ -71,7 +71,7 @@ def check_bounds(y: Tensor, lb: Tensor, ub: Tensor, C: Tensor | None = None, exa
 def check_point(y: Tensor, lb: Tensor, ub: Tensor) -> None:
     """Contradiction unless the bounds of boxes of width zero are the model's outputs y (B, K)."""
     for end in (lb, ub):
-        _compare(y.detach(), end.detach(), "The bounds of boxes of width zero differ from the model's outputs",
+        check_equal(y.detach(), end.detach(), "The bounds of boxes of width zero differ from the model's outputs",
                  "Its forward is not a fixed function of its input, or it was read wrongly; no bound is given.")
 
 
@@ -91,7 +91,8 @@ def _inside(y: Tensor, lb: Tensor, ub: Tensor, slack: Tensor, advice: str) -> No
         )
 
 
-def _compare(y: Tensor, z: Tensor, what: str, advice: str) -> None:
+def check_equal(y: Tensor, z: Tensor, what: str, advice: str) -> None:
+    """Contradiction, in these words, where outputs z are not y up to rounding."""
     if y.shape != z.shape:
         raise Contradiction(f"{what}: of shape {tuple(z.shape)} instead of {tuple(y.shape)}. {advice}")
     apart = flat(y.double() - z.double()).abs()

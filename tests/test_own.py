@@ -24,6 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 import sparselab
 from sparselab import sparsify
 from sparselab.learn import Config, Learner, Run, factories, find, load, objective, own_data, own_model, samples, train
+from sparselab.learn.arrays import Unavailable
 from sparselab.learn.learner import Callback
 from sparselab.robust import input_box, verify
 from sparselab.view import Explorer
@@ -279,6 +280,27 @@ def test_names_of_timm_and_of_the_hub_are_built_for_the_data(tmp_path, monkeypat
     dataset = own_data((images, np.arange(40) % 3), folder=tmp_path)
     run = quiet(quick(tmp_path, model=f"hub:{tmp_path / 'vit'}", objective="natural", epochs=1, dataset=dataset))
     assert "has no bound rule" in run.summary["no_bounds"] and run.model()(torch.rand(2, 1, 4, 4)).shape == (2, 3) and not run.damage
+
+
+class Cancels(nn.Module):
+    """2^22 is added to the logits and taken off again, which rounds them to multiples of a half."""
+
+    def __init__(self, size: int, classes: int):
+        super().__init__()
+        self.linear = nn.Linear(size, classes)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1)) + 2.0**22 - 2.0**22
+
+
+def test_a_network_that_contradicts_its_bounds_is_trained_and_nothing_is_proved_of_it(tmp_path):
+    x = np.random.default_rng(0).random((60, 1, 4, 4), np.float32)
+    y = (x.reshape(60, 16).mean(1) > 0.5).astype(np.int64)
+    run = quiet(quick(tmp_path, objective="natural", epochs=2, eps=0.02), data=(x, y), model=Cancels(16, 2))
+    assert run.summary["no_bounds"].startswith("A bound is wrong") and run.summary["accuracy"]["verified"] == 0
+    assert run.summary["accuracy"]["clean"] >= run.summary["accuracy"]["pgd"] > 0 and not run.damage
+    with pytest.raises(Unavailable, match="Nothing is proved of this network. A bound is wrong"):
+        _ = run.margins
 
 
 LAYERS = {

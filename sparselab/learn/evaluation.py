@@ -23,6 +23,7 @@ from ..robust.boxes import input_box, margin_matrix
 from ..robust.ibp import interval_pass
 from ..robust.modes import eval_mode, worst_margin
 from ..robust.neurons import as_row
+from ..robust.replay import Contradiction
 from ..robust.verification import check_order, verify
 
 # %% ../../nbs/learn/28_evaluation.ipynb #5244e008
@@ -118,7 +119,7 @@ def reestimate_statistics(model: nn.Module, split: Split, batch_size: int = 500,
 class Evaluation:
     """Per-sample outcomes on a split: `clean`, `pgd`, `verified` (N,) bool, and how many each method proved.
 
-    `no_bounds`: a sentence where the network has a layer without bounds, so that nothing is verified.
+    `no_bounds`: a sentence where the network has a layer without bounds, or one that contradicts them, so that nothing is verified.
     """
 
     clean: Tensor
@@ -150,9 +151,14 @@ def evaluate(model: nn.Module, split: Split, eps: float, engine: str = "native",
     net, _ = sparse_network(model, x, kernels, engine)
     pgd = survivors(model if net is None else net, x, y, eps, steps=steps, restarts=restarts)
     with eval_mode(model), torch.no_grad():
-        if net is None and engine == "native" and (reason := without_bounds(model, x)):
+        reason = without_bounds(model, x) if net is None and engine == "native" else ""
+    try:
+        found = None if reason else verify(model, x, y, eps, engine=engine if net is None else net, robust=pgd)
+    except Contradiction as error:  # a network that rounds by more than its bounds allow is trained all the same
+        found, reason = None, str(error)
+    if found is None:
+        with eval_mode(model), torch.no_grad():
             clean = torch.cat([worst_margin(model(part), of) > 0 for part, of in zip(x.split(500), y.split(500), strict=True)])
-            return Evaluation(clean, pgd & clean, torch.zeros_like(clean), {}, reason)
-    found = verify(model, x, y, eps, engine=engine if net is None else net, robust=pgd)
+        return Evaluation(clean, pgd & clean, torch.zeros_like(clean), {}, reason)
     proved_by = {name: found.proved_by.count(name) for name in found.by_method}
     return Evaluation(found.clean, pgd & found.clean, found.verified, proved_by)

@@ -109,12 +109,12 @@ def test_layer_and_relu_follow_each_other(configs):
 def test_a_selected_neuron_is_marked_in_its_own_relu_alone(configs):
     block = Explorer(Live(configs[0]).folder).sides[0].neurons
     first, *_, last = block.links
-    side_by_side = block.detail.layout
+    side_by_side, height = block.detail.layout, block.content.height
     block.select(Selection(block.links[last], 3, last, 3))
     marked = list(block.content.mark)
     assert marked[0] >= 0 and side_by_side.display is None
     block.layer.value = first
-    assert block.content.mark[0] == -1 and side_by_side.display == "none" and block.content.height == block.tall
+    assert block.content.mark[0] == -1 and side_by_side.display == "none" and block.content.height == height
     block.layer.value = last
     assert list(block.content.mark) == marked and side_by_side.display is None
 

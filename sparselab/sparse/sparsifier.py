@@ -7,6 +7,7 @@ __all__ = ['METHOD_FAMILIES', 'FACTS', 'Keeping', 'Loading', 'cloned', 'Saving',
            'Sparsifier', 'random_masks', 'highest_overall', 'highest', 'keep_highest']
 
 # %% ../../nbs/sparse/09_sparsifier.ipynb #91e52556
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -262,12 +263,12 @@ class Method:
             check_family(cls)
             check_facts(cls)
 
+    @abstractmethod
     def overhead(self, step: int, sparse: float, dense: float) -> float:
         """FLOPs per image that the method adds to step number `step` (the first is 1) of a training.
 
         `sparse`, `dense`: those of a forward pass with the masks and without. A step takes 3 `sparse` without the method.
         """
-        raise NotImplementedError(f"What {type(self).__name__} adds to a step is not known, and is not taken for nothing.")
 
     def set_knob(self, name: str, value: float | str) -> None:
         """Change one of `knobs` between two steps. Raises ValueError for one that there is not, or a value that cannot be."""

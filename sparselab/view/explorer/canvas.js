@@ -153,7 +153,7 @@ export default () => {
         zoom = Math.min(64, Math.max(1, zoom * Math.exp(-event.deltaY / 400)));
         left = (left + x) * zoom / before - x; top = (top + y) * zoom / before - y; clamp();
       };
-      box.ontransitionend = redraw;  // another theme: outlines have its colour
+      box.ontransitionend = box.ontransitioncancel = redraw;  // another theme: outlines have its colour, also when its style sheets change twice
       canvas.ondblclick = () => everything();
       canvas.onpointerdown = event => {
         const at = place(event);  // before the focus, which may move the page

@@ -23,10 +23,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 import sparselab
 from sparselab import sparsify
-from sparselab.learn import Config, Learner, Run, factories, find, load, objective, own_data, own_model, samples, train
+from sparselab.learn import Config, Learner, Run, factories, find, load, margins, objective, own_data, own_model, samples, train
 from sparselab.learn.arrays import Unavailable
 from sparselab.learn.learner import Callback
-from sparselab.robust import input_box, verify
+from sparselab.robust import Contradiction, input_box, verify
 from sparselab.view import Explorer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -301,6 +301,26 @@ def test_a_network_that_contradicts_its_bounds_is_trained_and_nothing_is_proved_
     assert run.summary["accuracy"]["clean"] >= run.summary["accuracy"]["pgd"] > 0 and not run.damage
     with pytest.raises(Unavailable, match="Nothing is proved of this network. A bound is wrong"):
         _ = run.margins
+
+
+@pytest.mark.parametrize("sound", [["ibp"], []])
+def test_margins_that_a_wider_box_contradicts_are_left_out_and_the_run_is_finished(tmp_path, monkeypatch, sound):
+    x = np.random.default_rng(0).random((60, 1, 4, 4), np.float32)
+    y = (x.reshape(60, 16).mean(1) > 0.5).astype(np.int64)
+    here = margins.bounds
+
+    def contradicted(model, lower, upper, method, *rest):
+        if method not in sound and float((upper - lower).max()) > 0.06:  # the box of the evaluation is 0.04 wide
+            raise Contradiction("A bound is wrong.")
+        return here(model, lower, upper, method, *rest)
+
+    monkeypatch.setattr(margins, "bounds", contradicted)
+    run = quiet(quick(tmp_path, objective="natural", epochs=1, eps=0.02), data=(x, y))
+    assert "no_bounds" not in run.summary and not run.damage
+    with pytest.raises(Unavailable, match="Margins by crown were not recorded. A bound is wrong."):
+        run.margins.method("crown")
+    if sound:
+        assert list(run.margins.lb) == sound
 
 
 LAYERS = {

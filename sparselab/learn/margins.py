@@ -22,7 +22,7 @@ from ..robust.bounds import METHODS, Engine, bounds
 from ..robust.boxes import input_box, margin_matrix
 from ..robust.ibp import interval_pass
 from ..robust.modes import eval_mode
-from ..robust.replay import ask, check_bounds, probes
+from ..robust.replay import Contradiction, ask, check_bounds, probes
 from ..robust.rules import UnsupportedLayer
 
 # %% ../../nbs/learn/29_margins.ipynb #73cc3aff
@@ -34,7 +34,7 @@ class Margins:
     """Lower bounds of worst margins: `lb` maps a method to (len(grid), N); `eps` is the run's radius, `grid` all radii.
 
     `images` and `attacks` (PGD at `eps`, rounded) are uint8 (N, C, H, W); `labels`, `predictions` (N,) and `attacked`,
-    the prediction on the attack, are int64. `left_out`: methods that were not run, and why.
+    the prediction on the attack, are int64. `left_out`: methods without bounds here, and why.
     """
 
     eps: float
@@ -84,10 +84,13 @@ def margins_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, methods: tupl
                 if method == "crown" and (reason := _too_long(neurons, engine)):
                     left_out[method] = f"Margins by CROWN were not recorded, as {reason}; robust.verify computes them."
                     continue
-                if net is None:
-                    lb[method] = _worst(model, boxes, radii, method, C, engine, rows=500 if neurons < 1000 else 25)
-                else:
-                    lb[method] = _worst_on_nonzeros(net, seen, boxes, radii, method, C)
+                try:
+                    if net is None:
+                        lb[method] = _worst(model, boxes, radii, method, C, engine, rows=500 if neurons < 1000 else 25)
+                    else:
+                        lb[method] = _worst_on_nonzeros(net, seen, boxes, radii, method, C)
+                except Contradiction as error:  # the wider boxes may meet what the evaluation did not
+                    left_out[method] = f"Margins by {method} were not recorded. {error}"
     return Margins(eps, grid, lb, _bytes(x), _bytes(attacks), *(v.cpu().numpy() for v in (y, logits.argmax(1), attacked)),
                    left_out)
 
@@ -156,10 +159,12 @@ def save_margins(path: Path, margins: Margins) -> None:
 
 
 def load_margins(path: Path) -> Margins:
-    """What `save_margins` wrote. Raises Unavailable, saying why, when it cannot be read."""
+    """What `save_margins` wrote. Raises Unavailable, saying why, when it cannot be read or holds no bounds."""
     arrays, about = read_arrays(path)
     try:
         lb = {name.removeprefix("lb/"): array for name, array in arrays.items() if name.startswith("lb/")}
+        if not lb:
+            raise Unavailable(" ".join(about["left_out"].values()))
         return Margins(about["eps"], lb=lb, left_out=about["left_out"], **{name: arrays[name] for name in PLAIN})
     except KeyError as error:
         raise Unavailable(f"{path} lacks {error}; it is not a file of margins.") from error

@@ -73,7 +73,7 @@ class Learner:
         self.amp = amp
         if amp:
             if objective.bounding:
-                raise ValueError(f"amp computes in bfloat16, which keeps three digits, and {type(objective).__name__} trains on bounds, which are "
+                raise ValueError(f"amp computes in bfloat16, of 8 significant bits, and {type(objective).__name__} trains on bounds, which are "
                                  "sums of many terms: choose objective natural or pgd, or amp False.")
             self.on_nonzeros.close("amp computes in bfloat16, for which there are no sparse kernels")
 

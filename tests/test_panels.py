@@ -129,6 +129,13 @@ def test_runs_of_one_name_are_told_apart(run):
     assert {"sparsevlr clean", "sparsevlr (2) clean"} <= names
 
 
+def test_each_run_of_a_figure_has_its_own_line_and_too_many_are_said(run):
+    lines = {trace.line.dash for trace in metrics_panel(run, others=[run] * 5).figure.data if trace.name.endswith(" clean")}
+    assert lines == {"solid", "dash", "dot", "dashdot", "longdash", "longdashdot"}
+    with pytest.raises(ValueError, match="6 kinds of lines, one for each run, and 7 runs were given"):
+        metrics_panel(run, others=[run] * 6)
+
+
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 def test_a_training_without_a_folder_is_a_source_too():

@@ -86,6 +86,8 @@ class ActivationRecorder:
             return
         if name := self.names[id(module)]:
             self.notes.append([name, args[0].detach(), output])
+        if isinstance(module, PRUNABLE_LAYERS):
+            return  # its output belongs to the next neurons, also where there are as many of them
         for row in self.notes[-8:]:
             if row[2] is args[0] and output.shape == args[0].shape:
                 row[2] = output
@@ -95,8 +97,8 @@ class ActivationRecorder:
 class CTRE(SET):
     """What both variants share. `accumulate`: steps that are recorded before an update, 0 for all since the last one.
 
-    `drop_fraction` is constant, grown weights are drawn from U(-sqrt(6/n), sqrt(6/n)), n the inputs of a neuron, and masks
-    rest for the last tenth of training, as in the paper's experiments. Other options as in SET.
+    `drop_fraction` is constant, and grown weights are drawn from U(-sqrt(6/n), sqrt(6/n)), n the inputs of a neuron, as in the
+    paper's code. Masks rest for the last tenth of training; in that code they move to its end, as here with `end=1.0`. Other options as in SET.
     """
 
     drop_fraction: float = 0.2

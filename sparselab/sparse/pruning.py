@@ -181,7 +181,7 @@ class GMP(Sparsifier):
 # %% ../../nbs/sparse/10_pruning.ipynb #775f835b
 @dataclass(kw_only=True, eq=False, repr=False)
 class VLRProjection(Sparsifier):
-    """Project each layer to its largest |w|, train all weights, repeat (released code of arXiv 2211.09945, budget as meant).
+    """Project each layer to its largest |w|, train all weights, repeat: the loop of the code of arXiv 2211.09945, there of filters and units.
 
     `rounds`: how many train-and-project rounds fill the training; the paper's code does one per epoch.
     """

@@ -15,9 +15,23 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from sparselab.robust import bounds, certificates, certify, input_box, margin_matrix, verify
+from sparselab.robust import bounds, certificates, certify, input_box, margin_matrix, verify, worst_margin
 from sparselab.robust.certificates import exported, inner_box, refuted, sha256
-from sparselab.robust.recheck import FAULTS, SEARCHES, Affine, ReLU, Wrong, box_of, convolution, lower_end, lowest, margin, property_of, recheck
+from sparselab.robust.recheck import (
+    FAULTS,
+    SEARCHES,
+    Affine,
+    ReLU,
+    Wrong,
+    box_of,
+    convolution,
+    lower_end,
+    lowest,
+    margin,
+    network,
+    property_of,
+    recheck,
+)
 from sparselab.robust.replay import Contradiction
 from sparselab.robust.rounding import outer_box
 
@@ -730,6 +744,55 @@ def test_the_report_is_a_page_whose_figures_are_those_of_the_summary(made):
     outside = text[text.index('<div class="outside">') : text.index("</div>")]
     assert "<data" not in outside and "recheck does not derive it again" in outside
     assert not re.search(r"(src|href)=|https?://|<script|@import|url\(", text)  # nothing is fetched
+
+
+class Spread(nn.Module):
+    """One channel times, or plus, a constant of three."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.product, self.last = product, nn.Linear(48, 3)
+        self.register_buffer("constant", torch.linspace(-1, 1, 3).view(3, 1, 1))
+
+    def forward(self, x):
+        x = x * self.constant if self.product else x - self.constant
+        return self.last(x.relu().flatten(1))
+
+
+@pytest.mark.parametrize("product", [True, False])
+def test_a_constant_that_spreads_an_activation_is_certified(product, tmp_path):
+    torch.manual_seed(0)
+    net, x = Spread(product), torch.rand(4, 1, 4, 4)
+    certificate = certify(net, x, net(x).argmax(1), 0.01, tmp_path / "certificate")
+    assert recheck(certificate.folder) == certificate.summary and certificate.summary["verified"] > 0
+
+
+class Steps(nn.Module):
+    """Sums of two, products and shifts, and changes of shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm1d(48), nn.Linear(48, 3)
+        nn.init.uniform_(self.norm.running_mean), nn.init.uniform_(self.norm.weight)
+
+    def forward(self, x):
+        x = torch.cat([nn.functional.leaky_relu(self.conv(x), 0.1), x], 1)
+        return self.last(self.norm((x + x).flatten(1)))
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown"])
+def test_rounding_takes_as_much_off_a_claimed_margin_as_recheck_takes(method, tmp_path):
+    """Where numbers are large the margin is a small part of its rounding; recheck refuses a claim that lies a thousandth below what it proves."""
+    torch.manual_seed(0)
+    net, x = Steps().eval().requires_grad_(False), torch.rand(3, 1, 4, 4)
+    y = net(x).argmax(1)
+    certificate, exact = certify(net, x, y, 0.0, tmp_path / "certificate", [method]), worst_margin(exported(net, x).double()(x.double()), y)
+    layers, proofs = network(certificate.folder), load_file(certificate.folder / "proofs.safetensors")
+    assert certificate.summary["verified"] == 3
+    for k, row in enumerate(certificate.rows):
+        claims = {i: [proofs[f"{i}.{part}"][k].astype(float) for part in ("lb", "ub", "steep")] for i in range(len(layers)) if f"{i}.lb" in proofs}
+        found = margin(layers, box_of(x[k].numpy(), 0.0), int(y[k]), claims, method, [])
+        assert 0 <= found - float(row["margin"]) < 0.01 * (exact[k] - found)
 
 
 def test_figures_by_class_add_up(made):

@@ -501,6 +501,24 @@ def test_a_point_that_the_model_does_not_confirm_leaves_its_part_open():
         assert found.reason in ("a part could neither be proved nor refuted by the model", "time")
 
 
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_a_box_in_which_no_input_matters_ends_undecided_where_float64_has_no_margin(eps):
+    """h = 1 + 0.75 u is 1 + u in float32, u = 2^-23; the logits are h - 1 and 0.9 u."""
+    class Still(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, u = nn.Linear(2, 1, bias=False), nn.Linear(1, 2), 2.0**-23
+            self.first.weight.data, self.last.weight.data = torch.tensor([[1.0, 0.75 * u]]), torch.tensor([[1.0], [0.0]])
+            self.last.bias.data = torch.tensor([-1.0, 0.9 * u])
+
+        def forward(self, x):
+            return self.last(self.first(0 * x + 1).relu())
+
+    net, x, y = Still(), torch.rand(2, 2), torch.tensor([0, 0])
+    assert (worst_margin(net(x), y) > 0).all() and (worst_margin(Still().double()(x.double()), y) < 0).all()
+    assert decide(net, x, y, eps, 5, methods=[]).verdicts == ["unknown", "unknown"]
+
+
 def test_a_margin_of_zero_ends_undecided():
     """m = |x_1| + |x_2| on [-1, 1]^2 is zero at the origin: no number of halves proves it, and the point is no counterexample."""
     rows = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64)

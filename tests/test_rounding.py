@@ -261,8 +261,33 @@ def test_verify_proves_no_false_margin_with_sound():
 def test_terms_count_live_weights_and_the_bias():
     weight = torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).double()
     box = Interval.ends(torch.tensor([[0.0, 0, 0, -1], [0, 0, 0, 0]]).double(), torch.tensor([[0.0, 0, 1, 1], [0, 2, 0, 0]]).double())
-    assert terms(Linear(weight, None), box).tolist() == [[1, 0, 3]]  # the first input is zero in both boxes
-    assert terms(Linear(weight, torch.zeros(3).double()), box).tolist() == [[2, 1, 4]]
+    assert terms(Linear(weight, None), box).tolist() == [[1, 0, 2], [0, 0, 1]]  # each sample by the inputs that live in its own box
+    assert terms(Linear(weight, torch.zeros(3).double()), box).tolist() == [[2, 1, 3], [1, 1, 2]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sample_has_the_same_sound_bounds_alone_and_in_its_batch(method):
+    """The neurons that are dead in one box are alive in others of the batch."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 3)), torch.rand(20, 4)
+    together = bounds(net, x - 0.01, x + 0.01, method, sound=True)
+    for i in range(20):
+        alone = bounds(net, x[i : i + 1] - 0.01, x[i : i + 1] + 0.01, method, sound=True)
+        for one, all_ in zip(alone, together, strict=True):
+            torch.testing.assert_close(one[0], all_[i], rtol=0, atol=1e-12)  # 0.01 of the roundings: 1e-6
+
+
+@pytest.mark.parametrize(("alpha", "roundings"), [(1.0, 3), (0.5, 3), (0.1, 4)])
+def test_a_number_of_float32_is_not_rounded_when_it_is_read(alpha, roundings):
+    """x1 + alpha x2: a product, a sum, one for what is flushed to zero, and one for an alpha that float32 rounds."""
+    class Sum(nn.Module):
+        def forward(self, x):
+            return torch.add(x[:, :2], x[:, 2:], alpha=alpha)
+
+    x = torch.tensor([[0.5, 1.0, 0.25, 0.75]])
+    lb, ub = bounds(Sum(), x, x, "ibp", sound=True)
+    mass = (x[:, :2] + alpha * x[:, 2:]).double()
+    torch.testing.assert_close((ub - lb) / 2 / mass, torch.full_like(mass, gamma(roundings)), rtol=0.1, atol=0)
 
 
 def test_a_masked_network_has_the_error_of_its_live_weights():
@@ -542,6 +567,18 @@ def test_convolutions_that_are_transformed_are_refused(monkeypatch):
         with torch.backends.nnpack.flags(False):
             bounds(convolution, x, x, sound=True)
     bounds(convolution, x, x, sound=True)
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"])
+def test_shorter_products_by_an_environment_variable_are_refused(name, monkeypatch):
+    net, x = nn.Linear(4, 2), torch.rand(1, 4)
+    for harmless in ("", "strict"):
+        monkeypatch.setenv(name, harmless)
+        bounds(net, x, x, sound=True)
+    monkeypatch.setenv(name, "BF16")
+    for ask in (lambda: bounds(net, x, x, sound=True), lambda: verify(net, x, torch.tensor([0]), 0.1, sound=True)):
+        with pytest.raises(ValueError, match=f"{name} is BF16"):
+            ask()
 
 
 def test_masks_that_are_multiplied_in_have_a_model():

@@ -44,7 +44,7 @@ def certify(
     corruptions: bool = True,  # of a run: measure how the network bears common corruptions, for the report
     **options: Any,  # of robust.certify: budget, methods, name, data, ...; low, high and radius of own data are known
 ) -> Certificate:
-    """Prove or refute that a network classifies each image as its label on all of the box, and write the evidence into a folder.
+    """Prove or refute that the network exported from a model classifies each image as its label on all of the box; write the evidence.
 
     Raises ValueError where something is missing or the run has not finished, and what `robust.certify` raises.
     Warns where the run never trained with this eps.

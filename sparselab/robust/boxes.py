@@ -33,6 +33,8 @@ def input_box(
         check_dense("eps", eps)
         _check_radii(eps, x)
         eps = eps.to(x)
+    elif isinstance(eps, Tensor):
+        raise ValueError(f"eps is {shortened(eps)}, without dimensions: a radius in pixel space is one number, eps.item(), or one for each input.")
     elif not _is_radius(eps):
         raise ValueError(f"eps is {shortened(eps)}, but a radius in pixel space is a finite number >= 0, for example 8/255.")
     if not torch.is_floating_point(x):

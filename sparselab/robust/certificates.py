@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ENTRIES', 'MOST', 'RADII', 'SHORT', 'BINS', 'STYLE', 'PROMISES', 'ScaleBy', 'Plus', 'Exported', 'describe', 'extend',
-           'kept', 'with_weights', 'linear', 'leaky', 'average', 'greatest', 'as_matrices', 'unsupported', 'exported',
-           'compared', 'onnx_of', 'rounded_out', 'rounded_down', 'ProofPass', 'prove', 'leads', 'inner_box', 'refuted',
-           'LeafReLU', 'ClaimedPass', 'Leaves', 'searched', 'Sample', 'write_whole', 'broken_samples', 'without',
-           'Findings', 'Ranges', 'ranges_of', 'as_input', 'Certificate', 'certify', 'check_folder', 'check_samples',
-           'check_options', 'check_indices', 'begun', 'telling', 'rows_of', 'sha256', 'property_2', 'proofs_of',
-           'write', 'instances', 'write_json', 'table_of', 'calibration', 'neurons', 'curve', 'reasons', 'row_of',
-           'table', 'plot', 'share', 'identity', 'outside', 'report']
+           'scaled', 'kept', 'with_weights', 'linear', 'leaky', 'average', 'greatest', 'as_matrices', 'unsupported',
+           'exported', 'compared', 'onnx_of', 'rounded_out', 'rounded_down', 'ProofPass', 'prove', 'leads', 'inner_box',
+           'refuted', 'LeafReLU', 'ClaimedPass', 'Leaves', 'searched', 'Sample', 'write_whole', 'broken_samples',
+           'without', 'Findings', 'Ranges', 'ranges_of', 'as_input', 'Certificate', 'certify', 'check_folder',
+           'check_samples', 'check_options', 'check_indices', 'begun', 'telling', 'rows_of', 'sha256', 'property_2',
+           'proofs_of', 'write', 'instances', 'write_json', 'table_of', 'calibration', 'neurons', 'curve', 'reasons',
+           'row_of', 'table', 'plot', 'share', 'identity', 'outside', 'report']
 
 # %% ../../nbs/robust/24_certificates.ipynb #759c3ec1
 import copy
@@ -74,7 +74,7 @@ from .windows import AvgPool, Conv, MaxPool
 
 # %% ../../nbs/robust/24_certificates.ipynb #5244fc87
 class ScaleBy(nn.Module):
-    """x * weight + bias, entry by entry; either may be None."""
+    """x * weight, or x + bias, entry by entry; the other one is None."""
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None):
         super().__init__()
@@ -82,8 +82,7 @@ class ScaleBy(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.weight is None else x * self.weight
-        return x if self.bias is None else x + self.bias
+        return x + self.bias if self.weight is None else x * self.weight
 
 
 class Plus(nn.Module):
@@ -161,10 +160,11 @@ def extend(net: Exported, step: Step, inputs: list[int], before: list[tuple[int,
         return net.add(with_weights(made, layer.weight, layer.bias), *inputs)
     if isinstance(layer, Reshape) and (flattened or len(before[0]) == 1):
         return net.add(nn.Flatten() if flattened else nn.Unflatten(1, after), *inputs)
-    if isinstance(layer, Scale) and not any(isinstance(t, Tensor) and t.dim() == len(after) + 1 and len(t) > 1 for t in (layer.scale, layer.shift)):
-        return net.add(ScaleBy(*(None if t is None else kept(t) for t in (layer.scale, layer.shift))), *inputs)
+    constants = [t for t in (layer.scale, layer.shift) if isinstance(t, Tensor)] if isinstance(layer, Scale) else []
+    if isinstance(layer, Scale) and before[0] == after and not any(t.dim() == len(after) + 1 and len(t) > 1 for t in constants):
+        return scaled(net, inputs[0], layer.scale, layer.shift)
     if isinstance(layer, Add) and before[0] == before[1]:
-        return net.add(Plus(float(layer.alpha)), *inputs)
+        return net.add(Plus(float(kept(layer.alpha))), *inputs)
     if isinstance(layer, ReLU | Leaky):
         slope = per_channel(layer.slope, torch.zeros(1, *after))
         return leaky(net, inputs[0], slope[0] if isinstance(slope, Tensor) and slope.dim() > len(after) else slope)
@@ -176,6 +176,13 @@ def extend(net: Exported, step: Step, inputs: list[int], before: list[tuple[int,
     if not layer.linear or sizes[-1] * sum(sizes[:-1]) > ENTRIES:
         return unsupported(step)
     return as_matrices(net, layer, inputs, before, after)
+
+
+def scaled(net: Exported, x: int, scale: Tensor | float | None, shift: Tensor | float | None) -> int:
+    """x * scale, and then + shift: two operations, so that a checker rounds as often as the network; None leaves one of them out."""
+    if scale is not None or shift is None:
+        x = net.add(ScaleBy(kept(1.0 if scale is None else scale), None), x)
+    return x if shift is None else net.add(ScaleBy(None, kept(shift)), x)
 
 
 def kept(t: Tensor | float) -> Tensor:
@@ -296,9 +303,7 @@ def onnx_of(net: Exported) -> bytes:
             options = {"strides": part.stride, "pads": part.padding * 2, "dilations": part.dilation, "group": part.groups}
             nodes.append(helper.make_node("Conv", given + own, out, **options))
         elif isinstance(part, ScaleBy):
-            between = [f"{out[0]}.scaled"] if len(own) == 2 else out
-            nodes += [helper.make_node("Mul", [*given, own[0]], between)] if "weight" in tensors else []
-            nodes += [helper.make_node("Add", [*(between if len(own) == 2 else given), own[-1]], out)] if "bias" in tensors else []
+            nodes.append(helper.make_node("Mul" if "weight" in tensors else "Add", [*given, *own], out))
         elif isinstance(part, Plus):
             constants.append(numpy_helper.from_array(np.float32(part.alpha), f"{i}.alpha"))
             nodes += [helper.make_node("Mul", [given[1], f"{i}.alpha"], [f"{out[0]}.scaled"]),

@@ -20,7 +20,7 @@ from ..errors import check_known
 from . import recheck as alone
 from .attacks import pgd
 from .bounds import ENGINES
-from .certificates import Exported, Plus, Ranges, ScaleBy, instances, linear, property_2, with_weights
+from .certificates import Exported, Plus, Ranges, instances, linear, property_2, scaled, with_weights
 from .modes import worst_margin
 from .recheck import FAULTS, VERDICTS, box_of, demand, recheck
 from .verification import verify
@@ -43,7 +43,7 @@ def network_of(folder: Path) -> Exported:
         elif layer["op"] == "scale" and len(weight) == 2 and bool((weight[0] == 1).all()) and bool((weight[1] == weight[1, 0]).all()):
             made = net.add(Plus(float(weight[1, 0])), *inputs)
         elif layer["op"] == "scale":
-            made = net.add(ScaleBy(weight[0], bias), *inputs)
+            made = scaled(net, *inputs, weight[0], bias)
         else:
             made = net.add(nn.ReLU(), *inputs)
         places.append(made)

@@ -67,7 +67,7 @@ class Reduced:
     """The margins m = M y + g x + c of n unstable neurons z = L y + G x + h, y = ReLU(z), on the box [lower, upper] of P pixels; float64.
 
     `groups`: the neurons of each layer, as slices, in order; L has entries only left of the group. [lb, ub] contain z. `pixels`: which of the
-    flattened input the P are; the others stand still on the box, or nothing depends on them. `rest` is the whole flattened input, which gives them.
+    flattened input the P are, at least one; the others stand still on the box, or nothing depends on them. `rest` is the whole flattened input.
     `units`: which of all inputs of ReLUs in the network, in its order, the n neurons are.
     """
 
@@ -198,11 +198,13 @@ def without_stable(net: Reduced) -> Reduced:
     still = net.upper > net.lower
     used = still & ((G[kept] != 0).any(0) | (g != 0).any(0))
     fixed = ~still
-    h, c = h + G[:, fixed] @ net.lower[fixed], c + g[:, fixed] @ net.lower[fixed]
+    h, c, upper = h + G[:, fixed] @ net.lower[fixed], c + g[:, fixed] @ net.lower[fixed], net.upper
+    if not bool(used.any()):  # a search needs an input: one that stands still is kept
+        used[0], G[:, 0], g[:, 0], upper = True, 0.0, 0.0, net.lower
     sizes = torch.tensor([int(kept[group].sum()) for group in net.groups])
     stops = sizes.cumsum(0).tolist()
     groups = tuple(slice(stop - size, stop) for stop, size in zip(stops, sizes.tolist(), strict=True) if size)
-    return replace(net, lower=net.lower[used], upper=net.upper[used], groups=groups, L=L[kept][:, kept], G=G[kept][:, used], h=h[kept],
+    return replace(net, lower=net.lower[used], upper=upper[used], groups=groups, L=L[kept][:, kept], G=G[kept][:, used], h=h[kept],
                    M=M[:, kept], g=g[:, used], c=c, lb=net.lb[kept], ub=net.ub[kept], pixels=net.pixels[used],
                    units=None if net.units is None else net.units[kept])
 

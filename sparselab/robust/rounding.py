@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['U', 'TINY', 'TOP', 'KAPPA', 'MOST', 'LEAST', 'MOVES', 'PRODUCTS', 'ENTRYWISE', 'CONSTANTS', 'gamma', 'size', 'ends',
            'Computed', 'live', 'terms', 'Rounded', 'RoundedReLU', 'RoundedMaxPool', 'window', 'undivided', 'Norm',
-           'norm', 'modelled', 'AsComputed', 'wide', 'sound_backward', 'outward', 'SoundCrownPass', 'sound_pass',
-           'sound_bounds', 'check_settings', 'outer_box']
+           'norm', 'is_exact', 'modelled', 'AsComputed', 'wide', 'sound_backward', 'outward', 'SoundCrownPass',
+           'sound_pass', 'sound_bounds', 'check_settings', 'outer_box']
 
 # %% ../../nbs/robust/20_rounding.ipynb #c7adb9a0
 import math
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -23,7 +25,7 @@ from .boxes import Interval, Refused, flat, input_box
 from .crown import CrownPass, one_hot
 from .curves import Leaky, per_channel
 from .ibp import IntervalPass, apply_rows, carry, check_rows
-from .layers import Layer, Linear, MatMul
+from .layers import Layer, Linear, MatMul, Reshape
 from .modes import short_products
 from .relu import ReLU
 from .rules import FAMILY, Graph, Merged, Statistics, Transposed, training_norms
@@ -74,12 +76,12 @@ class Computed(Layer):
 
 
 def live(x: Interval) -> Tensor:
-    """(1, ...): 1 where an entry is other than zero somewhere in the boxes of the batch."""
-    return ((x.lb != 0) | (x.ub != 0)).any(0, keepdim=True).to(x.lb.dtype)
+    """(B, ...): 1 where an entry is other than zero somewhere in the box of its own sample."""
+    return ((x.lb != 0) | (x.ub != 0)).to(x.lb.dtype)
 
 
 def terms(layer: Layer, x: Interval) -> Tensor:
-    """For each output (1, ...) how many products with neither factor zero it sums, and one more for a bias."""
+    """For each output (B, ...) how many products with neither factor zero it sums, and one more for a bias."""
     count = replace(layer, weight=(layer.weight != 0).to(layer.weight.dtype))
     bias = getattr(layer, "bias", None)
     return replace(count, bias=torch.ones_like(bias)).apply(live(x)) if bias is not None else count.apply(live(x))
@@ -114,7 +116,7 @@ class Rounded(Computed):
         self.shift, M = mass.mid, mass.rad * (1 + KAPPA) + mass.mid.abs() + self.beside
         factor = self.factor(*xs) if callable(self.factor) else self.factor
         error = self._error(M, xs, sizes, factor) * (1 + 4 * KAPPA)
-        self.slack = error + 4 * KAPPA * M
+        self.slack = error if isinstance(self.exact, Reshape) else error + 4 * KAPPA * M  # a change of shape computes nothing
         self.fits = (flat(M * factor) < TOP / 2).all(1)
         if self.roundings == 0:
             y = self.exact.interval(*map(ends, xs))
@@ -252,6 +254,11 @@ def norm(layer: Layer, running_mean: Tensor, running_var: Tensor, weight: Tensor
     return Norm(layer, 12, 2 * beside, factor.view(shape), running_mean.abs().view(shape), early.view(shape))
 
 
+def is_exact(number: float) -> bool:
+    """Is it a number of float32, so that nothing is rounded when it is read?"""
+    return float(np.float32(number)) == number
+
+
 def modelled(what: str, layer: Any, scalars: Sequence[float]) -> Any:
     """`layer`, or each of several, of an ATen operation as it is computed; Refused where its rounding has no model."""
     if layer is None or isinstance(layer, Merged):
@@ -275,7 +282,7 @@ def modelled(what: str, layer: Any, scalars: Sequence[float]) -> Any:
     if what in ENTRYWISE and layer.linear:
         if any(abs(number) > TOP for number in scalars):
             raise Refused(f"one of its numbers, {max(scalars, key=abs):g}, is beyond the largest number of the network's type")
-        return Rounded(layer, ENTRYWISE[what] + 2 * len(scalars))
+        return Rounded(layer, ENTRYWISE[what] + sum(not is_exact(number) for number in scalars))
     if what in ("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "mean", "sum"):
         return Rounded(layer, lambda x: window(layer, x) + 3, factor=lambda x: undivided(layer, x))
     raise Refused("its rounding has no model, and sound=True promises bounds of the network as it is computed")
@@ -424,6 +431,10 @@ def sound_bounds(
 
 def check_settings(device: torch.device, convolutions: bool = False) -> None:
     """Refuse, with a sentence, settings in which torch does not compute a float32 network, or its `convolutions`, by sums of float32 products."""
+    for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"):  # read by oneDNN itself, behind the switches of torch
+        if device.type == "cpu" and (mode := os.environ.get(name, "")).upper() not in ("", "STRICT"):
+            raise ValueError(f"The environment variable {name} is {mode}, by which products may be computed in a type shorter than float32: "
+                             "unset it, also where the network is used. sound=True is about float32.")
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise ValueError("autocast is on, so that a network computes in half precision: leave it before you ask for sound=True.")
     if short_products(device):

@@ -184,7 +184,7 @@ def before(net: Reduced, group: slice) -> Reduced:
 
 
 def tightened(net: Reduced, steps: int = 20, late: Callable[[], bool] = lambda: False) -> Reduced:
-    """The network with tighter boxes, and without the neurons that are stable in them; what is not done when `late` is left out."""
+    """The network with tighter boxes, and without the neurons that are stable in them; once it is `late()`, layers keep their boxes."""
     net = replace(net, lb=net.lb.clone(), ub=net.ub.clone())
     for group in net.groups[1:]:
         if late():

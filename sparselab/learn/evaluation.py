@@ -18,10 +18,10 @@ from .data import Split
 from .recordings import NeuronSums
 from ..program import Unreadable
 from ..robust.attacks import survivors
-from ..robust.bounds import bounds
-from ..robust.boxes import input_box, margin_matrix
+from ..robust.bounds import METHODS, bounds
+from ..robust.boxes import input_box, margin_matrix, moves
 from ..robust.ibp import interval_pass
-from ..robust.modes import eval_mode, worst_margin
+from ..robust.modes import check_labels, eval_mode, full_precision, worst_margin
 from ..robust.neurons import as_row
 from ..robust.replay import Contradiction
 from ..robust.verification import check_order, verify
@@ -138,16 +138,37 @@ class Evaluation:
         return found | ({"no_bounds": self.no_bounds} if self.no_bounds else {})
 
 
+def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Which samples `model` classifies right, (N,) bool."""
+    with full_precision(x.device), eval_mode(model), torch.no_grad():
+        return torch.cat([worst_margin(model(part), of) > 0 for part, of in zip(x.split(500), y.split(500), strict=True)])
+
+
+def _at_no_radius(model: nn.Module, x: Tensor, y: Tensor, engine: str) -> Evaluation:
+    """The outcomes at radius 0; nothing is verified of a network without bounds."""
+    check_labels(x, y)
+    with eval_mode(model), torch.no_grad():
+        reason = without_bounds(model, x, engine)
+    right = _right(model, x, y)
+    if reason:
+        return Evaluation(right, right, torch.zeros_like(right), {}, reason)
+    return Evaluation(right, right, right, dict.fromkeys(METHODS, 0) | {METHODS[0]: int(right.sum())})
+
+
 def evaluate(model: nn.Module, split: Split, eps: float, engine: str = "native", steps: int = 40,
              restarts: int = 1, kernels: str = "dense") -> Evaluation:
     """Clean, PGD and verified outcomes of every sample of `split` at `eps`.
 
     PGD: `steps` steps and `restarts` restarts of the margin loss. Verified: the union of IBP, CROWN-IBP and CROWN, in
-    that order, each on what is left. `kernels`: "sparse" or "auto" for the nonzeros alone, see `sparse_evaluation`. Raises AssertionError if a
+    that order, each on what is left. At radius 0 the box is the image: its own margin is the bound, so what is right is verified, and counts for
+    the cheapest method. `kernels`: "sparse" or "auto" for the nonzeros alone, see `sparse_evaluation`. Raises AssertionError if a
     verified sample was broken.
     """
     x, y = next(iter(split.batches(len(split), shuffle=False)))
     eps = split.radius(eps)
+    input_box(x, eps)  # refuses a bad radius
+    if not moves(eps):
+        return _at_no_radius(model, x, y, engine)
     net, _ = sparse_network(model, x, kernels, engine)
     pgd = survivors(model if net is None else net, x, y, eps, steps=steps, restarts=restarts)
     with eval_mode(model), torch.no_grad():
@@ -157,8 +178,7 @@ def evaluate(model: nn.Module, split: Split, eps: float, engine: str = "native",
     except Contradiction as error:  # a network that rounds by more than its bounds allow is trained all the same
         found, reason = None, str(error)
     if found is None:
-        with eval_mode(model), torch.no_grad():
-            clean = torch.cat([worst_margin(model(part), of) > 0 for part, of in zip(x.split(500), y.split(500), strict=True)])
+        clean = _right(model, x, y)
         return Evaluation(clean, pgd & clean, torch.zeros_like(clean), {}, reason)
     proved_by = {name: found.proved_by.count(name) for name in found.by_method}
     return Evaluation(found.clean, pgd & found.clean, found.verified, proved_by)

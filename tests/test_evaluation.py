@@ -1,0 +1,40 @@
+"""What is not computed where there is nothing to compute: an evaluation at radius 0."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sparselab.learn import evaluation
+from sparselab.learn.data import Split
+from sparselab.robust.verification import verify
+
+
+def task(net: nn.Module = None):
+    torch.manual_seed(0)
+    split = Split(torch.randint(0, 256, (60, 1, 4, 4), dtype=torch.uint8), torch.randint(0, 3, (60,)))
+    return net or nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)), split
+
+
+def test_at_radius_0_the_answer_is_the_proof_and_no_bound_or_attack_runs(monkeypatch):
+    net, split = task()
+    x, y = next(iter(split.batches(60, shuffle=False)))
+    bounded = verify(net, x, y, 0.0)
+    monkeypatch.setattr(evaluation, "verify", None)
+    monkeypatch.setattr(evaluation, "survivors", None)
+    for eps in (0.0, 0):
+        found = evaluation.evaluate(net, split, eps)
+        assert all(torch.equal(part, bounded.verified) for part in (found.clean, found.pgd, found.verified)) and 0 < found.clean.sum() < 60
+        assert found.summary()["verified_by"] == bounded.verified_by
+    assert net.training, "the mode is what it was"
+
+
+@pytest.mark.parametrize("eps", [-0.1, math.nan])
+def test_a_bad_radius_is_not_taken_for_0(eps):
+    with pytest.raises(ValueError, match="eps"):
+        evaluation.evaluate(*task(), eps)
+
+
+def test_at_radius_0_nothing_is_verified_of_a_network_without_bounds():
+    found = evaluation.evaluate(*task(nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Softmin(1), nn.Threshold(0.3, 0.1))), 0.0)
+    assert "bound" in found.no_bounds and found.clean.any() and not found.verified.any() and found.proved_by == {}

@@ -1,12 +1,13 @@
-"""What is not computed where there is nothing to compute: an evaluation at radius 0."""
+"""What is not computed where nobody asks for it: proofs at radius 0, statistics of BatchNorm for a loss without bounds."""
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from sparselab.learn import evaluation
+from sparselab.learn import evaluation, losses
 from sparselab.learn.data import Split
+from sparselab.learn.objectives import objective
 from sparselab.robust.verification import verify
 
 
@@ -38,3 +39,15 @@ def test_a_bad_radius_is_not_taken_for_0(eps):
 def test_at_radius_0_nothing_is_verified_of_a_network_without_bounds():
     found = evaluation.evaluate(*task(nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Softmin(1), nn.Threshold(0.3, 0.1))), 0.0)
     assert "bound" in found.no_bounds and found.clean.any() and not found.verified.any() and found.proved_by == {}
+
+
+@pytest.mark.parametrize("name", ["natural", "pgd"])
+def test_a_loss_without_bounds_does_not_record_the_statistics_of_batch_norm(monkeypatch, name):
+    net, split = task(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
+    x, y = next(iter(split.batches(60, shuffle=False)))
+    monkeypatch.setattr(losses, "recorded_statistics", None)
+    before = net[2].running_mean.clone()
+    loss = objective(name, 0.1)(net, x, y, 0.0)
+    assert loss.isfinite() and not torch.equal(net[2].running_mean, before)
+    with pytest.raises(TypeError):
+        objective("ibp", 0.1)(net, x, y, 0.0)

@@ -1,10 +1,11 @@
-"""What is not computed where nobody asks for it: proofs at radius 0, statistics of BatchNorm for a loss without bounds."""
+"""What is not computed where nobody asks for it: proofs at radius 0, a reading that is known, statistics that no bound needs."""
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from sparselab import program
 from sparselab.learn import evaluation, losses
 from sparselab.learn.data import Split
 from sparselab.learn.objectives import objective
@@ -51,3 +52,19 @@ def test_a_loss_without_bounds_does_not_record_the_statistics_of_batch_norm(monk
     assert loss.isfinite() and not torch.equal(net[2].running_mean, before)
     with pytest.raises(TypeError):
         objective("ibp", 0.1)(net, x, y, 0.0)
+
+
+def test_validation_reads_the_model_once_for_all_epochs_unless_its_parts_change(monkeypatch):
+    net, split = task()
+    read, readings = program.read, []
+    monkeypatch.setattr(program, "read", lambda model, x: readings.append(len(x)) or read(model, x))
+    reading = program.LastReading()
+    for _ in range(3):
+        with torch.no_grad():
+            net[1].weight += 0.1 * torch.randn_like(net[1].weight)
+        found = evaluation.validate(net, split, 0.1, batch_size=20, reading=reading)
+        assert found == evaluation.validate(net, split, 0.1, batch_size=20) and 0 < found[0]["verified"] < found[0]["clean"]
+    assert readings == [20] * 4, "once for the three epochs, and once for each validation by itself"
+    net[2] = nn.LeakyReLU(0.1)
+    assert evaluation.validate(net, split, 0.1, batch_size=20, reading=reading) == evaluation.validate(net, split, 0.1, batch_size=20)
+    assert len(readings) == 6

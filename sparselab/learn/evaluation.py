@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import Split
 from .recordings import NeuronSums
-from ..program import Unreadable
+from ..program import LastReading, Unreadable
 from ..robust.attacks import survivors
 from ..robust.bounds import METHODS, bounds
 from ..robust.boxes import input_box, margin_matrix, moves
@@ -58,7 +58,8 @@ def without_bounds(model: nn.Module, x: Tensor, engine: str = "native") -> str:
     return ""
 
 
-def _logits_and_margins(model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, engine: str, neurons: NeuronSums, provable: bool) -> tuple:
+def _logits_and_margins(model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, engine: str, neurons: NeuronSums, provable: bool,
+                        reading: LastReading) -> tuple:
     """Logits, and lower bounds of the margins by IBP; `neurons` is told the bounds before every ReLU by the native engine."""
     logits = model(x)
     C = margin_matrix(y, logits.shape[1], logits.dtype)
@@ -66,20 +67,22 @@ def _logits_and_margins(model: nn.Module, x: Tensor, y: Tensor, eps: float | Ten
         return logits, torch.full(C.shape[:2], -math.inf, device=x.device)
     if engine != "native":
         return logits, bounds(model, *input_box(x, eps), "ibp", C, engine)[0]
-    passed = interval_pass(model, *input_box(x, eps))
+    passed = interval_pass(model, *input_box(x, eps), program=reading(model, x)[0])
     neurons.add(passed.preactivations)
     return logits, passed.output(C)[0]
 
 
 @torch.no_grad()
 def validate(model: nn.Module, split: Split, eps: float, engine: str = "native", batch_size: int = 500,
-             neurons: NeuronSums | None = None, kernels: str = "dense") -> tuple[dict[str, float], dict]:
+             neurons: NeuronSums | None = None, kernels: str = "dense",
+             reading: LastReading | None = None) -> tuple[dict[str, float], dict]:
     """({"clean", "verified", "balanced", "skill"}, stability row) of `split` at `eps`; shares, verified by IBP, see `beyond_chance`.
 
     Of a network without bounds nothing is verified. Stability comes from the native engine's interval pass; with another engine the row is
     empty. `neurons`, empty as yet, is told the bounds before every ReLU. `kernels`: "sparse" or "auto" for the nonzeros alone, see
-    `sparse_evaluation`.
+    `sparse_evaluation`. `reading`: the reading of the model for batches before, which holds as long as the model has the same parts.
     """
+    reading = LastReading() if reading is None else reading
     proved, neurons = 0, NeuronSums() if neurons is None else neurons
     classes = int(split.labels.max()) + 1
     right, count = torch.zeros(2, classes, dtype=torch.float64, device=split.labels.device)
@@ -88,7 +91,7 @@ def validate(model: nn.Module, split: Split, eps: float, engine: str = "native",
         net, _ = sparse_network(model, example, kernels, engine)
         provable = net is not None or engine != "native" or not without_bounds(model, example)
         for x, y in split.batches(batch_size, shuffle=False):
-            logits, lb = (_logits_and_margins(model, x, y, eps, engine, neurons, provable) if net is None
+            logits, lb = (_logits_and_margins(model, x, y, eps, engine, neurons, provable, reading) if net is None
                           else net.logits_and_margins(x, y, eps, neurons))
             correct = worst_margin(logits, y) > 0
             right += y[correct].bincount(minlength=classes)

@@ -1,11 +1,15 @@
 """The notebooks about papers, their records, and the README's table of them say the same; their runs train side by side."""
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import joblib
 import nbformat
 import papermill
 import pytest
@@ -13,7 +17,7 @@ import torch
 from executing import executed
 
 from sparselab.learn import papers
-from sparselab.learn.claims import Claim, accuracies, collapsed, train_rows
+from sparselab.learn.claims import Claim, accuracies, collapsed, side_by_side, train_rows
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import ALL_METHODS, train
 from sparselab.learn.learner import TrainingStopped
@@ -147,6 +151,35 @@ def test_rows_may_be_of_a_method_that_was_added(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert [line.split("-")[0] for line in done.stdout.splitlines()] == ["mine"] * 3
+
+
+def workers(_: object = None) -> set[tuple]:
+    """Who works side by side, where, and with which environment."""
+    def work(config: Config) -> tuple:
+        time.sleep(0.3)  # so that one worker does not do it all
+        return os.getpid(), os.getcwd(), os.environ.get("SPARSELAB_DATA")
+
+    return set(side_by_side(work, [Config(seed=seed, device="cpu") for seed in range(4)]))
+
+
+def test_workers_stay_for_the_next_call_unless_folder_or_environment_are_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    monkeypatch.setenv("SPARSELAB_DATA", "here")
+    first = workers()
+    assert len(first) == 2 and workers() == first
+    monkeypatch.setenv("SPARSELAB_DATA", "there")
+    assert {found[1:] for found in workers()} == {(os.getcwd(), "there")}
+    monkeypatch.chdir(tmp_path)
+    assert {found[1:] for found in workers()} == {(str(tmp_path), "there")}
+
+
+def test_a_child_process_does_not_wait_for_idle_workers(monkeypatch):
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    assert len(workers()) == 2, "which are not the child's"
+    child = multiprocessing.get_context("fork").Process(target=workers)
+    child.start()
+    child.join(50)  # idle workers end after a minute by themselves
+    assert child.exitcode == 0
 
 
 def test_a_row_that_fails_side_by_side_says_why(tmp_path):

@@ -17,6 +17,7 @@ from .evaluation import reestimate_statistics, sparse_network, validate
 from .files import append_row, keep_rows, read_rows
 from .learner import Callback, Learner, TrainingStopped
 from .recordings import NeuronSums, value_arrays
+from ..program import LastReading
 from ..sparse.history_files import save as save_history
 from ..sparse.history_files import save_anew
 
@@ -29,13 +30,14 @@ class Validate(Callback):
 
     def __init__(self, eps: float, engine: str = "native", kernels: str = "dense"):
         self.eps, self.engine, self.kernels, self.stability, self.neurons = eps, engine, kernels, {}, NeuronSums()
+        self.reading = LastReading()
 
     def after_epoch(self, learner: Learner) -> None:
         if learner.sparsifier.history.updates:
             reestimate_statistics(learner.model, learner.data.train)
         split = learner.data.valid if len(learner.data.valid) else learner.data.train
         self.neurons = NeuronSums(learner.model, next(iter(split.batches(1, shuffle=False)))[0])
-        accuracies, layers = validate(learner.model, split, self.eps, self.engine, neurons=self.neurons, kernels=self.kernels)
+        accuracies, layers = validate(learner.model, split, self.eps, self.engine, neurons=self.neurons, kernels=self.kernels, reading=self.reading)
         learner.row |= accuracies
         self.stability = {"step": learner.step, "epoch": learner.epoch, "layers": layers}
 

@@ -11,9 +11,12 @@ import contextlib
 import io
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -169,11 +172,21 @@ def _quietly(work: Callable[[Config], object], config: Config, added: Mapping[st
         return work(config)
 
 
+def _begin_in(process: int, folder: str, environment: Mapping[str, str]) -> None:
+    """A worker begins in the folder, and with the environment, of the process that starts it; where one of these is another, so are the workers."""
+
+
+@cache
+def _end_workers_with(process: int) -> Finalize:
+    """Idle workers of `process`, which is this one, end when it ends; a child process would wait for them for minutes."""
+    return Finalize(None, lambda: get_reusable_executor(reuse=True).shutdown(), exitpriority=20)
+
+
 def side_by_side(work: Callable[[Config], object], configs: Sequence[Config]) -> list:
     """What `work` returns for each of `configs`, whose devices decide how; what it prints is not shown. Raises the first error.
 
     On the CPU as many are worked on at a time as there are cores, each on one thread in a process of its own, which knows the methods that were
-    added to METHODS; on a GPU one after another.
+    added to METHODS, and waits a minute for the next call; on a GPU one after another.
     """
     added = {name: kind for name, kind in METHODS.items() if not kind.__module__.startswith("sparselab.")}
     on_cpu = all(pick_device(config.device).type == "cpu" for config in configs)
@@ -181,12 +194,13 @@ def side_by_side(work: Callable[[Config], object], configs: Sequence[Config]) ->
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if on_cpu else threads)  # of this process, where there is one job only
     try:
-        with joblib.parallel_config("loky", inner_max_num_threads=1, max_nbytes=None):
+        with joblib.parallel_config("loky", inner_max_num_threads=1, max_nbytes=None, idle_worker_timeout=60,
+                                    initializer=_begin_in, initargs=(os.getpid(), os.getcwd(), dict(os.environ))):
             return joblib.Parallel(jobs)(joblib.delayed(_quietly)(work, config, added) for config in configs)
     finally:
         torch.set_num_threads(threads)
-        if jobs > 1:  # idle processes would keep a process that ends waiting for minutes
-            get_reusable_executor(reuse=True).shutdown()
+        if jobs > 1:
+            _end_workers_with(os.getpid())
 
 
 def train_all(configs: Mapping[str, Sequence[Config]]) -> dict[str, list[Run]]:

@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import Split
 from .recordings import NeuronSums
-from ..program import Unreadable
+from ..program import LastReading, Unreadable
 from ..robust.attacks import survivors
-from ..robust.bounds import bounds
-from ..robust.boxes import input_box, margin_matrix
+from ..robust.bounds import METHODS, bounds
+from ..robust.boxes import input_box, margin_matrix, moves
 from ..robust.ibp import interval_pass
-from ..robust.modes import eval_mode, worst_margin
+from ..robust.modes import check_labels, eval_mode, full_precision, worst_margin
 from ..robust.neurons import as_row
 from ..robust.replay import Contradiction
 from ..robust.verification import check_order, verify
@@ -58,7 +58,8 @@ def without_bounds(model: nn.Module, x: Tensor, engine: str = "native") -> str:
     return ""
 
 
-def _logits_and_margins(model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, engine: str, neurons: NeuronSums, provable: bool) -> tuple:
+def _logits_and_margins(model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, engine: str, neurons: NeuronSums, provable: bool,
+                        reading: LastReading) -> tuple:
     """Logits, and lower bounds of the margins by IBP; `neurons` is told the bounds before every ReLU by the native engine."""
     logits = model(x)
     C = margin_matrix(y, logits.shape[1], logits.dtype)
@@ -66,20 +67,22 @@ def _logits_and_margins(model: nn.Module, x: Tensor, y: Tensor, eps: float | Ten
         return logits, torch.full(C.shape[:2], -math.inf, device=x.device)
     if engine != "native":
         return logits, bounds(model, *input_box(x, eps), "ibp", C, engine)[0]
-    passed = interval_pass(model, *input_box(x, eps))
+    passed = interval_pass(model, *input_box(x, eps), program=reading(model, x)[0])
     neurons.add(passed.preactivations)
     return logits, passed.output(C)[0]
 
 
 @torch.no_grad()
 def validate(model: nn.Module, split: Split, eps: float, engine: str = "native", batch_size: int = 500,
-             neurons: NeuronSums | None = None, kernels: str = "dense") -> tuple[dict[str, float], dict]:
+             neurons: NeuronSums | None = None, kernels: str = "dense",
+             reading: LastReading | None = None) -> tuple[dict[str, float], dict]:
     """({"clean", "verified", "balanced", "skill"}, stability row) of `split` at `eps`; shares, verified by IBP, see `beyond_chance`.
 
     Of a network without bounds nothing is verified. Stability comes from the native engine's interval pass; with another engine the row is
     empty. `neurons`, empty as yet, is told the bounds before every ReLU. `kernels`: "sparse" or "auto" for the nonzeros alone, see
-    `sparse_evaluation`.
+    `sparse_evaluation`. `reading`: the reading of the model for batches before, which holds as long as the model has the same parts.
     """
+    reading = LastReading() if reading is None else reading
     proved, neurons = 0, NeuronSums() if neurons is None else neurons
     classes = int(split.labels.max()) + 1
     right, count = torch.zeros(2, classes, dtype=torch.float64, device=split.labels.device)
@@ -88,7 +91,7 @@ def validate(model: nn.Module, split: Split, eps: float, engine: str = "native",
         net, _ = sparse_network(model, example, kernels, engine)
         provable = net is not None or engine != "native" or not without_bounds(model, example)
         for x, y in split.batches(batch_size, shuffle=False):
-            logits, lb = (_logits_and_margins(model, x, y, eps, engine, neurons, provable) if net is None
+            logits, lb = (_logits_and_margins(model, x, y, eps, engine, neurons, provable, reading) if net is None
                           else net.logits_and_margins(x, y, eps, neurons))
             correct = worst_margin(logits, y) > 0
             right += y[correct].bincount(minlength=classes)
@@ -138,16 +141,37 @@ class Evaluation:
         return found | ({"no_bounds": self.no_bounds} if self.no_bounds else {})
 
 
+def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Which samples `model` classifies right, (N,) bool."""
+    with full_precision(x.device), eval_mode(model), torch.no_grad():
+        return torch.cat([worst_margin(model(part), of) > 0 for part, of in zip(x.split(500), y.split(500), strict=True)])
+
+
+def _at_no_radius(model: nn.Module, x: Tensor, y: Tensor, engine: str) -> Evaluation:
+    """The outcomes at radius 0; nothing is verified of a network without bounds."""
+    check_labels(x, y)
+    with eval_mode(model), torch.no_grad():
+        reason = without_bounds(model, x, engine)
+    right = _right(model, x, y)
+    if reason:
+        return Evaluation(right, right, torch.zeros_like(right), {}, reason)
+    return Evaluation(right, right, right, dict.fromkeys(METHODS, 0) | {METHODS[0]: int(right.sum())})
+
+
 def evaluate(model: nn.Module, split: Split, eps: float, engine: str = "native", steps: int = 40,
              restarts: int = 1, kernels: str = "dense") -> Evaluation:
     """Clean, PGD and verified outcomes of every sample of `split` at `eps`.
 
     PGD: `steps` steps and `restarts` restarts of the margin loss. Verified: the union of IBP, CROWN-IBP and CROWN, in
-    that order, each on what is left. `kernels`: "sparse" or "auto" for the nonzeros alone, see `sparse_evaluation`. Raises AssertionError if a
+    that order, each on what is left. At radius 0 the box is the image: its own margin is the bound, so what is right is verified, and counts for
+    the cheapest method. `kernels`: "sparse" or "auto" for the nonzeros alone, see `sparse_evaluation`. Raises AssertionError if a
     verified sample was broken.
     """
     x, y = next(iter(split.batches(len(split), shuffle=False)))
     eps = split.radius(eps)
+    input_box(x, eps)  # refuses a bad radius
+    if not moves(eps):
+        return _at_no_radius(model, x, y, engine)
     net, _ = sparse_network(model, x, kernels, engine)
     pgd = survivors(model if net is None else net, x, y, eps, steps=steps, restarts=restarts)
     with eval_mode(model), torch.no_grad():
@@ -157,8 +181,7 @@ def evaluate(model: nn.Module, split: Split, eps: float, engine: str = "native",
     except Contradiction as error:  # a network that rounds by more than its bounds allow is trained all the same
         found, reason = None, str(error)
     if found is None:
-        with eval_mode(model), torch.no_grad():
-            clean = torch.cat([worst_margin(model(part), of) > 0 for part, of in zip(x.split(500), y.split(500), strict=True)])
+        clean = _right(model, x, y)
         return Evaluation(clean, pgd & clean, torch.zeros_like(clean), {}, reason)
     proved_by = {name: found.proved_by.count(name) for name in found.by_method}
     return Evaluation(found.clean, pgd & found.clean, found.verified, proved_by)

@@ -36,8 +36,8 @@ class LayerStability:
         """Counts from the bounds (B, *shape) of the ReLU's input; NaN (after an overflow, say) counts as unstable, since nothing is known then."""
         inactive = ub <= 0
         active = (lb >= 0) & (ub > 0)
-        states = torch.stack([active, inactive, ~(active | inactive)], -1)
-        return cls(states.sum(0).flatten(0, -2), tuple(lb.shape[1:]))
+        on, off = (state.sum(0, dtype=torch.int32).long() for state in (active, inactive))  # in 32 bits: several times as fast
+        return cls(torch.stack([on, off, len(lb) - on - off], -1).flatten(0, -2), tuple(lb.shape[1:]))
 
     def __add__(self, other: "LayerStability") -> "LayerStability":
         if self.shape != other.shape:

@@ -362,7 +362,7 @@ class _Evaluated(nn.Module):
         if x.shape[1:] != self.places.shapes[0] or x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"The images are {x.dtype} of shape {tuple(x.shape)} on {x.device.type}, but the network was unrolled for "
                              f"float32 of shape (B, {', '.join(map(str, self.places.shapes[0]))}) on the CPU: unroll it for these.")
-        return np.ascontiguousarray(x.detach().flatten(1).numpy())
+        return np.ascontiguousarray(x.detach().numpy().reshape(len(x), self.net.first[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs (B, ...)."""
@@ -393,7 +393,7 @@ class _Evaluated(nn.Module):
         with ONE:
             values = self._lend(len(x))
             self._signals.forward(self._check(x), values)
-        return torch.from_numpy(values[self.net.first[-2] :].T.copy()).view(len(x), *self.places.shapes[-1]), values
+        return torch.from_numpy(values[self.net.first[-2] :].T.copy().reshape(len(x), *self.places.shapes[-1])), values
 
     def _pull(self, g: Tensor, values: np.ndarray) -> Tensor:
         """The gradient of the images from that of the outputs."""

@@ -105,7 +105,7 @@ class _StayInside(TorchFunctionMode):
 def _objection(function: torch._ops.OpOverload, args: tuple, on_input: bool, ends: set[int]) -> str:
     """Why an operation cannot be written down, or an empty string; `ends`: ids of tensors that may be changed at the end."""
     if torch.Tag.nondeterministic_seeded in function.tags:
-        dropout = "; dropout does so in train mode: call model.eval() first" if "bernoulli" in str(function) else ""
+        dropout = "; dropout does so in train mode: call model.eval() first, or train without it" if "bernoulli" in str(function) else ""
         return f"it draws random numbers ({function}), so its output is random{dropout}"
     if on_input and reads_values(function, args):
         return f"what it does depends on the values of its activations ({function})"

@@ -349,6 +349,14 @@ def test_a_transformer_under_an_objective_of_bounds_is_a_sentence(tmp_path):
         quiet(quick(tmp_path), data=(x, np.arange(40) % 2), model=model)
 
 
+def test_dropout_under_an_objective_of_bounds_is_a_sentence_before_anything_is_written(tmp_path):
+    x = np.random.default_rng(0).random((40, 5), np.float32)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"^objective 'ibp' needs bounds .*Dropout\(p=0.2.* train without it\. Choose objective 'natural' or 'pgd'"):
+        quiet(quick(tmp_path), data=(x, np.arange(40) % 2), model=model)
+    assert not list(tmp_path.glob("**/config.json"))
+
+
 @pytest.mark.parametrize("model", [
     lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)), lambda: None])
 def test_exports_give_the_logits_of_the_run(model, tmp_path):

@@ -17,7 +17,7 @@ from sparselab.sparse import sparsify
 
 def sparse(name="mlp", sparsity=0.9):
     net = build(name, (1, 8, 8), 10)
-    sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "static", sparsity)
+    sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "static", sparsity, total_steps=1)
     return net.eval()
 
 

@@ -1140,6 +1140,12 @@ def test_options_of_the_growth_methods_are_refused_by_name_and_nothing_is_masked
     assert _bits(net) == before
 
 
+def test_a_training_whose_length_is_not_said_is_refused():
+    net = _tiny()
+    with pytest.raises(ValueError, match="total_steps is the number of training steps, .* got None"):
+        sparsify(net, torch.optim.Adam(net.parameters()), "rigl", 0.5)
+
+
 @pytest.mark.parametrize(("given", "sentence"), NO_NAMES)
 def test_what_is_no_name_and_no_list_of_names_is_a_sentence(given, sentence):
     net = _tiny()

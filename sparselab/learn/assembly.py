@@ -28,6 +28,7 @@ from .learner import Callback, Learner
 from .models import build
 from .objectives import objective
 from .optimizers import make_optimizer
+from ..program import Unreadable, read
 from ..robust.grafting import grafted_like
 from ..robust.modes import eval_mode
 from ..sparse.fan_in import scale_to_fan_in_
@@ -158,9 +159,14 @@ def check_batches(model: nn.Module, batch_size: int, images: int) -> None:
 
 
 def check_bounds(model: nn.Module, x: Tensor, config: Config) -> None:
-    """Raise ValueError when the objective of `config` bounds the model, which has a layer without bounds."""
+    """Raise ValueError when the objective of `config` bounds the model, which has a layer without bounds, or random numbers in training."""
     with eval_mode(model), torch.no_grad():
         reason = without_bounds(model, x, config.engine)
+    if not reason:
+        try:
+            read(model.train(), x)  # as in a step of training, where dropout draws
+        except Unreadable as error:
+            reason = str(error)
     if reason:
         raise ValueError(f"objective {config.objective!r} needs bounds of the whole network. {reason} Choose objective 'natural' or 'pgd', or "
                          "another layer.")
@@ -182,7 +188,7 @@ def make_learner(config: Config, callbacks: Sequence[Callback] = (), start: Star
     data = of_classes(data, start.classes) if start.classes is not None else data
     check_batches(model, config.batch_size, len(data.train))
     if is_own(config.model) and config.objective not in ("natural", "pgd") and goal.eps:
-        check_bounds(model, as_floats(data.train.images[:1]), config)
+        check_bounds(model, as_floats(data.train.images[:2]), config)
     optimizer = make_optimizer(config.optimizer, model, peak_lr(config), config.weight_decay)
     steps = config.epochs * data.train.steps(config.batch_size)
     sparsifier = sparsify(model, optimizer, config.method, config.sparsity, steps, config.seed, **sparsifier_options(config, start, data))

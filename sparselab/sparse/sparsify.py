@@ -55,11 +55,11 @@ def method_options(method: str) -> dict[str, object]:
 
 
 def sparsify(model: nn.Module, optimizer: torch.optim.Optimizer, method: str = "sparsevlr", sparsity: float = 0.99,
-             total_steps: int = 1, seed: int = 0, **options: object) -> Sparsifier:
+             total_steps: int | None = None, seed: int = 0, **options: object) -> Sparsifier:
     """Make `model` sparse while it is trained by `optimizer`.
 
     `sparsity`: share of the Linear and Conv weights that is zero in the end; `total_steps`: how often `.step()` will be
-    called; `options`: `distribution` ("uniform", "er", "erk", "global"), `dense` (names of weights kept whole) and the
+    called, without a default; `options`: `distribution` ("uniform", "er", "erk", "global"), `dense` (names of weights kept whole) and the
     method's own (see `method_options`). The weights are masked at once. Raises ValueError for unknown names, impossible
     budgets and bad values.
     """

@@ -175,7 +175,7 @@ class _Cascade:
         margins = worst_margin(logits, self.y[rows])
         for i, margin in zip(rows.tolist(), margins.tolist(), strict=True):
             self.seen[i] = margin
-        return {i: ("falsified", self.x[i].clone()) for i in rows[margins <= 0].tolist()}
+        return {i: ("falsified", self.x[i].clone()) for i in rows[margins <= 0].tolist() if self._replayed(i, self.x[i]) is not None}
 
     def _pgd(self, rows: Tensor) -> dict[int, tuple[str, Tensor]]:
         attacked = self.engine if isinstance(self.engine, nn.Module) else self.model  # the twin of a sparse network is faster

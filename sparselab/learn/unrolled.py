@@ -292,15 +292,15 @@ def contents(model: nn.Module) -> str:
 # %% ../../nbs/learn/26_unrolled.ipynb #unro0004
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what overflows is no bound
 def largest_input(net: Neurons) -> float:
-    """The largest input, in absolute value, up to which every neuron stays below half of the largest float32; NaN where there is none."""
+    """The largest input, in absolute value, up to which no sum passes the largest float32, in any order; less than 0, or NaN, where there is none."""
     still, rise = np.zeros(len(net.bias)), np.zeros(len(net.bias))
     rise[: net.first[1]] = 1
     for a, b in zip(net.first[1:], net.first[2:], strict=False):
         entries, rows = slice(net.ptr[a], net.ptr[b]), np.repeat(np.arange(b - a), np.diff(net.ptr[a : b + 1]))
-        for of in (still, rise):
-            of[a:b] = np.bincount(rows, np.abs(net.value[entries].astype(np.float64)) * of[net.source[entries]], b - a)
-        still[a:b] += np.abs(net.bias[a:b])
-    return float(((TOP / 2 - still) / rise).min())
+        for of, more in ((still, np.abs(net.bias[a:b])), (rise, 0.0)):
+            sums = np.bincount(rows, np.abs(net.value[entries].astype(np.float64)) * of[net.source[entries]], b - a)
+            of[a:b] = (sums + more) * (1 + 2.0**-23 * (1 + np.diff(net.ptr[a : b + 1])))
+    return float(((TOP - still) / rise).min())
 
 # %% ../../nbs/learn/26_unrolled.ipynb #7a100a99
 class _Outputs(Function):

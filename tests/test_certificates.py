@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
 from torch import nn
 
 from sparselab.robust import bounds, certificates, certify, input_box, margin_matrix, verify, worst_margin
@@ -703,6 +705,27 @@ def test_a_proof_of_the_export_alone_is_no_verdict(at, eps, tmp_path):
     assert recheck(tmp_path / "c")["verified"] == 1
 
 
+def test_the_model_is_asked_once_at_each_image(tmp_path):
+    net, (x, y) = mlp().eval(), (part[:6] for part in digits())
+    seen = []
+    net.register_forward_hook(lambda module, given, out: seen.extend(given[0].detach()))
+    certify(net, x, y, 0.01, tmp_path / "c", batch_size=3, radii=())
+    counts = [sum(torch.equal(image, other) for other in seen) for image in x]
+    assert counts[1:] == [1] * 5
+
+
+@pytest.mark.parametrize("name", ["network", "samples", "proofs"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_a_file_is_refused_by_a_sentence(whole, tmp_path, name, dtype, monkeypatch):
+    def halved(folder):
+        tensors = {key: t.to(dtype) if t.dtype == torch.float32 else t for key, t in load_tensors(folder / f"{name}.safetensors").items()}
+        save_tensors(tensors, folder / f"{name}.safetensors")
+
+    monkeypatch.setitem(TAMPERINGS, "halved", halved)
+    with pytest.raises(Wrong, match="not float32|of another type of number"):
+        recheck(tampered(whole, tmp_path, "halved", "new"))
+
+
 @pytest.mark.parametrize("net, sentence", [
     (nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Sigmoid()), "has no place in a certificate"),
     (nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(3, padding=1), nn.Flatten(), nn.Linear(8, 10)), "has no place in a certificate"),
@@ -719,6 +742,9 @@ def test_bad_input_is_refused_with_a_sentence(tmp_path):
     (tmp_path / "there").mkdir()
     for call, sentence in [(lambda: certify(net, x, y, 0.1, tmp_path / "there"), "exists"),
                            (lambda: certify(net.double(), x.double(), y, 0.1, tmp_path / "new"), "float32"),
+                           (lambda: certify(net.half(), x, y, 0.1, tmp_path / "new"), "torch.float16, but a certificate is about float32"),
+                           (lambda: certify(net.bfloat16(), x, y, 0.1, tmp_path / "new"), "torch.bfloat16, but a certificate is about float32"),
+                           (lambda: certify(net, x.bfloat16(), y, 0.1, tmp_path / "new"), "images are torch.bfloat16"),
                            (lambda: certify(net.float(), x, y, 0.1, tmp_path / "new", indices=[1, 1, 2]), "different indices"),
                            (lambda: certify(net.float(), x, y, 0.1, tmp_path / "new", indices=[-1, 1, 2]), "reach from -1 to 2"),
                            (lambda: certify(net.float(), x, y, 0.1, tmp_path / "new", indices=[1, 2, 10**20]), "reach from 1 to 10000"),

@@ -708,3 +708,23 @@ def test_what_ibp_proves_is_not_attacked():
     assert all(list(record.seconds) == ["clean", "ibp"] and record.verdict == "verified" for record in sure.records)
     broken = [record for record in open_.records if record.stage == "pgd"]
     assert broken and all(list(record.seconds) == ["clean", "ibp", "pgd"] for record in broken)
+
+
+class Batched(nn.Module):
+    """A network that answers otherwise for several images than for one."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x) if len(x) == 1 else -self.net(x)
+
+
+def test_an_image_is_not_falsified_by_what_the_model_says_of_others():
+    """Alone, as it is asked about a counterexample, the model gets each image right."""
+    net = network(0)
+    x, y = right(net, 4)
+    assert decide(net, x, y, 1e-4, budget=5).verified.all()
+    with pytest.raises(Contradiction, match="depends on the others of its batch|compute other outputs"):
+        decide(Batched(net), x, y, 1e-4, budget=5)

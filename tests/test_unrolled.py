@@ -343,3 +343,24 @@ def test_neurons_as_wide_as_float32_are_bounded_soundly(numba):
         for method in METHODS:
             lb, ub = Unrolled(model, torch.rand(2, 1)).bounds(lower, upper, method)
             assert lb.item() <= 0 and ub.item() >= model(upper).item() * (1 - 1e-6)
+
+
+@numba_or_not
+def test_a_neuron_that_zeros_alone_read_is_not_forgotten_where_it_overflows(numba):
+    """A dense network multiplies infinity by zero, and gives NaN."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).requires_grad_(False)
+    model[0].weight[:], model[0].bias[:] = torch.tensor([[3.4e38, 3.4e38], [1.0, 0.0]]), 0.0
+    model[2].weight[:], model[2].bias[:] = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0])
+    near, far = torch.full((2, 2), 0.4), torch.full((2, 2), 0.6)
+    assert model(far).isnan().all()
+    with machine(numba):
+        net = Unrolled(model, near)
+        torch.testing.assert_close(net(near), model(near))
+        for x in (far, far[:1], far.clone().requires_grad_(), far * math.nan):
+            with pytest.raises(ValueError, match="beyond the largest float32: call the model itself"):
+                net(x)
+        for method in METHODS:
+            lb, ub = net.bounds(torch.stack([near[0], near[0]]), torch.stack([near[0], far[0]]), method)
+            assert lb.isfinite().all(1).tolist() == ub.isfinite().all(1).tolist() == [True, False]
+        with pytest.raises(Unsupported, match="beyond the largest float32"):
+            Unrolled(model, far)

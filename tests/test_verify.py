@@ -400,3 +400,53 @@ def test_a_switch_is_true_or_false(name, value):
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.rand(2, 1, 2, 2)
     with pytest.raises(ValueError, match=f"{name.split()[0]}=.*{'function' if 'progress' in name else 'True or False'}"):
         SWITCHES[name](value, model, x, torch.zeros(2, dtype=torch.long), 0.1)
+
+
+def beyond_float32(activation: nn.Module, weight: float = 1.0) -> nn.Module:
+    """A sum that is infinite near the corner where 24 inputs are 0.55, which a BatchNorm, and a weight of zero, would make small."""
+    net = nn.Sequential(nn.Linear(24, 2), nn.BatchNorm1d(2, eps=0.0), activation, nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[weight * torch.finfo().max / 12.9], [0.0]]).expand(2, 24))
+        net[1].running_var.fill_(1e38), net[1].weight.fill_(1e-19)
+        net[3].weight.zero_(), net[3].bias.copy_(torch.tensor([2.0, 0.0])), net[0].bias.zero_()
+    return net
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(-0.5)])
+@pytest.mark.parametrize("options", [{}, {"methods": "alpha_crown"}, {"budget": 3.0}], ids=str)
+def test_a_network_that_overflows_in_a_corner_of_its_box_alone_is_not_verified(options, activation):
+    """Its bounds are finite, and so is every output that is asked for; at one corner of 2^24 it is NaN."""
+    net, x, y = beyond_float32(activation), torch.full((3, 24), 0.5), torch.zeros(3, dtype=torch.long)
+    x[1:] = torch.tensor([[0.3], [0.1]])
+    assert net(x).isfinite().all() and not net(x + 0.05)[0].isfinite().any()
+    found = verify(net, x, y, 0.05, **options)
+    assert found.verified.tolist() == [False, False, True] and sum(int(proved.sum()) for proved in found.by_method.values()) == 1
+    assert verify(beyond_float32(activation, 0.25), x, y, 0.05).verified.all()
+
+
+def test_a_network_that_overflows_in_some_order_is_not_searched():
+    """Half of the terms are negative: the sum is small, but those of one sign may be beyond float32 together."""
+    net, x, y = beyond_float32(nn.ReLU()), torch.tensor([[0.5], [0.1]]).expand(2, 24), torch.zeros(2, dtype=torch.long)
+    with torch.no_grad():
+        net[0].weight[:, ::2] *= -1
+    first, second = decide(net, x, y, 0.05, 3.0, methods=()).records
+    assert first.verdict == "unknown" and "may overflow in float32" in first.reason and second.verdict == "verified"
+
+
+def test_an_engine_without_the_zeros_of_a_network_does_not_hide_that_it_overflows():
+    """Only a zero reads the first neuron, which is infinite near one corner of the box; infinity times zero is NaN."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[3.4e38, 3.4e38], [1.0, 0.0]])), net[0].bias.zero_()
+        net[2].weight.copy_(torch.tensor([[0.0, 1.0], [0.0, 0.0]])), net[2].bias.copy_(torch.tensor([1.0, 0.0]))
+
+    class Nonzeros:
+        def bounds(self, lower, upper, method, C):
+            small = nn.Sequential(nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 2)).requires_grad_(False)
+            small[0].weight[:], small[0].bias[:], small[2].weight[:], small[2].bias[:] = net[0].weight[1:], 0.0, net[2].weight[:, 1:], net[2].bias
+            return bounds(small, lower, upper, method, C)
+
+    x, y = torch.tensor([[0.45, 0.45]]), torch.tensor([0])
+    assert net(x).isfinite().all() and not net(x + 0.051).isfinite().all()
+    assert not verify(net, x, y, 0.051, engine=Nonzeros()).verified.any()
+    assert verify(net, x / 4, y, 0.01, engine=Nonzeros()).verified.all()

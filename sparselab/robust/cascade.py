@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from .reduced import Reduced, Unreduced, double_pass, reduced
 from .replay import Contradiction, ask, probes, rounding
 from .rules import UnsupportedLayer
 from .splits import Domains, climb, tightened
-from .verification import Verification, check_task, verify
+from .verification import Verification, check_task, overflows, verify
 
 # %% ../../nbs/robust/23_cascade.ipynb #8022f815
 STAGES = ("clean", "ibp", "pgd", *METHODS[1:], *LEARNED, "branch_and_bound")
@@ -175,7 +175,7 @@ class _Cascade:
         margins = worst_margin(logits, self.y[rows])
         for i, margin in zip(rows.tolist(), margins.tolist(), strict=True):
             self.seen[i] = margin
-        return {i: ("falsified", self.x[i].clone()) for i in rows[margins <= 0].tolist()}
+        return {i: ("falsified", self.x[i].clone()) for i in rows[margins <= 0].tolist() if self._replayed(i, self.x[i]) is not None}
 
     def _pgd(self, rows: Tensor) -> dict[int, tuple[str, Tensor]]:
         attacked = self.engine if isinstance(self.engine, nn.Module) else self.model  # the twin of a sparse network is faster
@@ -243,6 +243,10 @@ class _Cascade:
         self.bound[i] = max(self.bound[i], bound)
         return {i: ("verified", None)} if bound > 0 else {}
 
+    @cached_property
+    def _overflows(self) -> Tensor:
+        return overflows(self.model, self.lower, self.upper, read(self.model, self.x[:1]))
+
     def _reduced(self, i: int) -> Reduced:
         one = slice(i, i + 1)
         C = margin_matrix(self.y[one], ask(self.model, self.x[one]).shape[1], torch.float64)
@@ -250,6 +254,8 @@ class _Cascade:
         most = max(float(torch.maximum(box.lb.abs(), box.ub.abs()).max()) for box in pass_.intervals if box is not None)
         if not most < torch.finfo(self.x.dtype).max:
             raise Unreduced(f"An activation may be as large as {most:.3g}, which is no {self.x.dtype}.")
+        if bool(self._overflows[i]):
+            raise Unreduced("A number on the way through the network may overflow in float32.")
         net = reduced(pass_, C)
         self._held(i, net)
         return net

@@ -805,7 +805,7 @@ def certify(
     input_box(x, reach)
     indices = check_indices(indices, len(x))
     with full_precision(x.device):
-        net = exported(model, x, batch_size)
+        net = exported(model, x[:1])  # `broken_samples` asks the model at all images
         check_classes(net(x[:1]).detach(), y)
         broken = broken_samples(model, net, x, y, reach, batch_size)
         work, inputs = begun(folder, net, x, y, eps, ranges, indices, {"methods": list(methods), "budget": budget, "batch_size": batch_size,
@@ -1167,7 +1167,7 @@ def report(about: dict, summary: dict, rows: list[dict], ranges: Ranges | None, 
 <h1>Certificate of {name}</h1>
 <p>{value('verified')} of {value('samples')} samples are verified ({value('share')}; 95 % interval {value('between')}),
 {value('falsified')} are falsified by a counterexample in this folder, {value('unknown')} are unknown. {value('clean')} are classified right in every
-order of summation. Figures in bold, and the table of section 8, are those that <code>recheck</code> derives again.</p>
+order of summation. Figures in bold, and the table of section 8, are those that <code>recheck</code> derives again, but for seconds.</p>
 <h2>1. Identity</h2>
 {identity(about, layers, tensors)}
 <h2>2. Operational domain</h2>

@@ -43,7 +43,7 @@ def demand(holds: object, sentence: str) -> None:
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
     """Name -> array of a safetensors file: a length, a JSON header and the numbers."""
-    data, kinds = path.read_bytes(), {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I8": "i1", "U8": "u1"}
+    data, kinds = path.read_bytes(), {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8", "I8": "i1", "U8": "u1"}
     start = 8 + int.from_bytes(data[:8], "little")
     return {name: np.frombuffer(data[start:][slice(*entry["data_offsets"])], kinds[entry["dtype"]]).reshape(entry["shape"])
             for name, entry in json.loads(data[8:start]).items() if name != "__metadata__"}

@@ -52,7 +52,7 @@ def check_alone(model: nn.Module, x: Tensor, y: Tensor) -> None:
         except RuntimeError:  # it takes batches of one size
             alone = ask(model, x[-1:].expand_as(x))[-1:]
         check_equal(y[-1:], alone, "What the model says of one image depends on the others of its batch",
-                 "Bounds are for one image at a time; no bound is given.")
+                 "Bounds are for one image at a time; no bound is given. Where large numbers cancel it may be rounding.")
 
 
 def check_bounds(y: Tensor, lb: Tensor, ub: Tensor, C: Tensor | None = None, exactly: bool = False) -> None:

@@ -50,6 +50,7 @@ from sparselab.view import (
     trade_off,
 )
 from sparselab.view.explorer.browser import FIGURES
+from sparselab.view.figures.metrics import DASHES
 from sparselab.view.runs.networks import pairs_of
 from sparselab.view.runs.table import COLUMNS, finished, groups_of, table_of
 from sparselab.view.runs.trade_offs import STYLES, style
@@ -218,6 +219,12 @@ def test_settings_of_one_method_are_told_apart_where_each_is_a_single_point():
     for draw in (accuracy_by_sparsity, trade_off, accuracy_by_flops):
         lines = {trace.name: trace for trace in draw(found).data if trace.name.startswith("rigl")}
         assert len(lines) == 2 and len({trace.marker.symbol for trace in lines.values()}) == len({trace.line.dash for trace in lines.values()}) == 2
+
+
+def test_settings_of_one_method_have_the_dashes_of_the_metrics_and_no_two_look_the_same():
+    found = table_of([made(method="rigl", seed=0, clean=0.5, verified=0.4, epochs=epochs) for epochs in range(3, 21)])
+    looks = [(trace.line.dash, trace.marker.symbol) for trace in trade_off(found).data if trace.name.startswith("rigl")]
+    assert len(set(looks)) == len(looks) == 18 and [dash for dash, _ in looks[:len(DASHES)]] == list(DASHES)
 
 
 def test_groups_with_long_names_have_markers_of_their_own_and_room_for_what_is_drawn(rows):

@@ -208,7 +208,7 @@ class Explorer(widgets.VBox):
         self.label = widgets.HTML()
         widgets.jslink((self.play, "value"), (self.timeline, "value"))
         first = sources[0]
-        self.bookmarks = Bookmarks(first.folder if isinstance(first, Live) else getattr(first, "path", None), lambda: self.step, self.at)
+        self.bookmarks = Bookmarks(lambda: first.folder if isinstance(first, Live) else getattr(first, "path", None), lambda: self.step, self.at)
         keep = press("bookmark", self.bookmarks.toggle, "keep this moment with a note")
         bar = widgets.HBox([self.play, self.speed, self.timeline, self.label, keep])
         bar.add_class("sparselab-timeline")

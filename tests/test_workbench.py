@@ -392,6 +392,35 @@ def test_what_a_training_has_recorded_is_shown_when_it_stops(configs, monkeypatc
     until(lambda: neurons.recorded is not None and neurons.recorded.steps == live.neurons.steps, 10)
 
 
+def test_the_layers_are_those_of_the_mask_while_a_training_runs(configs, monkeypatch):
+    """Also of a finished run beside it, on the same timeline."""
+    import importlib
+
+    module = importlib.import_module("sparselab.view.explorer.explorer")
+    monkeypatch.setattr(module, "RARELY", 1e9)  # no panel is read, and none settles, before the training stops
+    monkeypatch.setattr(module, "CALM", 600)
+    live = Live(Config(**SMALL, epochs=400, seed=11, runs_dir=configs[0].runs_dir))
+    explorer = Explorer((live, Run(Live(configs[0]).folder)))
+    live.start()
+    seen = set()
+
+    def step_of(note: str) -> str:
+        return note.partition(":")[0]
+
+    def alike() -> bool:
+        with explorer._lock:
+            for side in explorer.sides:
+                layers = side.block("Layers").panel
+                if side.mask.raster is None or layers is None or explorer.step < 4:
+                    return False
+                assert step_of(layers.figure.layout.meta["note"]) == step_of(side.mask.raster.note)
+            seen.add(explorer.step)
+        return len(seen) > 4
+
+    until(alike)
+    live.stop()
+
+
 def test_a_finished_run_goes_on_from_its_last_checkpoint_in_a_folder_of_its_own(configs):
     live = Live(configs[0])
     first = Run(live.folder)

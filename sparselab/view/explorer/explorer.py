@@ -309,6 +309,8 @@ class Explorer(widgets.VBox):
                 self.seen[i] = known
                 self._unread.add(i)
                 self._extend(at_end)
+                for each in self.sides:  # a training that moves on never lets the timeline rest, and these belong to the mask
+                    each.block("Layers").settle(self.step)
             if i in self._unread and (now.status != "running" or time.monotonic() - self._read > RARELY):
                 self._unread.discard(i)
                 side.read()

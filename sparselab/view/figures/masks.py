@@ -38,7 +38,7 @@ def counts_of(history: MaskHistory) -> dict[str, dict[str, np.ndarray]]:
 
 def erk_densities(history: MaskHistory, record: int) -> dict[str, float]:
     """Layer -> density that ERK would give it with the weights that `record` has in all; empty where ERK cannot."""
-    nnz = {name: int(counts["active"][record]) for name, counts in counts_of(history).items()}
+    nnz = history.counts(record)
     total = {name: int(np.prod(shape)) for name, shape in history.shapes.items()}
     try:
         budgets = layer_budgets(history.shapes, 1 - sum(nnz.values()) / sum(total.values()), "erk")
@@ -51,8 +51,10 @@ def erk_densities(history: MaskHistory, record: int) -> dict[str, float]:
 def layers_panel(source: Source, step: float | None = None) -> Panel:
     """Density of every layer at `step` beside the one ERK would give it, and how many weights it keeps of how many (log scales)."""
     history, step = source.history, last_step(source, step)
-    record, counts = record_at(history, step), counts_of(history)
-    nnz = [int(c["active"][record]) for c in counts.values()]
+    layer_of(history, None)  # a history without layers is refused
+    record = record_at(history, step)
+    counts = history.counts(record)
+    nnz = list(counts.values())
     total = [int(np.prod(history.shapes[name])) for name in counts]
     density, erk = [n / t for n, t in zip(nnz, total, strict=True)], erk_densities(history, record)
     names = [f"{short(name)} · {share:.2%}" for name, share in zip(counts, density, strict=True)]

@@ -104,7 +104,7 @@ class NeuronBlock(Block):
                 at = self.recorded.nearest(step)
                 self.content.mark = [row, self.recorded.steps.index(at), 1, 1]
                 caption = ", ".join(filter(None, (self.title, measured_at(at, step))))
-                self.heading.value = heading(caption, "A row is a neuron, a column an epoch; click a row for its bounds.")
+                self.heading.value = heading(caption, "Rows are neurons, columns epochs; a click shows bounds.")
                 if self.detail.layout.display is None:
                     self.detail.at = step
 

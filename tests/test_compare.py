@@ -1,5 +1,6 @@
 """Many runs side by side: grouping and sums by hand, paths and overlaps by brute force, and nbs/compare.ipynb as a user runs it."""
 import csv
+import importlib
 import io
 import json
 import os
@@ -50,6 +51,7 @@ from sparselab.view import (
     trade_off,
 )
 from sparselab.view.explorer.browser import FIGURES
+from sparselab.view.figures.metrics import DASHES
 from sparselab.view.runs.networks import pairs_of
 from sparselab.view.runs.table import COLUMNS, finished, groups_of, table_of
 from sparselab.view.runs.trade_offs import STYLES, style
@@ -220,6 +222,12 @@ def test_settings_of_one_method_are_told_apart_where_each_is_a_single_point():
         assert len(lines) == 2 and len({trace.marker.symbol for trace in lines.values()}) == len({trace.line.dash for trace in lines.values()}) == 2
 
 
+def test_settings_of_one_method_have_the_dashes_of_the_metrics_and_no_two_look_the_same():
+    found = table_of([made(method="rigl", seed=0, clean=0.5, verified=0.4, epochs=epochs) for epochs in range(3, 21)])
+    looks = [(trace.line.dash, trace.marker.symbol) for trace in trade_off(found).data if trace.name.startswith("rigl")]
+    assert len(set(looks)) == len(looks) == 18 and [dash for dash, _ in looks[:len(DASHES)]] == list(DASHES)
+
+
 def test_groups_with_long_names_have_markers_of_their_own_and_room_for_what_is_drawn(rows):
     """A name beside an axis is broken into lines, and none of it is lost."""
     one, two = rows[rows["method"].eq("rigl")].copy(), rows[rows["method"].eq("rigl")].copy()
@@ -276,6 +284,22 @@ def test_pairs_are_of_one_network_and_never_dense(rows):
         both = [np.concatenate([run.history.mask(-1, name).numpy().ravel() for name in run.history.names]) for run in (pair.first, pair.second)]
         assert pair.overlap.jaccard == pytest.approx((both[0] & both[1]).sum() / (both[0] | both[1]).sum())
         assert pair.same_seed == (pair.first.config.seed == pair.second.config.seed)
+
+
+def test_the_overlap_says_what_is_compared_with_what(rows, monkeypatch):
+    def told(reference: str) -> str:
+        return overlap_by_method(rows, reference).layout.meta["note"]
+
+    groups = [group.name for group in groups_of(rows) if group.method != "dense"]
+    every = len({pair.name for pair in pairs_of(rows)})
+    assert "two runs" in told("all") and "every pair of groups;" in told("all") and "two standard deviations of one pair" in told("all")
+    lines = {pair.name for pair in pairs_of(rows) if groups[0] in pair.groups}
+    assert f"{groups[0]} with every group, {len(lines)} pairs of {every};" in told(groups[0]) and 1 < len(lines) < every
+    networks = importlib.import_module("sparselab.view.runs.networks")
+    monkeypatch.setattr(networks, "MOST_LINES", 2)
+    assert f"every pair of groups, the first 2 of {every} are shown;" in told("all")
+    monkeypatch.setattr(networks, "MOST_RUNS", 3)
+    assert "; of 6 runs the first 3 are compared;" in told("all")
 
 
 # --- effective sparsity -------------------------------------------------------------------------------------------------

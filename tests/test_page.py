@@ -255,9 +255,10 @@ def test_every_panel_follows_the_slider_in_a_browser(opened, runs, single):
         assert shown["Layers"]["words"] == kept and shown["Layers"]["note"].startswith(at)
         assert shown["Updates"]["note"].startswith(at) and shown["Filters"]["note"].startswith(at)
         assert shown["Filters"]["picture"] == PANELS["Filters"](run, step).figure.data[0].source
-        assert set(shown["Metrics"]["now"]) == set(shown["Updates"]["now"]) == set(shown["Neurons"]["now"]) == {step}
+        assert set(shown["Metrics"]["now"]) == set(shown["Updates"]["now"]) == {step}
         rows = [row for row in run.stability if row["step"] <= step] or run.stability[:1]
-        assert set(shown["Stability"]["now"]) == {rows[-1]["epoch"]}
+        assert set(shown["Stability"]["now"]) == {rows[-1]["epoch"]} and set(shown["Neurons"]["now"]) == {rows[-1]["step"]}
+        assert (f"measured at step {rows[-1]['step']}" in shown["Neurons"]["note"]) == (rows[-1]["step"] != step)
         page.keyboard.press("ArrowRight")
     assert settled(page) == shown  # the last moment stays
 

@@ -18,6 +18,7 @@ from sparselab.learn.config import Config
 from sparselab.learn.data import load
 from sparselab.learn.margins import margins_of
 from sparselab.learn.models import build
+from sparselab.learn.reading import record_at
 from sparselab.learn.recordings import STATES, NeuronRecordings, NeuronSums
 from sparselab.learn.runs import Run
 from sparselab.robust.bounds import METHODS, input_box
@@ -490,3 +491,36 @@ def test_a_live_training_refuses_what_it_cannot_train():
     for wrong in ("x", None, Run(EXAMPLE / "rigl")):
         with pytest.raises(ValueError, match=r"^Live trains a learn\.Config or a learn\.Learner; got .*learn\.Run\(folder\)"):
             Live(wrong)
+
+
+# --- one rule for what is shown at a step ----------------------------------------------------------------------------------
+
+def test_every_panel_shows_at_a_step_what_was_last_measured_at_or_before_it(run):
+    """Between two epochs: metrics, stability, neurons and weights are those of the end of the epoch before."""
+    ends = [row["step"] for row in run.metrics]
+    assert ends == run.neurons.steps == run.values.steps
+    step = next(step for step in run.history.steps if ends[0] < step < ends[-1] and step not in ends)  # an update within an epoch
+    before = max(end for end in ends if end < step)
+    assert metrics_panel(run, step).figure.layout.meta["note"].startswith(f"step {before:,}:")
+    neurons = neurons_panel(run, step).figure
+    assert {shape.x0 for shape in neurons.layout.shapes if shape.name == "now"} == {before} == {run.neurons.nearest(step)}
+    measured = f"measured at step {before:,}"
+    assert measured in neurons.layout.meta["note"] and measured in stability_panel(run, step).figure.layout.meta["note"]
+    for name in run.history.names:
+        cursor = Cursor(run.history, name).seek(record_at(run.history, step))
+        then = run.history.mask(record_at(run.history, before), name).numpy().ravel()
+        values = np.full(then.size, np.nan, np.float32)
+        values[then] = run.values.read(before)[0][name]
+        assert run.weights_step(cursor, step) == before and np.array_equal(run.weights_at(cursor, step), values[cursor.active], equal_nan=True)
+        assert measured in mask_panel(run, step, name, "weight").figure.layout.meta["title"]
+    assert measured in filters_panel(run, step).figure.layout.meta["note"]
+    assert measured in neuron_panel(run, step, next(iter(run.neurons.layers))).figure.layout.meta["note"]
+    for panel in (neurons_panel, stability_panel, filters_panel, mask_panel):  # of the end of an epoch nothing is said
+        assert "measured" not in panel(run, before).figure.layout.title.text
+
+
+def test_before_the_first_epoch_ends_the_first_is_shown_and_named(run):
+    first = run.metrics[0]["step"]
+    assert run.neurons.nearest(0) == first and run.neurons.nearest(first) == first and run.neurons.nearest(1e9) == run.neurons.steps[-1]
+    assert f"the line: measured at step {first:,}" in neurons_panel(run, 0).figure.layout.meta["note"]
+    assert "nothing was measured before" in metrics_panel(run, 0).figure.layout.meta["note"]

@@ -79,6 +79,37 @@ def test_run_all_shows_timeline_metrics_mask_and_neurons_without_scrolling(book)
     assert places(book, 0)["timeline"][1] > places(book, 0)["window"][1]  # it stays while the page scrolls
 
 
+def test_a_bookmark_is_kept_changed_and_removed_on_one_screen(book):
+    """By hand, and nothing is written into the run that comes with sparselab."""
+    all_of_it, step = book.page.locator(".sparselab-explorer").first, book.value("explorer.step")
+
+    def click(name: str) -> None:
+        all_of_it.get_by_role("button", name=name, exact=True).click()
+
+    def seen() -> list[str]:
+        scroll(book, 0)
+        return in_sight(book, 0)
+
+    click("bookmark")
+    field = all_of_it.get_by_placeholder("a note on this moment")
+    field.fill("most change")
+    assert "in this session alone" in all_of_it.text_content() and seen() == []
+    click("keep")
+    kept = all_of_it.get_by_role("button", name=f"step {step:,}: most change", exact=True)
+    until(lambda: kept.is_visible() and not field.is_visible())
+    book.do("explorer.go(0)")
+    click("✎")
+    until(lambda: field.is_visible() and field.input_value() == "most change" and book.value("explorer.step") == step)
+    assert seen() == []
+    field.fill("the layer moves")
+    click("keep")
+    until(lambda: all_of_it.get_by_role("button", name=f"step {step:,}: the layer moves", exact=True).is_visible())
+    click("✎")
+    click("remove")
+    until(lambda: all_of_it.get_by_role("button", name="✎", exact=True).count() == 0)
+    assert not (examples() / "sparsevlr" / "bookmarks.jsonl").exists()
+
+
 def test_a_large_window_is_used(book):
     """At 1920 x 1080 all of it is still in sight, wider and higher; back at 1440 x 900 it is as before."""
     def sizes() -> tuple[float, float, float]:

@@ -119,6 +119,26 @@ def test_a_selected_neuron_is_marked_in_its_own_relu_alone(configs):
     assert list(block.content.mark) == marked and side_by_side.display is None
 
 
+def test_neurons_mark_the_epoch_that_the_metrics_tell_of_and_name_it_where_the_step_is_another(configs):
+    run = Run(Live(configs[0]).folder)
+    explorer = Explorer(run)
+    block, ends = explorer.sides[0].neurons, [row["step"] for row in run.metrics]
+    for step in run.moments:
+        explorer.go(step)
+        explorer.metrics.settle(step)
+        told = max((end for end in ends if end <= step), default=ends[0])
+        assert block.recorded.steps[block.content.mark[1]] == told
+        assert (f"step {told}:" in explorer.metrics.heading.value) == (step >= ends[0])
+        assert (f"Neurons, measured at step {told}<" in block.heading.value) == (step != told)
+    explorer.go(ends[0])
+    mask = explorer.sides[0].mask
+    mask.colour.value = "weight"
+    assert explorer.step == ends[0] and "measured" not in mask.heading.value
+    later = next(step for step in run.history.steps if ends[0] < step < ends[1])
+    explorer.go(later)
+    assert f"Mask by weight, measured at step {ends[0]}<" in mask.heading.value
+
+
 def test_two_runs_share_what_is_selected(pair):
     one, two = pair.sides
     relu = list(one.neurons.links)[-1]
@@ -278,9 +298,84 @@ def test_a_bookmark_is_kept_in_the_run_and_leads_back(configs, tmp_path):
     assert bookmarks(folder) == [(explorer.moments[2], "here <b>it</b> is")]
     again = Explorer(folder)
     again.timeline.value = 0
-    again.bookmarks.kept.children[0].value = True  # as a click does
+    again.bookmarks.kept.children[0].children[0].value = True  # as a click does
     assert again.timeline.value == 2
     assert not Explorer(tmp_path / "nothing").bookmarks.kept.children
+
+
+def pencil(explorer: Explorer, which: int) -> None:
+    """As a click behind a bookmark does."""
+    explorer.bookmarks.kept.children[which].children[1].value = True
+
+
+def test_the_note_of_a_bookmark_can_be_changed_and_a_bookmark_removed(configs, tmp_path):
+    from sparselab.learn.bookmarks import add_bookmark, bookmarks
+
+    folder = tmp_path / "run"
+    shutil.copytree(Live(configs[0]).folder, folder)
+    for step, note in ((8, "two"), (4, "one"), (8, "three")):
+        add_bookmark(folder, step, note)
+    explorer = Explorer(folder)
+    own = explorer.bookmarks
+    pencil(explorer, 1)
+    assert own.note.value == "two" and explorer.step == 8 and own.entry.layout.display is None and own.erase.layout.display is None
+    own.note.value = "second"
+    own.keep()
+    assert bookmarks(folder) == [(4, "one"), (8, "second"), (8, "three")] and own.entry.layout.display == "none"
+    pencil(explorer, 0)
+    own.remove()
+    assert bookmarks(folder) == [(8, "second"), (8, "three")] and len(own.kept.children) == 2
+    own.toggle()  # a new one has no note yet, and nothing to remove
+    assert own.note.value == "" and own.erase.layout.display == "none"
+    own.keep()
+    assert len(bookmarks(folder)) == 3
+
+
+def test_a_bookmark_that_cannot_be_written_leaves_its_note_open_with_a_sentence(configs, tmp_path):
+    from sparselab.learn.bookmarks import Bookmark, add_bookmark, change_bookmark
+
+    folder = tmp_path / "run"
+    shutil.copytree(Live(configs[0]).folder, folder)
+    add_bookmark(folder, 8, "mine")
+    explorer = Explorer(folder)
+    own = explorer.bookmarks
+    pencil(explorer, 0)
+    change_bookmark(folder, Bookmark(8, "mine"), "theirs")  # as another explorer does meanwhile
+    own.note.value = "mine again"
+    own.keep()
+    assert "may have been changed elsewhere" in own.problem.value and own.entry.layout.display is None and own.note.value == "mine again"
+    assert "theirs" in own.kept.children[0].children[0].description
+    file = folder / "bookmarks.jsonl"
+    file.write_bytes(damaged := file.read_bytes().replace(b"theirs", b"thelrs"))
+    for ask in (own.keep, own.remove):
+        ask()
+        assert "is damaged in line 1" in own.problem.value and own.problem.layout.display is None and file.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("why", ["comes with sparselab", "cannot be written", "There is no run folder"])
+def test_bookmarks_of_a_run_that_is_not_written_to_live_in_the_session(configs, tmp_path, monkeypatch, why):
+    from sparselab.learn import Given
+
+    folder = tmp_path / "nbs" / "example" / "run" if "comes" in why else tmp_path / "run"
+    shutil.copytree(Live(configs[0]).folder, folder)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    if "written" in why:
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # a superuser may write everywhere
+    explorer = Explorer(Given(history=Run(folder).history) if "no run" in why else folder)
+    own = explorer.bookmarks
+    for note in ("here", "there"):
+        explorer.go(8)
+        own.toggle()
+        assert why in own.where.value and "in this session alone" in own.where.value
+        own.note.value = note
+        own.keep()
+    pencil(explorer, 0)
+    own.remove()
+    assert [each.children[0].description for each in own.kept.children] == ["step 8: there"]
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before and not (tmp_path / "bookmarks.jsonl").exists()
+    if "no run" not in why:
+        assert [each.children[0].description for each in Explorer(folder).bookmarks.kept.children] == ["step 8: there"]
 
 
 def test_what_a_training_has_recorded_is_shown_when_it_stops(configs, monkeypatch):
@@ -295,6 +390,35 @@ def test_what_a_training_has_recorded_is_shown_when_it_stops(configs, monkeypatc
     live.stop()
     neurons = explorer.sides[0].neurons
     until(lambda: neurons.recorded is not None and neurons.recorded.steps == live.neurons.steps, 10)
+
+
+def test_the_layers_are_those_of_the_mask_while_a_training_runs(configs, monkeypatch):
+    """Also of a finished run beside it, on the same timeline."""
+    import importlib
+
+    module = importlib.import_module("sparselab.view.explorer.explorer")
+    monkeypatch.setattr(module, "RARELY", 1e9)  # no panel is read, and none settles, before the training stops
+    monkeypatch.setattr(module, "CALM", 600)
+    live = Live(Config(**SMALL, epochs=400, seed=11, runs_dir=configs[0].runs_dir))
+    explorer = Explorer((live, Run(Live(configs[0]).folder)))
+    live.start()
+    seen = set()
+
+    def step_of(note: str) -> str:
+        return note.partition(":")[0]
+
+    def alike() -> bool:
+        with explorer._lock:
+            for side in explorer.sides:
+                layers = side.block("Layers").panel
+                if side.mask.raster is None or layers is None or explorer.step < 4:
+                    return False
+                assert step_of(layers.figure.layout.meta["note"]) == step_of(side.mask.raster.note)
+            seen.add(explorer.step)
+        return len(seen) > 4
+
+    until(alike)
+    live.stop()
 
 
 def test_a_finished_run_goes_on_from_its_last_checkpoint_in_a_folder_of_its_own(configs):

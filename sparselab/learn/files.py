@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['writing', 'write_file', 'write_json', 'write_sealed', 'read_sealed', 'write_tensors', 'read_tensors', 'read_rows',
-           'append_row', 'keep_rows', 'locked', 'being_written']
+           'write_rows', 'append_row', 'keep_rows', 'locked', 'being_written']
 
 # %% ../../nbs/learn/18_files.ipynb #827d234a
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -116,6 +116,15 @@ def read_rows(path: str | Path) -> list[dict]:
     Raises ValueError for a line that is not as it was written.
     """
     return [row for row, _ in _rows(Path(path))]
+
+
+def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write `rows` as the log `path`, whole or not at all."""
+    lines, before = [], b""
+    for row in rows:
+        lines.append(sealed_json(row, before))
+        _, before = read_json(lines[-1], before)
+    write_file(path, b"".join(lines))
 
 
 def append_row(path: str | Path, row: dict) -> None:

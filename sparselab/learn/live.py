@@ -246,9 +246,17 @@ class Live(Source):
 
     def weights_at(self, cursor: Cursor, step: float = np.inf) -> np.ndarray:
         """The value of each active weight of `cursor`: of this moment at the last record, else as recorded."""
-        if cursor.record == len(cursor) - 1 and cursor.name in self.snapshot.weights:
+        if self._holds(cursor):
             return self.snapshot.weights[cursor.name].cpu().numpy().reshape(-1)[cursor.active]
         return super().weights_at(cursor, step)
+
+    def weights_step(self, cursor: Cursor, step: float = np.inf) -> int:
+        """The step at which the values of `weights_at` were measured."""
+        return self.snapshot.step if self._holds(cursor) else super().weights_step(cursor, step)
+
+    def _holds(self, cursor: Cursor) -> bool:
+        """Whether the snapshot has the values of the mask of `cursor`."""
+        return cursor.record == len(cursor) - 1 and cursor.name in self.snapshot.weights
 
     metrics = property(lambda self: self.run.metrics if self.rested else list(self.snapshot.metrics), doc="One row per epoch so far.")
     stability = property(lambda self: self.run.stability if self.rested else list(self.snapshot.stability), doc="One row per epoch so far.")

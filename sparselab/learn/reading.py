@@ -30,10 +30,9 @@ def record_at(history: MaskHistory, step: float) -> int:
 
 
 def value_step(values: Recordings, cursor: Cursor, step: float = np.inf) -> int:
-    """The step of the values that show the record of `cursor` best: the last until `step` that still have its mask."""
+    """The step of the values that are shown with the record of `cursor`: the last at or before `step`, and before the next record."""
     last = cursor.record + 1 == len(cursor)
-    until = min(step, np.inf if last else cursor.history.updates[cursor.record][0] - 1)
-    return next((at for at in reversed(values.steps) if cursor.step <= at <= until), values.nearest(cursor.step))
+    return values.nearest(min(step, np.inf if last else cursor.history.updates[cursor.record][0] - 1))
 
 
 def recorded_weights(values: Recordings, cursor: Cursor, step: float = np.inf) -> np.ndarray:
@@ -132,6 +131,10 @@ class Source(Protocol):
     def weights_at(self, cursor: Cursor, step: float = np.inf) -> np.ndarray:
         """The value of each active weight of `cursor`, float32, NaN where it was not recorded; see `recorded_weights`."""
         return recorded_weights(self.values, cursor, step)
+
+    def weights_step(self, cursor: Cursor, step: float = np.inf) -> int:
+        """The step at which the values of `weights_at` were measured."""
+        return value_step(self.values, cursor, step)
 
     @property
     def moments(self) -> list[int]:

@@ -6,6 +6,7 @@
 __all__ = ['STATES', 'MOST', 'LARGEST', 'feeding', 'NeuronSums', 'value_arrays', 'Recordings', 'NeuronRecordings']
 
 # %% ../../nbs/learn/25_recordings.ipynb #11748bc7
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -113,8 +114,8 @@ class Recordings:
         return read_arrays(self.folder / f"step-{step:09d}.safetensors", names)
 
     def nearest(self, step: float) -> int:
-        """The step of the recording at or first after `step`, or the last."""
-        return next((at for at in self.steps if at >= step), self.steps[-1])
+        """The step of the last recording at or before `step`: what was known by then; that of the first where nothing was recorded before."""
+        return self.steps[max(0, bisect_right(self.steps, step) - 1)]
 
 
 class NeuronRecordings(Recordings):

@@ -208,7 +208,7 @@ class Explorer(widgets.VBox):
         self.label = widgets.HTML()
         widgets.jslink((self.play, "value"), (self.timeline, "value"))
         first = sources[0]
-        self.bookmarks = Bookmarks(first.folder if isinstance(first, Live) else getattr(first, "path", None), lambda: self.step, self.at)
+        self.bookmarks = Bookmarks(lambda: first.folder if isinstance(first, Live) else getattr(first, "path", None), lambda: self.step, self.at)
         keep = press("bookmark", self.bookmarks.toggle, "keep this moment with a note")
         bar = widgets.HBox([self.play, self.speed, self.timeline, self.label, keep])
         bar.add_class("sparselab-timeline")
@@ -309,6 +309,8 @@ class Explorer(widgets.VBox):
                 self.seen[i] = known
                 self._unread.add(i)
                 self._extend(at_end)
+                for each in self.sides:  # a training that moves on never lets the timeline rest, and these belong to the mask
+                    each.block("Layers").settle(self.step)
             if i in self._unread and (now.status != "running" or time.monotonic() - self._read > RARELY):
                 self._unread.discard(i)
                 side.read()

@@ -17,7 +17,17 @@ from ...sparse.cursor import Cursor
 from ...sparse.history import MaskHistory
 from .blocks import KEYS, RASTER, Block, Selection, chooser, heading, legend_html
 from .canvas import Canvas
-from ..figures.masks import DIFFERENCE, HOW_TO_READ, VALUES, difference_of, difference_panel, mask_axes, mask_panel, raster_of
+from sparselab.view.figures.masks import (
+    DIFFERENCE,
+    HOW_TO_READ,
+    VALUES,
+    colour_name,
+    difference_of,
+    difference_panel,
+    mask_axes,
+    mask_panel,
+    raster_of,
+)
 from ..figures.panels import Call, Panel, call_of, layer_of, within
 from ..figures.pixels import COLOURINGS, LEGENDS, PALETTES, Raster, Tiles, tiles
 from ..figures.theme import short
@@ -89,14 +99,16 @@ class MaskBlock(Block):
             cursor = self.cursors[name] = Cursor(history, name)
         cursor.history = history  # that of a live training has grown
         cursor.seek(record)
-        self.values = attempt(lambda: self.source.weights_at(cursor))[0]
-        self.tiles, self.raster = tiles(cursor.shape), raster_of(self.source, cursor, colour)
+        self.values = attempt(lambda: self.source.weights_at(cursor, self.step))[0]
+        self.tiles, self.raster = tiles(cursor.shape), raster_of(self.source, cursor, colour, step=self.step)
         self.content.subject, self.content.axes = name, mask_axes(self.tiles)
         self.content.palette = [list(each) for each in self.raster.palette]
         self.content.show(self.raster.codes, self.raster.note)
         self.legend.value = legend_html(self.raster.legend)
         self.code.value = call_of("mask_panel", self.source, step=self.step, layer=name, colour=colour)
-        self.heading.value = heading(self.title, f"A pixel is a weight, a row an output unit. {KEYS}", HOW_TO_READ[colour])
+        named = colour_name(self.source, cursor, colour, self.step)
+        caption = f"{self.title} by {named}" if named != colour else self.title
+        self.heading.value = heading(caption, f"A pixel is a weight, a row an output unit. {KEYS}", HOW_TO_READ[colour])
         self._mark()
 
     @property

@@ -18,7 +18,7 @@ from .blocks import RASTER, Block, Selection, chooser, heading, legend_html, sha
 from .canvas import Canvas
 from .plot import Plot
 from ..figures.neurons import SORTS, flips, neuron_panel, neurons_axes, neurons_panel, neurons_raster
-from ..figures.panels import Panel, call_of, within
+from ..figures.panels import Panel, call_of, measured_at, within
 from ..figures.pixels import PALETTES, Raster
 
 # %% ../../../nbs/view/explorer/19_neuron_block.ipynb #1d2f1398
@@ -89,7 +89,6 @@ class NeuronBlock(Block):
             self.content.subject, self.content.axes = self.layer.value, neurons_axes(self.recorded, self.layer.value, self.sort.value)
             self.content.show(self.raster.codes, self.raster.note)
             self.legend.value = legend_html(self.raster.legend)
-            self.heading.value = heading(self.title, "A row is a neuron, a column an epoch; click a row for its bounds.")
             self.code.value = call_of("neurons_panel", self.source, layer=self.layer.value, sort=self.sort.value)
             self.say("")
             self.show(self.step)
@@ -97,12 +96,15 @@ class NeuronBlock(Block):
                 self.settle(self.step)
 
     def show(self, step: float) -> None:
-        """Mark the epoch at or after `step`, and the selected neuron."""
+        """Mark the last epoch at or before `step`, and the selected neuron."""
         with self.lock:
             self.step = step = within(self.source, step)
             if self.raster is not None:
                 row = int(np.flatnonzero(self.order == self.marked)[0]) if 0 <= self.marked < len(self.order) else -1
-                self.content.mark = [row, self.recorded.steps.index(self.recorded.nearest(step)), 1, 1]
+                at = self.recorded.nearest(step)
+                self.content.mark = [row, self.recorded.steps.index(at), 1, 1]
+                caption = ", ".join(filter(None, (self.title, measured_at(at, step))))
+                self.heading.value = heading(caption, "Rows are neurons, columns epochs; a click shows bounds.")
                 if self.detail.layout.display is None:
                     self.detail.at = step
 

@@ -29,7 +29,7 @@ from .explorer import OPTIONS, TIMED, busiest_moment, metrics_of
 from .margins_block import MarginsBlock
 from .plot import asset
 from ..figures.masks import DIFFERENCE, HOW_TO_READ, raster_of
-from ..figures.neurons import neurons_panel
+from ..figures.neurons import line_note, neurons_panel, neurons_raster
 from ..figures.panels import Panel, layer_of, within
 from ..figures.pixels import Raster, Tiles, difference_raster, tiles
 from ..figures.report import PANELS
@@ -157,13 +157,15 @@ def difference_part(sources: list[Source], moments: list[int], layers: tuple[str
 
 def neurons_part(title: str, source: Source, moments: list[int]) -> Part:
     """The neurons of every ReLU at all epochs, under a marker."""
-    films, words, layers = {}, "", source.neurons.layers
+    films, words, neurons = {}, "", source.neurons
+    layers, steps = neurons.layers, [within(source, step) for step in moments]
     for relu in layers:
-        panel = neurons_panel(source, within(source, moments[0]), relu)
-        figure, note, words = plain(panel.figure), panel.figure.layout.meta["note"], panel.how_to_read
+        panel, note = neurons_panel(source, steps[0], relu), neurons_raster(neurons, relu)[0].note
+        figure, words = plain(panel.figure), panel.how_to_read
         marks = [i for i, shape in enumerate(figure["layout"]["shapes"]) if shape.get("name") == "now"]
         films[relu] = {"figure": figure} | film([
-            {"note": note, "changes": [[["layout", "shapes", i, end], step] for i in marks for end in ("x0", "x1")]} for step in moments])
+            {"note": line_note(note, at, step), "changes": [[["layout", "shapes", i, end], at] for i in marks for end in ("x0", "x1")]}
+            for step in steps for at in [neurons.nearest(step)]])
     weights = {relu: about.get("weight") or "" for relu, about in layers.items()}
     return Part(title, words, films, weights, next(iter(films), ""))
 

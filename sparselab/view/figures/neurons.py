@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_LAYERS', 'SORTS', 'GAP', 'shares', 'stacked', 'grid', 'stability_panel', 'flips', 'neuron_order',
-           'neurons_raster', 'neurons_axes', 'neurons_panel', 'field_of', 'beside', 'unit_codes', 'image_shape',
-           'seen_by', 'filters_panel', 'incoming', 'neuron_panel']
+           'neurons_raster', 'neurons_axes', 'line_note', 'neurons_panel', 'field_of', 'beside', 'unit_codes',
+           'image_shape', 'seen_by', 'filters_panel', 'incoming', 'neuron_panel']
 
 # %% ../../../nbs/view/figures/07_neurons.ipynb #4bf7b8a4
 import numpy as np
@@ -18,7 +18,7 @@ from ...learn.known import DATASETS
 from ...learn.reading import Source, record_at
 from ...learn.recordings import STATES, NeuronRecordings
 from ...sparse.cursor import Cursor
-from .panels import Panel, call_of, checked, last_step, layer_of, now_line
+from .panels import Panel, call_of, checked, last_step, layer_of, measured_at, now_line
 from .pixels import EMPTY, LEGENDS, LEVELS, OFF, Raster
 from .theme import COLORS, OKABE_ITO, TEXT, panel_titles, short, titled
 
@@ -85,7 +85,8 @@ def stability_panel(source: Source, step: float | None = None, layers: tuple[str
         fig.add_shape(type="line", name="now", x0=row[axis], x1=row[axis], y0=0, y1=1, line={"color": TEXT, "width": 1, "dash": "dot"}, **place)
     _shares_axes(fig, axis, len(rows), places[-1]["row"])
     unstable = [row["layers"][name]["unstable"] for name in chosen if name in row["layers"]]
-    note = f"{axis} {row[axis]:,}: {sum(unstable) / len(unstable):.1%} of a layer's neurons are unstable on average" if unstable else ""
+    when = ", ".join(filter(None, (f"{axis} {row[axis]:,}", measured_at(row["step"], row["step"] if step is None else step))))
+    note = f"{when}: {sum(unstable) / len(unstable):.1%} of a layer's neurons are unstable on average" if unstable else ""
     note += f"; {len(chosen)} of {len(present)} layers shown" * (len(chosen) < len(present))
     return Panel("Stability", "Each bar is an epoch of a layer: orange neurons can be on or off inside the box and make bounds loose; all others are "
                  "settled there.", call_of("stability_panel", source, step=step, layers=layers or None),
@@ -131,10 +132,16 @@ def neurons_axes(neurons: NeuronRecordings, layer: str, sort: str = "index") -> 
             "y": {"title": f"{neurons.by(layer)}s, {'most flips first' if sort == 'flips' else 'by index'}", "x0": 0, "dx": 1}}
 
 
+def line_note(note: str, at: int, step: float) -> str:
+    """`note`, and of which step the marked epoch is where it is another than `step`."""
+    return "; the line: ".join(filter(None, (note, measured_at(at, step))))
+
+
 @checked
 def neurons_panel(source: Source, step: float | None = None, layer: str | None = None, sort: str = "index") -> Panel:
     """State of every neuron of `layer` (default: the first) at every epoch; rows by "index" or by "flips", most first.
 
+    A line marks the last epoch at or before `step`, the first where none has ended before.
     `figure.layout.meta["order"]` is the neuron of each row. Raises Unavailable when none were recorded, ValueError for
     an unknown layer.
     """
@@ -146,7 +153,8 @@ def neurons_panel(source: Source, step: float | None = None, layer: str | None =
     fig = raster.figure("step %{x:.0f}<br>row %{y:.0f}<extra></extra>", x0=steps[0], dx=wide)
     fig.update_xaxes(title_text="step", range=[steps[0] - wide / 2, steps[-1] + wide / 2])
     fig.update_yaxes(title_text=axes["y"]["title"], range=[len(order) - 0.5, -0.5])
-    titled(now_line(fig, step), f"Neurons of {layer}", raster.note, height=440)
+    at = neurons.nearest(step)
+    titled(now_line(fig, at), f"Neurons of {layer}", line_note(raster.note, at, step), height=440)
     fig.update_layout(meta=fig.layout.meta | {"order": order.tolist(), "layer": layer})
     return Panel("Neurons", "Each row is a neuron, each column an epoch: a row of one colour is settled, a row that changes colour is not.",
                  call_of("neurons_panel", source, step=step, layer=layer, sort=sort), fig)
@@ -205,6 +213,13 @@ def seen_by(source: Source, layer: str) -> tuple[int, int, int] | None:
     return field_of(history.shapes[layer], image_shape(source), layer == history.names[0])
 
 
+def _values_note(source: Source, cursor: Cursor, step: float) -> str:
+    """At which step the values of the weights were measured, where it is another than `step`."""
+    at, _ = attempt(lambda: source.weights_step(cursor, step))
+    old = measured_at(at, step) if at is not None else ""
+    return f"; values {old}" if old else ""
+
+
 @checked
 def filters_panel(source: Source, step: float | None = None, layer: str | None = None, most: int = 48) -> Panel:
     """The incoming weights of the units of `layer` (default: the first with a picture) at `step`, a picture for each, at most `most`.
@@ -227,6 +242,7 @@ def filters_panel(source: Source, step: float | None = None, layer: str | None =
     pictures = [unit_codes(cursor.active[a:b] - unit * length, values[a:b], field, top) for unit, a, b in zip(chosen, *ends, strict=True)]
     note = f"step {cursor.step:,}: {counted(units, 'unit')}, {int((held == 0).sum())} of them without a weight"
     note += f"; the {len(chosen)} with most weights" * (len(chosen) < units)
+    note += _values_note(source, cursor, step)
     grid = beside(np.stack(pictures), GAP, 1.5)
     fig = _numbered(Raster(grid, "weight", note), chosen, pictures[0].shape).update_layout(margin={"l": 10, "r": 10, "b": 10})
     tall = min(420, max(150, 460 * grid.shape[0] // grid.shape[1]))  # what the grid fills in a column of the explorer
@@ -313,4 +329,5 @@ def _weights(fig: go.Figure, source: Source, layer: str, neuron: int, step: floa
         fig.add_image(source=Raster(codes, "weight", "").source, hoverinfo="skip", row=1, col=3)
         fig.update_xaxes(visible=False, range=[-0.5, codes.shape[1] - 0.5], constrain="domain", row=1, col=3)
         fig.update_yaxes(visible=False, range=[codes.shape[0] - 0.5, -0.5], scaleanchor="x3", constrain="domain", row=1, col=3)
-    return f"step {step:,.0f}: {counted(len(places), 'active weight')} of {name}"
+    cursor = Cursor(source.history, name).seek(record_at(source.history, step))
+    return f"step {step:,.0f}: {counted(len(places), 'active weight')} of {name}{_values_note(source, cursor, step)}"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['picture', 'flipbook', 'mimebundle', 'Panel', 'show', 'now_line', 'source_of', 'check_step', 'checked', 'within',
-           'last_step', 'layer_of', 'Call', 'call_of']
+           'measured_at', 'last_step', 'layer_of', 'Call', 'call_of']
 
 # %% ../../../nbs/view/figures/02_panels.ipynb #f1ba779b
 import asyncio
@@ -235,6 +235,11 @@ def checked(draw: Callable[..., Panel]) -> Callable[..., Panel]:
 def within(source: Source, step: float | None) -> float | None:
     """`step`, or the last that `source` has reached where that is before: two trainings on one timeline need not be equally long."""
     return step if step is None or not source.reached else min(step, source.reached)
+
+
+def measured_at(at: int, step: float) -> str:
+    """What a panel says of a state that was measured `at` another step than the `step` of the timeline; "" where both are one."""
+    return "" if at == step else f"measured at step {at:,}"
 
 
 def last_step(source: Source, step: float | None) -> float:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from torch import Tensor
 
-from ...errors import attempt, unknown
+from ...errors import attempt, counted, unknown
 from ...learn.runs import Run
 from ...sparse.overlap import Overlap, mask_overlap, shapes_of
 from ..figures.neurons import MOST_LAYERS, grid, shares, stacked
@@ -125,10 +126,15 @@ class Pair(NamedTuple):
         return self.first.config.seed == self.second.config.seed
 
 
+def _with_masks(rows: pd.DataFrame) -> list[tuple[Group, Run, dict[str, Tensor]]]:
+    """(group, run, last masks) of every sparse finished run that has masks."""
+    return [(group, run, masks) for group in groups_of(rows) if group.method != "dense" for run in group.rows["source"]
+            if (masks := attempt(lambda run=run: last_masks(run))[0])]
+
+
 def pairs_of(rows: pd.DataFrame) -> list[Pair]:
     """Every pair of the first MOST_RUNS sparse finished runs that have masks of the same layers."""
-    known = [(group, run, masks) for group in groups_of(rows) if group.method != "dense" for run in group.rows["source"]
-             if (masks := attempt(lambda run=run: last_masks(run))[0])][:MOST_RUNS]
+    known = _with_masks(rows)[:MOST_RUNS]
     return [Pair(f"{a.name}, between seeds" if a is b else f"{a.name} and {b.name}", (a.name, b.name), first, second, mask_overlap(one, other))
             for (a, first, one), (b, second, other) in combinations(known, 2) if shapes_of(one) == shapes_of(other)]
 
@@ -159,11 +165,15 @@ def overlap_by_method(rows: pd.DataFrame, reference: str = "") -> go.Figure:
                         marker=marker,
                         customdata=[f"{p.first.name}<br>{p.second.name}" for p in chosen],
                         hovertemplate="%{customdata}<br>%{x:.3f}<extra></extra>")
-    return _with_chance(fig, shown, len(names), f"; with {reference} alone: {len(names)} of {every} pairs" * (len(names) < every))
+    what = "every pair of groups" if reference == "all" else f"{reference} with every group, {counted(len(names), 'pair')} of {every}"
+    what += f", the first {MOST_LINES} of {len(names)} are shown" * (len(names) > MOST_LINES)
+    runs = len(_with_masks(rows))
+    what += f"; of {runs} runs the first {MOST_RUNS} are compared" * (runs > MOST_RUNS)
+    return _with_chance(fig, shown, f"a marker compares the last masks of two runs, a line those of two groups, or of one between seeds: {what}")
 
 
-def _with_chance(fig: go.Figure, shown: Sequence[Pair], lines: int, of: str = "") -> go.Figure:
-    """Adds what chance gives to every line, with two standard deviations, and the style."""
+def _with_chance(fig: go.Figure, shown: Sequence[Pair], compared: str) -> go.Figure:
+    """Adds what chance gives to every line, with two standard deviations, and the style; `compared` says what with what."""
     names = list(dict.fromkeys(pair.name for pair in shown))
     rows = list(map(wrapped, names))
     by_name = {name: [pair.overlap for pair in shown if pair.name == name] for name in names}
@@ -174,8 +184,7 @@ def _with_chance(fig: go.Figure, shown: Sequence[Pair], lines: int, of: str = ""
                     hovertemplate="random masks %{x:.3f}<extra></extra>")
     fig.update_xaxes(rangemode="tozero", title_text="Jaccard index of the masks")
     fig.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=rows)
-    note = "whiskers: two standard deviations of one pair of random masks with the same weights per layer"
-    note += of + f"; {len(names)} of {lines} pairs of methods shown" * (len(names) < lines)
+    note = f"{compared}; whiskers: two standard deviations of one pair of random masks with the same weights per layer"
     return titled(fig, "Overlap of masks", note, height=180 + sum(30 + 16 * row.count("<br>") for row in rows))
 
 # %% ../../../nbs/view/runs/14_networks.ipynb #516faf6b

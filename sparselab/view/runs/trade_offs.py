@@ -16,6 +16,7 @@ from plotly.subplots import make_subplots
 
 from ...errors import counted
 from ...learn.experiments import ALL_METHODS, family
+from ..figures.metrics import DASHES
 from ..figures.theme import OKABE_ITO, TEXT, panel_titles, titled
 from .table import Group, by_label, groups_of
 
@@ -27,7 +28,7 @@ STYLES = {  # family -> colour, and the markers of its methods in turn
     "dense": ("grey", ("x",)), "verified": ("vermillion", _MARKERS), "dynamic": ("blue", _MARKERS), "static": ("sky", _MARKERS),
     "gradual": ("orange", _MARKERS), "one_shot": ("green", _MARKERS), "rounds": ("purple", _MARKERS),
     "structured": ("orange", _OTHERS), "ensemble": ("purple", _OTHERS)}
-_DASHES, FILLS = ("solid", "dash", "dot", "dashdot"), ("", "-open", "-open-dot")  # lines and markers of one method's settings, in turn
+FILLS = ("", "-open", "-open-dot")  # of the markers of one method's settings, in turn, as DASHES of their lines
 
 
 def style(method: str) -> dict[str, str]:
@@ -46,7 +47,9 @@ def settings(groups: Sequence[Group]) -> dict[str, tuple[str, str]]:
     for group in groups:
         if group.label not in (labels := found.setdefault(group.method, [])):
             labels.append(group.label)
-    return {label: (_DASHES[i % len(_DASHES)], FILLS[i % len(FILLS)]) for labels in found.values() for i, label in enumerate(labels)}
+    dashes = tuple(DASHES)
+    return {label: (dashes[i % len(dashes)], FILLS[(i + i // len(dashes)) % len(FILLS)])  # no two of 18 look the same
+            for labels in found.values() for i, label in enumerate(labels)}
 
 
 def wrapped(name: str, width: int = 40) -> str:

@@ -380,14 +380,14 @@ class _Evaluated(nn.Module):
         if x.shape[1:] != self.places.shapes[0] or x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"The images are {x.dtype} of shape {tuple(x.shape)} on {x.device.type}, but the network was unrolled for "
                              f"float32 of shape (B, {', '.join(map(str, self.places.shapes[0]))}) on the CPU: unroll it for these.")
-        return np.ascontiguousarray(x.detach().numpy().reshape(len(x), self.net.first[1]))
+        return np.ascontiguousarray(x.detach().numpy().reshape(x.shape[0], self.net.first[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs (B, ...)."""
         if x.requires_grad and torch.is_grad_enabled():
             self._check(x)
             return _Outputs.apply(x, self)
-        if len(x) == 1:
+        if x.shape[0] == 1:  # sooner asked than len(x)
             return self._forgotten(x)
         return torch.cat([self._forgotten(x[rows]) for rows in self.batches(len(x), 1)])
 
@@ -410,11 +410,11 @@ class _Evaluated(nn.Module):
         """Outputs, and all neurons after their activations."""
         with ONE:
             images = self._check(x)
-            if not np.vdot(images, images) <= self.square:  # the greatest square is no more than the sum, which is sooner found
+            if not float(np.vdot(images, images)) <= self.square:  # the greatest square is no more than the sum, which is sooner found
                 self._within(images)
-            values = self._lend(len(x))
+            values = self._lend(len(images))
             self._signals.forward(images, values)
-        return torch.from_numpy(values[self.net.first[-2] :].T.copy().reshape(len(x), *self.places.shapes[-1])), values
+        return torch.from_numpy(values[self.net.first[-2] :].T.copy().reshape(len(images), *self.places.shapes[-1])), values
 
     def _within(self, images: np.ndarray) -> None:
         if not (most := float(np.abs(images).max(initial=0.0))) <= self.largest:

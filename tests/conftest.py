@@ -2,6 +2,8 @@
 import os
 import random
 import shutil
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache, partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,7 +11,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at o
 
 import numpy as np
 import pytest
-import sklearn.datasets
 import torch
 
 # The files that take longest, the longest first: they begin first, so that no core is left with one of them at the end.
@@ -20,9 +21,13 @@ LONG = ("test_browser", "test_train", "test_sparse", "test_train_notebook", "tes
 
 @pytest.fixture(autouse=True, scope="session")
 def digits_read_once():
-    """scikit-learn reads its digits from text, which is a sixth of the shortest trainings here; whoever loads them copies them."""
+    """The digits are read from text, which is a sixth of the shortest trainings here; whoever loads them has a copy."""
+    from sparselab.learn.known import DATASETS
+
+    row = DATASETS["digits"]
+    read = cache(row.read)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sklearn.datasets, "load_digits", cache(sklearn.datasets.load_digits))
+        patch.setitem(DATASETS, "digits", replace(row, read=lambda: deepcopy(read())))
         yield
 
 

@@ -16,6 +16,12 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "nbs" / "example" / "rigl"
 LAST = "step-000000630.safetensors"
 
 
+@pytest.fixture(autouse=True)
+def in_motion(monkeypatch):
+    """No explorer draws again, in a thread, when its timeline has come to rest: nobody looks at it here, and it takes as long as the test."""
+    monkeypatch.setattr("sparselab.view.explorer.explorer.CALM", 600)
+
+
 @pytest.fixture
 def copied(tmp_path) -> Path:
     return Path(shutil.copytree(EXAMPLE, tmp_path / "run"))

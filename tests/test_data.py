@@ -204,7 +204,7 @@ def test_a_missing_package_names_the_extra(nowhere, monkeypatch):
 
 
 def test_optional_packages_are_imported_only_when_needed():
-    code = ("import sys, sparselab.learn.data, sparselab.learn.models; "
+    code = ("import sys, sparselab.learn.data, sparselab.learn.models; sparselab.learn.data.load('digits'); "
             "print([m for m in ('PIL', 'pyarrow', 'datasets', 'sklearn', 'plotly', 'pandas') if m in sys.modules])")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from ipywidgets import Widget
 from sparselab.learn import Config, Live, Run, train
 from sparselab.notebooks import at_root
 from sparselab.view import Explorer
-from sparselab.view.explorer.blocks import Selection
+from sparselab.view.explorer.blocks import Block, Selection
 from sparselab.view.explorer.mask_block import table_of
 
 ROOT = Path(__file__).parents[1]
@@ -480,6 +481,20 @@ def test_two_runs_share_the_y_axes_of_their_panels(pair):
         for trace in block.panel.figure.data:
             low, high = found["yaxis" + (trace.yaxis or "y")[1:]]
             assert low <= min(trace.y) and max(trace.y) <= high
+
+
+def test_a_panel_is_drawn_once_for_the_moment_of_opening_and_again_for_another(configs, monkeypatch):
+    drawn, draw = Counter(), Block.draw
+    monkeypatch.setattr(Block, "draw", lambda block, make: (drawn.update([(id(block), block.title)]), draw(block, make))[1])
+    explorer = Explorer(Live(configs[0]).folder)
+    blocks, begin = explorer.sides[0].blocks, explorer.step
+    explorer._settle()  # the timeline rests where it began
+    count = {block.title: drawn[id(block), block.title] for block in blocks}
+    assert all(count[title] == 1 for title in ("Metrics", "Updates", "Layers", "Stability", "Filters", "Margins")), count
+    explorer.go(explorer.moments[0])
+    explorer._settle()
+    assert begin != explorer.step == 0 == explorer.metrics.drawn and drawn[id(explorer.metrics), "Metrics"] == 2
+    assert f"step={begin}" not in explorer.sides[0].block("Updates").code.value
 
 
 def test_what_a_key_press_sends_begins_with_the_mask_and_ends_with_the_slider(configs, monkeypatch):

@@ -75,11 +75,9 @@ def digits_file() -> Path:
 
 def digits() -> Raw:
     """scikit-learn's 1797 digits of 8x8; v in 0..16 becomes round(255 v / 16), a fixed fifth is the test set."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = np.rint(found.images * 255 / 16).astype(np.uint8)[:, None]
-    labels = found.target.astype(np.int64)
+    table = np.loadtxt(digits_file(), delimiter=",")  # 64 pixels and a label; load_digits would import scikit-learn, which takes over a second
+    images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
+    labels = table[:, -1].astype(np.int64)
     order = np.random.default_rng(0).permutation(len(labels))
     test = np.concatenate([order[labels[order] == k][: round(np.sum(labels == k) / 5)] for k in range(10)])
     train = np.setdiff1d(order, test)

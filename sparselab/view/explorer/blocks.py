@@ -82,6 +82,7 @@ class Block(widgets.VBox):
     part = ""  # what of the network is drawn, such as a layer
     runs: tuple[str, ...] = ()  # names of the runs that are drawn
     step: float | None = None
+    drawn: float | None = None  # the step for which `settle` has drawn
 
     def __init__(self, title: str, content: anywidget.AnyWidget, controls: tuple = (), below: tuple = (), saver: Plot | None = None):
         self.title, self.content, self.panel, self.lock = title, content, None, threading.RLock()
@@ -217,7 +218,7 @@ class PanelBlock(Block):
     def settle(self, step: float | None) -> None:
         """Draw the panel of `step`."""
         with self.lock:
-            self.step = step
+            self.step = self.drawn = step
             if panel := self.draw(lambda: self.make(step)):
                 self.take(panel)
                 self.redrawn()

@@ -215,13 +215,17 @@ class Explorer(widgets.VBox):
         super().__init__([bar, self.bookmarks, self._arranged(), Stage()])
         self.add_class("sparselab-explorer")
         with self._lock:
+            going_on = any(isinstance(source, Live) and not source.rested for source in sources)
+            begin = None if going_on else busiest_moment(sources)
             for side in self.sides:
+                for block in side.blocks:
+                    block.step = begin  # for which it is drawn at once
                 side.read()
             self._extend(follow=True)
             self.choose(Selection(self.sides[0].mask.layer.value or ""))
             self.timeline.observe(lambda _: self.show(), "value")
-            if not any(isinstance(source, Live) and not source.rested for source in sources):
-                self.go(busiest_moment(sources))
+            if begin is not None:
+                self.go(begin)
         if lost := self._lost():
             self.children = [widgets.HTML("<br>".join(html.escape(sentence) for sentence in lost))]
         for i, each in enumerate(sources):
@@ -289,7 +293,8 @@ class Explorer(widgets.VBox):
             with self._lock:
                 if self.step != step:
                     return
-                block.settle(step)
+                if block.drawn != step:
+                    block.settle(step)
 
     def _extend(self, follow: bool) -> None:
         """Take up the moments that there are by now; `follow`: move to the last."""

@@ -44,11 +44,12 @@ class MarginsBlock(PanelBlock):
         if problem:
             self.say(problem)
         elif margins is not self.margins:
-            self.margins, grid = margins, margins.grid
+            self.margins, grid = None, margins.grid  # while the controls are set, nothing is drawn
             self.eps.max, self.eps.step = float(grid[-1]), float(grid[1] - grid[0])
             self.eps.value = margins.eps
             self.method.options = list(margins.lb)
             self.method.value = list(margins.lb)[-1]
+            self.margins = margins
             self.redraw()
 
     def redraw(self) -> None:

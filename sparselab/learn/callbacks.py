@@ -30,13 +30,13 @@ class Validate(Callback):
 
     def __init__(self, eps: float, engine: str = "native", kernels: str = "dense"):
         self.eps, self.engine, self.kernels, self.stability, self.neurons = eps, engine, kernels, {}, NeuronSums()
-        self.reading = LastReading()
+        self.reading, self.naming = LastReading(), LastReading()  # of the batches, and of the one image that layers are named by
 
     def after_epoch(self, learner: Learner) -> None:
         if learner.sparsifier.history.updates:
             reestimate_statistics(learner.model, learner.data.train)
         split = learner.data.valid if len(learner.data.valid) else learner.data.train
-        self.neurons = NeuronSums(learner.model, next(iter(split.batches(1, shuffle=False)))[0])
+        self.neurons = NeuronSums(learner.model, next(iter(split.batches(1, shuffle=False)))[0], self.naming)
         accuracies, layers = validate(learner.model, split, self.eps, self.engine, neurons=self.neurons, kernels=self.kernels, reading=self.reading)
         learner.row |= accuracies
         self.stability = {"step": learner.step, "epoch": learner.epoch, "layers": layers}

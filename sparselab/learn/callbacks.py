@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ..errors import counted
 from .arrays import drop_later, write_arrays
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import keep_newest, load_checkpoint, save_state
 from .evaluation import reestimate_statistics, sparse_network, validate
-from .files import append_row, keep_rows, read_rows
+from .files import append_row, keep_rows, read_rows, together
 from .learner import Callback, Learner, TrainingStopped
 from .recordings import NeuronSums, value_arrays
 from ..program import LastReading
@@ -99,13 +99,15 @@ class Record(Callback):
         save_anew(learner.sparsifier.history, self.folder / "masks")
 
     def after_epoch(self, learner: Learner) -> None:
-        append_row(self.folder / "metrics.jsonl", learner.row)
-        append_row(self.folder / "stability.jsonl", self.validation.stability)
         masks, name = learner.sparsifier.masks, f"step-{learner.step:09d}.safetensors"
-        write_arrays(self.folder / "stability" / name, *self.validation.neurons.arrays())
-        write_arrays(self.folder / "weights" / name, *value_arrays(masks.weights, masks))
-        save_history(learner.sparsifier.history, self.folder / "masks")
-        save_checkpoint(self.folder / "checkpoint", learner.step, learner.state_dict())
+        with together():
+            append_row(self.folder / "metrics.jsonl", learner.row)
+            append_row(self.folder / "stability.jsonl", self.validation.stability)
+            write_arrays(self.folder / "stability" / name, *self.validation.neurons.arrays())
+            write_arrays(self.folder / "weights" / name, *value_arrays(masks.weights, masks))
+            save_history(learner.sparsifier.history, self.folder / "masks")
+            save_state(self.folder / "checkpoint" / name, learner.state_dict())  # the last: what it counts on is there
+        keep_newest(self.folder / "checkpoint")
 
 
 class Progress(Callback):

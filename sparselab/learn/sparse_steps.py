@@ -207,6 +207,7 @@ class SparseSteps:
         self.net: Rows | None = None
         self.flat: nn.Parameter | None = None
         self.closed, self.reason, self._moved, self.count = False, "", False, 0  # count: of sparse steps
+        self._declined: dict[str, int] | None = None  # how many weights the layers had when sparse steps did not pay
         if reason := 'kernels="dense" was asked for' if kernels == "dense" else self._objection():
             self.close(reason)
         if kernels == "sparse":
@@ -271,7 +272,9 @@ class SparseSteps:
         return not self.closed
 
     def _read(self, x: Tensor) -> bool:
-        """Read the model, unless the last reading still holds; whether it is to be used."""
+        """Read the model, unless the last reading still holds, or sparse steps have not paid with as many weights; whether it is to be used."""
+        if self._declined == self.sparsifier.masks.counts:
+            return False
         if not self._reading_holds(x):
             self.settle()
             try:
@@ -289,7 +292,9 @@ class SparseSteps:
                 self.net = None
                 self.close(f"the network has no faster form: {reason}")
                 return False
-        return self._pays()
+        pays = self._pays()
+        self._declined = None if pays else dict(self.sparsifier.masks.counts)
+        return pays
 
     def _carries(self, progress: float) -> bool:
         """Whether the network on rows has the bounds that the loss of this moment is made of."""

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.sgd import sgd
 
 from ..errors import check_known
 from .fusion import Fused, unbounded
@@ -507,10 +508,14 @@ class SparseSteps:
         return torch.tensor(loss)
 
     def _optimize(self) -> None:
-        """A step of the own optimizer; that of Adam without what PyTorch does around it, which takes longer than the step."""
+        """A step of the own optimizer, without what PyTorch does around it, which takes longer than the step; but for the first."""
         state, group = self._own.state.get(self.flat), self._own.param_groups[0]
-        if not state or not isinstance(self._own, torch.optim.Adam | torch.optim.AdamW):
+        if not state or state.get("momentum_buffer", 0) is None:
             return self._own.step()
+        if isinstance(self._own, torch.optim.SGD):
+            options = {name: group[name] for name in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")}
+            with torch.no_grad():
+                return sgd([self.flat], [self.flat.grad], [state["momentum_buffer"]], foreach=False, fused=False, **options)
         function, decoupled = adam, {"decoupled_weight_decay": group["decoupled_weight_decay"]}
         if isinstance(self._own, torch.optim.AdamW):
             function, decoupled = adamw, {}

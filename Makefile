@@ -1,6 +1,7 @@
 # Everything a fresh clone needs. `make help` lists the targets; each one brings its own set-up.
 #   make train SPARSITY=0.95 ARGS="-p dataset mnist -p epochs 5"     other parameters of nbs/train.ipynb
 #   make test PYTEST="-k masks"                                      only some of the tests in tests/
+#   make claims PAPERS="nbs/papers/rigl.ipynb nbs/papers/snip.ipynb"  only some of the papers
 #   make setup PYTHON=/path/to/python3.12                            another interpreter (3.11 or newer)
 
 SHELL := /bin/bash
@@ -18,6 +19,7 @@ SPARSITY ?= 0.99
 OUT ?= runs/train-$(SPARSITY).ipynb
 ARGS ?=
 PYTEST ?=
+PAPERS ?= $(wildcard nbs/papers/*.ipynb)
 # one more than two cores: some tests wait for browsers, kernels and clusters, meanwhile another runs
 WORKERS ?= 3
 # papermill that prints what a notebook prints, as it is printed
@@ -83,17 +85,18 @@ slow: $(STAMP) ## the tests that take minutes each (marked slow; `make test` lea
 lab: $(STAMP) ## JupyterLab on the workbench
 	@$(BIN)/python -m jupyterlab $(AS_ROOT) --ServerApp.root_dir="$(CURDIR)" --ServerApp.jpserver_extensions=sparselab.server=True $(firstword $(wildcard nbs/explore.ipynb) nbs) $(ARGS)
 
-# $(call run-all,bench,ARGS): every notebook of nbs/bench/ through papermill into runs/bench/
-define run-all
-	@mkdir -p runs/$(1)
-	@set -e; for notebook in $(wildcard nbs/$(1)/*.ipynb); do echo "papermill $$notebook"; \
-		$(PAPERMILL) "$$notebook" "runs/$(1)/$$(basename "$$notebook")" $(2); done
-endef
-
 bench: $(STAMP) ## run nbs/bench/*.ipynb; the executed notebooks go to runs/bench/
-	$(call run-all,bench,$(ARGS))
+	@mkdir -p runs/bench
+	@set -e; for notebook in $(wildcard nbs/bench/*.ipynb); do echo "papermill $$notebook"; \
+		$(PAPERMILL) "$$notebook" "runs/bench/$$(basename "$$notebook")" $(ARGS); done
 
+# Two notebooks at a time, each on half of the cores: while one begins, draws or ends, the other trains. What they print stands in runs/papers/*.log.
 claims: export OMP_NUM_THREADS := 1
 claims: $(STAMP) ## run nbs/papers/*.ipynb at small scale, into runs/papers/, and write their records and README's table
-	$(call run-all,papers,-p scale small $(ARGS))
+	@mkdir -p runs/papers
+	@one() { name="runs/papers/$$(basename "$$1" .ipynb)"; echo "papermill $$1"; \
+		if $(PAPERMILL) "$$1" "$$name.ipynb" -p scale small $(ARGS) > "$$name.log" 2>&1; then echo "done: $$1"; \
+		else cat "$$name.log"; echo "failed: $$1"; return 1; fi; }; export -f one; \
+		cores=$$($(BIN)/python -c "import joblib; print(joblib.cpu_count())"); export LOKY_MAX_CPU_COUNT=$$((cores > 1 ? cores / 2 : 1)); \
+		printf '%s\n' $(PAPERS) | xargs -P $$((cores > 1 ? 2 : 1)) -I{} bash -c 'one {}'
 	@$(BIN)/python nbs/papers/table.py

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['aten', 'BATCH_NORMS', 'GLOBAL_HOOKS', 'Unreadable', 'Program', 'operation', 'arguments', 'reads_values', 'untouched',
-           'lend', 'spared', 'restored', 'plain', 'read', 'describe', 'fetch', 'run', 'class_functions', 'structure',
-           'LastReading']
+           'lend', 'spared', 'restored', 'plain', 'read', 'describe', 'fetch', 'run', 'values_at', 'class_functions',
+           'structure', 'LastReading']
 
 # %% ../nbs/00e_program.ipynb #a4cbe63d
 import operator
@@ -402,13 +402,18 @@ def fetch(program: Program, model: nn.Module) -> dict[fx.Node, Tensor]:
 
 def run(program: Program, model: nn.Module, x: Tensor) -> Tensor:
     """What the program gives for `x`, of the shape that it was read for, with the weights of `model`."""
+    return values_at(program, model, x)[program.output]
+
+
+def values_at(program: Program, model: nn.Module, x: Tensor) -> dict[fx.Node, Any]:
+    """Node -> what it gives for `x`; see `run`."""
     values: dict[fx.Node, Any] = fetch(program, model) | {program.input: x}
     for node in program.nodes:
         if node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             function = aten.reshape if node.target is aten.view.default else node.target  # whatever the strides of x
             values[node] = function(*args, **kwargs)
-    return values[program.output]
+    return values
 
 # %% ../nbs/00e_program.ipynb #3dce598e
 _PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from executing import executed
 
-from sparselab.learn import papers
+from sparselab.learn import claims, papers
 from sparselab.learn.claims import Claim, accuracies, collapsed, side_by_side, train_rows
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import ALL_METHODS, train
@@ -138,6 +138,15 @@ def test_rows_that_train_side_by_side_have_the_bits_of_one_run_alone(tmp_path):
     model = runs["rigl"][1].path / "model.safetensors"
     assert model.read_bytes() == (alone.path / "model.safetensors").read_bytes()
     assert [run.path for run in runs["again"]] == [run.path for run in runs["set"]] and len(runs_in(tmp_path / "rows")) == 4
+
+
+def test_the_longest_trainings_begin_first_and_rows_come_back_as_they_were_asked_for(monkeypatch):
+    begun = []
+    monkeypatch.setattr(claims, "side_by_side", lambda work, configs: begun.extend(configs) or [f"{c.method}, {c.epochs}, {c.seed}" for c in configs])
+    rows = {"dense": {"method": "dense"}, "5x": {"method": "rigl", "epochs": 15}, "imp": {"method": "imp", "sparsity": 0.9}}
+    found = train_rows(Config(dataset="digits", epochs=3), rows, [4, 5])
+    assert [(c.method, c.seed) for c in begun] == [("imp", 4), ("imp", 5), ("rigl", 4), ("rigl", 5), ("dense", 4), ("dense", 5)]
+    assert found == {"dense": ["dense, 3, 4", "dense, 3, 5"], "5x": ["rigl, 15, 4", "rigl, 15, 5"], "imp": ["imp, 3, 4", "imp, 3, 5"]}
 
 
 def test_rows_may_be_of_a_method_that_was_added(tmp_path):

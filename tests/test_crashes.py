@@ -1,6 +1,8 @@
 """A run that is killed at its k-th change of the disk, for every k, resumes to the same bits; one flipped bit in any file is noticed."""
 import json
+import os
 import shutil
+import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from crashes import dying
 from sparselab.learn.changes import Changes
 from sparselab.learn.config import Config
 from sparselab.learn.experiments import train
-from sparselab.learn.files import append_row, read_rows
+from sparselab.learn.files import append_row, read_rows, together, write_file
 from sparselab.learn.runs import Run
 
 SHORT = dict(model="mlp", model_options={"widths": [6]}, epochs=2, eps=0.02, train_samples=40, test_samples=4, batch_size=20, device="cpu",
@@ -178,3 +180,47 @@ def test_damaged_masks_are_mended_from_the_checkpoint_and_a_damaged_log_is_a_sen
     (run.path / "metrics.jsonl").write_bytes(data[:70] + bytes([data[70] ^ 1]) + data[71:])
     with warnings.catch_warnings(), pytest.raises(ValueError, match=r"metrics.jsonl has 0 of the 2 epochs .*resume=False"):
         train(config, [])
+
+
+def test_files_that_are_written_together_wait_for_the_disk_at_the_same_time(tmp_path, monkeypatch):
+    waiting = threading.Barrier(3, timeout=30)  # raises unless three wait at once
+    monkeypatch.setattr(os, "fsync", lambda file: waiting.wait())
+    with together():
+        append_row(tmp_path / "log", {"step": 1})
+        for name in "ab":
+            write_file(tmp_path / name, name.encode())
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".a.tmp", ".b.tmp", "log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "log"] and (tmp_path / "b").read_bytes() == b"b"
+    assert read_rows(tmp_path / "log") == [{"step": 1}]
+
+
+@pytest.mark.parametrize("part", ["work", "disk"])
+def test_where_one_of_the_files_fails_none_is_there(tmp_path, monkeypatch, part):
+    def refuse(file):
+        raise OSError(28, "No space left on device")
+
+    write_file(tmp_path / "a", b"before")
+    monkeypatch.setattr(os, "fsync", refuse if part == "disk" else lambda file: None)
+    with pytest.raises(OSError, match="b cannot be written .No space left" if part == "disk" else "unplugged"):
+        with together():
+            write_file(tmp_path / "b", b"new")
+            if part == "work":
+                raise OSError("unplugged")
+    write = pytest.raises(OSError) if part == "disk" else together()
+    with write:
+        write_file(tmp_path / "a", b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "what is written afterwards waits by itself"
+    assert (tmp_path / "a").read_bytes() == (b"before" if part == "disk" else b"after")
+
+
+def test_the_files_of_an_epoch_wait_for_the_disk_together(tmp_path, monkeypatch):
+    alone, main = set(), threading.current_thread()
+
+    def note(file):
+        if threading.current_thread() is main:
+            alone.add(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+
+    monkeypatch.setattr(os, "fsync", note)
+    run = train(Config(**SHORT, runs_dir=str(tmp_path)), [])
+    assert len(list((run.path / "checkpoint").iterdir())) == 2 and len(run.metrics) == 2
+    assert ".config.json.tmp" in alone and not [name for name in alone if "step-" in name or name in ("metrics.jsonl", "stability.jsonl")]

@@ -9,7 +9,18 @@ from sparselab import program
 from sparselab.learn import evaluation, losses
 from sparselab.learn.data import Split
 from sparselab.learn.objectives import objective
+from sparselab.learn.recordings import NeuronSums
+from sparselab.robust.ibp import interval_pass
+from sparselab.robust.modes import eval_mode
+from sparselab.robust.neurons import as_row
 from sparselab.robust.verification import verify
+
+
+class Rounded(nn.Module):
+    """A layer that nobody can read: what it does depends on the values of its activations."""
+
+    def forward(self, x):
+        return x if bool((x > 0).any()) else 2 * x
 
 
 def task(net: nn.Module = None):
@@ -68,3 +79,49 @@ def test_validation_reads_the_model_once_for_all_epochs_unless_its_parts_change(
     net[2] = nn.LeakyReLU(0.1)
     assert evaluation.validate(net, split, 0.1, batch_size=20, reading=reading) == evaluation.validate(net, split, 0.1, batch_size=20)
     assert len(readings) == 6
+
+
+def bounded(net: nn.Module, split: Split) -> NeuronSums:
+    (x, _), sums = next(iter(split.batches(60, shuffle=False))), NeuronSums()
+    with eval_mode(net), torch.no_grad():
+        sums.add(interval_pass(net, x, x).preactivations)
+    return sums
+
+
+def test_validation_at_radius_0_bounds_once_and_then_asks_the_network_alone(monkeypatch):
+    convolution = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.LeakyReLU(0.1)
+    net, split = task(nn.Sequential(*convolution, nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)))
+    calls, reading = [], program.LastReading()
+
+    def counted(name, run):
+        return lambda *args, **options: calls.append(name) or run(*args, **options)
+
+    for name in ("interval_pass", "without_bounds", "sparse_network"):
+        monkeypatch.setattr(evaluation, name, counted(name, getattr(evaluation, name)))
+    for _ in range(3):
+        with torch.no_grad():
+            net[4].weight += 0.1 * torch.randn_like(net[4].weight)
+        sums, wanted = NeuronSums(), bounded(net, split)
+        shares, row = evaluation.validate(net, split, 0.0, neurons=sums, kernels="auto", reading=reading)
+        with eval_mode(net), torch.no_grad():
+            right = net(split.images / 255).argmax(1) == split.labels
+        assert shares["clean"] == shares["verified"] == int(right.sum()) / 60 and net.training
+        assert row == as_row(wanted.counts) and sums.counts.keys() == wanted.counts.keys() == {"2", "5"}
+        assert all(torch.allclose(sums.sums[name], wanted.sums[name], atol=1e-4) for name in wanted.sums)
+    assert sorted(calls) == ["interval_pass", "without_bounds"]
+
+
+@pytest.mark.parametrize("layers", [[nn.Softmin(1), nn.Threshold(0.3, 0.1)], [nn.Dropout(0.5), Rounded()]], ids=["no bounds", "no reading"])
+def test_validation_at_radius_0_verifies_nothing_of_a_network_without_bounds(layers):
+    net, split = task(nn.Sequential(nn.Flatten(), nn.Linear(16, 3), *layers))
+    shares, row = evaluation.validate(net, split, 0.0)
+    assert shares["clean"] > 0 and shares["verified"] == 0 and row == {}
+
+
+def test_layers_are_named_by_one_reading_of_all_epochs(monkeypatch):
+    net, split = task()
+    read, readings, naming = program.read, [], program.LastReading()
+    monkeypatch.setattr(program, "read", lambda model, x: readings.append(len(x)) or read(model, x))
+    x, _ = next(iter(split.batches(1, shuffle=False)))
+    assert all(NeuronSums(net, x, naming).weights["2"] == "1.weight" for _ in range(3)) and readings == [1]
+    assert NeuronSums(net, x).weights["2"] == "1.weight" and readings == [1, 1]

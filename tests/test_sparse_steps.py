@@ -14,7 +14,7 @@ from sparselab.learn.assembly import make_learner
 from sparselab.learn.fusion import Fused
 from sparselab.learn.models import Normalize
 from sparselab.learn.objectives import OBJECTIVES
-from sparselab.learn.rows import READERS, Rows, Unsupported, certified, dense_gradients, logits
+from sparselab.learn.rows import READERS, Rows, Sparse, Unsupported, certified, dense_gradients, logits
 from sparselab.learn.sparse_steps import OnRows, SparseSteps
 from sparselab.robust import bounds, input_box, margin_matrix, pgd
 from sparselab.sparse import sparsify
@@ -747,3 +747,34 @@ def test_a_model_that_nobody_changes_is_read_and_taken_up_once(name):
         steps.optimizer.state_dict()
         steps.model.state_dict()
         stepped(steps, x, y, 1)
+
+
+@pytest.mark.parametrize(("method", "sparsity"), [("dense", 0.0), ("static", 0.5), ("gmp", 0.95)])
+def test_dense_steps_look_at_the_model_once_until_there_are_fewer_weights(method, sparsity):
+    options = {"begin": 0.5, "end": 0.5} if method == "gmp" else {}
+    learner = make_learner(Config(**SMALL, kernels="auto", method=method, sparsity=sparsity, method_options=options))
+    asked, holds = [], SparseSteps._reading_holds
+    with mock.patch.object(SparseSteps, "_reading_holds", lambda self, x: asked.append(self.sparsifier.masks.nnz) or holds(self, x)):
+        learner.fit()
+    total = learner.sparsifier.masks.total
+    assert (sum(nnz > 0.4 * total for nnz in asked) == 1) and learner.step > 8
+    assert (learner.on_nonzeros.count > 0) == (method == "gmp")
+
+
+def test_the_same_masks_are_indexed_once_and_the_values_are_those_of_the_model():
+    model, masks = sparse_model("cnn4", 0.9)
+    net, x = Rows(model, torch.rand(2, 1, 8, 8)), torch.rand(5, 1, 8, 8)
+
+    def products():
+        return [layer.product for layer in net.layers if isinstance(layer, Sparse)]
+
+    net.index(masks)
+    before = products()
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).mul_(torch.from_numpy(mask)).mul_(0.5)
+    net.index(masks)
+    assert all(a is b for a, b in zip(before, products(), strict=True))
+    assert torch.allclose(logits(net, torch.from_numpy(net.values.flat), x), model(x), atol=1e-5)
+    net.index(masks, every=True)
+    assert not any(a is b for a, b in zip(before, products(), strict=True)) and all(rows.all() for rows in net.live)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ..errors import counted
 from .arrays import drop_later, write_arrays
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import keep_newest, load_checkpoint, save_state
 from .evaluation import reestimate_statistics, sparse_network, validate
-from .files import append_row, keep_rows, read_rows
+from .files import append_row, keep_rows, read_rows, together
 from .learner import Callback, Learner, TrainingStopped
 from .recordings import NeuronSums, value_arrays
 from ..program import LastReading
@@ -30,13 +30,13 @@ class Validate(Callback):
 
     def __init__(self, eps: float, engine: str = "native", kernels: str = "dense"):
         self.eps, self.engine, self.kernels, self.stability, self.neurons = eps, engine, kernels, {}, NeuronSums()
-        self.reading = LastReading()
+        self.reading, self.naming = LastReading(), LastReading()  # of the batches, and of the one image that layers are named by
 
     def after_epoch(self, learner: Learner) -> None:
         if learner.sparsifier.history.updates:
             reestimate_statistics(learner.model, learner.data.train)
         split = learner.data.valid if len(learner.data.valid) else learner.data.train
-        self.neurons = NeuronSums(learner.model, next(iter(split.batches(1, shuffle=False)))[0])
+        self.neurons = NeuronSums(learner.model, next(iter(split.batches(1, shuffle=False)))[0], self.naming)
         accuracies, layers = validate(learner.model, split, self.eps, self.engine, neurons=self.neurons, kernels=self.kernels, reading=self.reading)
         learner.row |= accuracies
         self.stability = {"step": learner.step, "epoch": learner.epoch, "layers": layers}
@@ -99,13 +99,15 @@ class Record(Callback):
         save_anew(learner.sparsifier.history, self.folder / "masks")
 
     def after_epoch(self, learner: Learner) -> None:
-        append_row(self.folder / "metrics.jsonl", learner.row)
-        append_row(self.folder / "stability.jsonl", self.validation.stability)
         masks, name = learner.sparsifier.masks, f"step-{learner.step:09d}.safetensors"
-        write_arrays(self.folder / "stability" / name, *self.validation.neurons.arrays())
-        write_arrays(self.folder / "weights" / name, *value_arrays(masks.weights, masks))
-        save_history(learner.sparsifier.history, self.folder / "masks")
-        save_checkpoint(self.folder / "checkpoint", learner.step, learner.state_dict())
+        with together():
+            append_row(self.folder / "metrics.jsonl", learner.row)
+            append_row(self.folder / "stability.jsonl", self.validation.stability)
+            write_arrays(self.folder / "stability" / name, *self.validation.neurons.arrays())
+            write_arrays(self.folder / "weights" / name, *value_arrays(masks.weights, masks))
+            save_history(learner.sparsifier.history, self.folder / "masks")
+            save_state(self.folder / "checkpoint" / name, learner.state_dict())  # the last: what it counts on is there
+        keep_newest(self.folder / "checkpoint")
 
 
 class Progress(Callback):

@@ -29,7 +29,7 @@ from ..errors import check_known, counted
 from .assembly import pick_device
 from .callbacks import CHANCE, ToTheEnd, collapse
 from .config import Config
-from .experiments import train
+from .experiments import PROCEDURES, train
 from .files import write_json
 from .runs import Run
 from ..sparse.sparsify import METHODS
@@ -203,12 +203,18 @@ def side_by_side(work: Callable[[Config], object], configs: Sequence[Config]) ->
             _end_workers_with(os.getpid())
 
 
+def _length(config: Config) -> tuple[bool, int]:
+    """Larger for a longer training: the longest begin first, so that at the end no core waits for a long one."""
+    return config.method in PROCEDURES, config.epochs
+
+
 def train_all(configs: Mapping[str, Sequence[Config]]) -> dict[str, list[Run]]:
     """Row -> its runs, trained side by side to their end, with skill or without; those that have finished before are only read.
 
     Raises what `train` raises: TrainingStopped when a loss is not finite.
     """
     distinct = {(config.runs_dir, config.run_id): config for row in configs.values() for config in row}
+    distinct = dict(sorted(distinct.items(), key=lambda item: _length(item[1]), reverse=True))
     runs = dict(zip(distinct, side_by_side(lambda config: train(config, [ToTheEnd()], wait=True), list(distinct.values())), strict=True))
     return {name: [runs[config.runs_dir, config.run_id] for config in row] for name, row in configs.items()}
 

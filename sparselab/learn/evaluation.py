@@ -8,15 +8,16 @@ __all__ = ['beyond_chance', 'sparse_network', 'without_bounds', 'validate', 'ree
 # %% ../../nbs/learn/28_evaluation.ipynb #36b48f2d
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import Split
 from .recordings import NeuronSums
-from ..program import LastReading, Unreadable
+from ..program import LastReading, Program, Unreadable, operation, values_at
 from ..robust.attacks import survivors
 from ..robust.bounds import METHODS, bounds
 from ..robust.boxes import input_box, margin_matrix, moves
@@ -72,13 +73,44 @@ def _logits_and_margins(model: nn.Module, x: Tensor, y: Tensor, eps: float | Ten
     return logits, passed.output(C)[0]
 
 
+_SWITCHES = ("relu", "leaky_relu", "clamp", "clamp_min")  # operations that bounds take for a ReLU
+
+
+def _read_by_switches(program: Program, model: nn.Module, x: Tensor) -> dict[str, fx.Node] | None:
+    """ReLU, as bounds call it -> the node that it reads; None for a network without bounds, and where a node has another shape than its bounds."""
+    if "read by switches" not in program.kept:
+        program.kept["read by switches"] = None
+        if not without_bounds(model, x):
+            bounded = interval_pass(model, x, x, program=program).preactivations
+            switches = [node for node in program.nodes if operation(node) in _SWITCHES and program.names.get(node) in bounded]
+            found = {program.names[node]: node.args[0] for node in switches}
+            if found.keys() == bounded.keys() and all(found[name].meta["shape"] == lb.shape for name, (lb, _) in bounded.items()):
+                program.kept["read by switches"] = {name: found[name] for name in bounded}
+    return program.kept["read by switches"]
+
+
+def _at_points(model: nn.Module, x: Tensor, neurons: NeuronSums, reading: LastReading) -> Tensor | None:
+    """Logits of `x`; `neurons` is told what every ReLU reads, which at radius 0 is both of its bounds. None where that is not known."""
+    try:
+        program, _ = reading(model, x)
+        read = _read_by_switches(program, model, x)
+    except Unreadable:
+        return None
+    if read is None:
+        return None
+    values = values_at(program, model, x)
+    neurons.add({name: (values[node], values[node]) for name, node in read.items()})
+    return values[program.output]
+
+
 @torch.no_grad()
 def validate(model: nn.Module, split: Split, eps: float, engine: str = "native", batch_size: int = 500,
              neurons: NeuronSums | None = None, kernels: str = "dense",
              reading: LastReading | None = None) -> tuple[dict[str, float], dict]:
     """({"clean", "verified", "balanced", "skill"}, stability row) of `split` at `eps`; shares, verified by IBP, see `beyond_chance`.
 
-    Of a network without bounds nothing is verified. Stability comes from the native engine's interval pass; with another engine the row is
+    Of a network without bounds nothing is verified. At radius 0 the box is the image: who is right is verified, by the dense network unless `kernels`
+    is "sparse". Stability comes from the native engine's interval pass; with another engine the row is
     empty. `neurons`, empty as yet, is told the bounds before every ReLU. `kernels`: "sparse" or "auto" for the nonzeros alone, see
     `sparse_evaluation`. `reading`: the reading of the model for batches before, which holds as long as the model has the same parts.
     """
@@ -88,11 +120,16 @@ def validate(model: nn.Module, split: Split, eps: float, engine: str = "native",
     right, count = torch.zeros(2, classes, dtype=torch.float64, device=split.labels.device)
     with eval_mode(model):
         example, eps = next(iter(split.batches(2, shuffle=False)))[0], split.radius(eps)
-        net, _ = sparse_network(model, example, kernels, engine)
-        provable = net is not None or engine != "native" or not without_bounds(model, example)
+        points = engine == "native" and kernels != "sparse" and not moves(eps)
+        net, _ = (None, "") if points else sparse_network(model, example, kernels, engine)
+        provable = cache(lambda: engine != "native" or not without_bounds(model, example))
         for x, y in split.batches(batch_size, shuffle=False):
-            logits, lb = (_logits_and_margins(model, x, y, eps, engine, neurons, provable, reading) if net is None
-                          else net.logits_and_margins(x, y, eps, neurons))
+            if net is not None:
+                logits, lb = net.logits_and_margins(x, y, eps, neurons)
+            elif points and (logits := _at_points(model, x, neurons, reading)) is not None:
+                lb = torch.full((len(x), 1), math.inf, device=x.device)
+            else:
+                logits, lb = _logits_and_margins(model, x, y, eps, engine, neurons, provable(), reading)
             correct = worst_margin(logits, y) > 0
             right += y[correct].bincount(minlength=classes)
             count += y.bincount(minlength=classes)

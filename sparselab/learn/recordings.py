@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import check_known
 from .arrays import Unavailable, read_arrays
-from ..program import Unreadable, operation, read
+from ..program import LastReading, Unreadable, operation
 from ..robust.modes import eval_mode
 from ..robust.neurons import LayerStability
 from ..sparse.masks import prunable
@@ -26,14 +26,14 @@ STATES = ("active", "inactive", "unstable", "dead")
 MOST = 4096  # neurons that are recorded one by one
 
 
-def feeding(model: nn.Module, x: Tensor) -> dict[str, str]:
+def feeding(model: nn.Module, x: Tensor, reading: LastReading | None = None) -> dict[str, str]:
     """Name of each operation of `model` on the batch `x` -> the weight of the one layer that it is a function of, as of a ReLU.
 
-    Operations that join several layers are left out; so is everything of a model that cannot be read.
+    Operations that join several layers are left out; so is everything of a model that cannot be read. `reading`: an earlier one, see `LastReading`.
     """
     try:
         with eval_mode(model):
-            program = read(model, x)
+            program, _ = (reading or LastReading())(model, x)
     except Unreadable:
         return {}
     weights, found = prunable(model), {node: name for node, name in program.state.items()}
@@ -46,10 +46,10 @@ def feeding(model: nn.Module, x: Tensor) -> dict[str, str]:
 
 
 class NeuronSums:
-    """Adds up `preactivations` (layer -> (lb, ub) of its ReLU's input, (B, *shape)) of `model` over batches."""
+    """Adds up `preactivations` (layer -> (lb, ub) of its ReLU's input, (B, *shape)) of `model` over batches; `reading`: see `feeding`."""
 
-    def __init__(self, model: nn.Module | None = None, x: Tensor | None = None):
-        self.weights = feeding(model, x) if model else {}
+    def __init__(self, model: nn.Module | None = None, x: Tensor | None = None, reading: LastReading | None = None):
+        self.weights = feeding(model, x, reading) if model else {}
         self.counts: dict[str, LayerStability] = {}
         self.sums: dict[str, Tensor] = {}
 

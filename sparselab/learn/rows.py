@@ -525,7 +525,7 @@ class Rows:
         self.out = self.places[self.program.output]
         self._apply_activations_at_once()
         self.free: dict[tuple[int, int], list[Pass]] = {}
-        self.indexed = 0  # how often
+        self.indexed, self.every = 0, False  # how often, and whether every row is wanted
         self.values: Values | None = None  # once it is indexed
 
     @property
@@ -538,15 +538,17 @@ class Rows:
 
         Rows that nobody reads are left out, unless `every` row is wanted.
         """
-        self.free, self.indexed = {}, self.indexed + 1  # what old masks have left in their rows is nobody's
         masks = {name: masks.get(name, np.ones(self.parameters[name].shape, bool)) for name in self.weights}
         before, self.values = self.values.kept if self.values else {}, Values(self.trained, masks)
         for name, parameter in self.trained.items():
             self.values.of(name)[:] = self.values.gather(name, parameter).numpy()
-        for layer in self.layers:
-            if isinstance(layer, Sparse) and layer.weight is not None:
-                if layer.entries is None or not np.array_equal(before[layer.weight], self.values.kept[layer.weight]):
-                    layer.index(masks[layer.weight])
+        changed = [layer for layer in self.layers if isinstance(layer, Sparse) and layer.weight is not None and
+                   (layer.entries is None or not np.array_equal(before[layer.weight], self.values.kept[layer.weight]))]
+        if self.indexed and not changed and every == self.every:
+            return
+        self.free, self.indexed, self.every = {}, self.indexed + 1, every  # what old masks have left in their rows is nobody's
+        for layer in changed:
+            layer.index(masks[layer.weight])
         self.live = live = [np.full(math.prod(shape), every or place == self.out) for place, shape in enumerate(self.shapes)]
         for layer in reversed(self.layers):
             for place, rows in zip(layer.src, layer.reads(live[layer.dst]), strict=True):

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.sgd import sgd
 
 from ..errors import check_known
 from .fusion import Fused, unbounded
@@ -207,6 +208,7 @@ class SparseSteps:
         self.net: Rows | None = None
         self.flat: nn.Parameter | None = None
         self.closed, self.reason, self._moved, self.count = False, "", False, 0  # count: of sparse steps
+        self._declined: dict[str, int] | None = None  # how many weights the layers had when sparse steps did not pay
         if reason := 'kernels="dense" was asked for' if kernels == "dense" else self._objection():
             self.close(reason)
         if kernels == "sparse":
@@ -271,7 +273,9 @@ class SparseSteps:
         return not self.closed
 
     def _read(self, x: Tensor) -> bool:
-        """Read the model, unless the last reading still holds; whether it is to be used."""
+        """Read the model, unless the last reading still holds, or sparse steps have not paid with as many weights; whether it is to be used."""
+        if self._declined == self.sparsifier.masks.counts:
+            return False
         if not self._reading_holds(x):
             self.settle()
             try:
@@ -289,7 +293,9 @@ class SparseSteps:
                 self.net = None
                 self.close(f"the network has no faster form: {reason}")
                 return False
-        return self._pays()
+        pays = self._pays()
+        self._declined = None if pays else dict(self.sparsifier.masks.counts)
+        return pays
 
     def _carries(self, progress: float) -> bool:
         """Whether the network on rows has the bounds that the loss of this moment is made of."""
@@ -502,10 +508,14 @@ class SparseSteps:
         return torch.tensor(loss)
 
     def _optimize(self) -> None:
-        """A step of the own optimizer; that of Adam without what PyTorch does around it, which takes longer than the step."""
+        """A step of the own optimizer, without what PyTorch does around it, which takes longer than the step; but for the first."""
         state, group = self._own.state.get(self.flat), self._own.param_groups[0]
-        if not state or not isinstance(self._own, torch.optim.Adam | torch.optim.AdamW):
+        if not state or state.get("momentum_buffer", 0) is None:
             return self._own.step()
+        if isinstance(self._own, torch.optim.SGD):
+            options = {name: group[name] for name in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")}
+            with torch.no_grad():
+                return sgd([self.flat], [self.flat.grad], [state["momentum_buffer"]], foreach=False, fused=False, **options)
         function, decoupled = adam, {"decoupled_weight_decay": group["decoupled_weight_decay"]}
         if isinstance(self._own, torch.optim.AdamW):
             function, decoupled = adamw, {}

@@ -218,7 +218,7 @@ class Explorer(widgets.VBox):
             going_on = any(isinstance(source, Live) and not source.rested for source in sources)
             begin = None if going_on else busiest_moment(sources)
             for side in self.sides:
-                for block in side.blocks:
+                for block in side.blocks if begin is not None else ():
                     block.step = begin  # for which it is drawn at once
                 side.read()
             self._extend(follow=True)

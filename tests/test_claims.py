@@ -172,7 +172,7 @@ def workers(_: object = None) -> set[tuple]:
     return set(side_by_side(work, [Config(seed=seed, device="cpu") for seed in range(4)]))
 
 
-def test_workers_stay_for_the_next_call_unless_folder_or_environment_are_others(monkeypatch, tmp_path):
+def test_workers_stay_unless_folder_or_environment_are_others_and_a_child_has_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
     monkeypatch.setenv("SPARSELAB_DATA", "here")
     first = workers()
@@ -181,12 +181,7 @@ def test_workers_stay_for_the_next_call_unless_folder_or_environment_are_others(
     assert {found[1:] for found in workers()} == {(os.getcwd(), "there")}
     monkeypatch.chdir(tmp_path)
     assert {found[1:] for found in workers()} == {(str(tmp_path), "there")}
-
-
-def test_a_child_process_does_not_wait_for_idle_workers(monkeypatch):
-    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
-    assert len(workers()) == 2, "which are not the child's"
-    child = multiprocessing.get_context("fork").Process(target=workers)
+    child = multiprocessing.get_context("fork").Process(target=workers)  # whose parent has idle workers, which are not the child's
     child.start()
     child.join(50)  # idle workers end after a minute by themselves
     assert child.exitcode == 0

@@ -261,10 +261,11 @@ def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("first", [0, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", SHRUNK | KEPT)
-def test_the_compact_network_is_the_same_function(form):
+def test_the_compact_network_is_the_same_function(form, first):
     smaller = []
-    for seed in range(20):
+    for seed in range(first, first + 10):
         model, x = masked(form, seed)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         small = compact(model, x)
@@ -275,7 +276,7 @@ def test_the_compact_network_is_the_same_function(form):
         assert all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
         smaller.append(size(small) < size(model))
         assert size(small) <= size(model)
-    assert sum(smaller) >= 8 or form in KEPT, f"{sum(smaller)} of 20 were smaller"
+    assert sum(smaller) >= 4 or form in KEPT, f"{sum(smaller)} of 10 were smaller"
 
 
 def test_a_chain_keeps_exactly_the_weights_on_paths_from_input_to_output():

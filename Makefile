@@ -22,6 +22,8 @@ PYTEST ?=
 PAPERS ?= $(wildcard nbs/papers/*.ipynb)
 # one more than two cores: some tests wait for browsers, kernels and clusters, meanwhile another runs
 WORKERS ?= 3
+# the library notebooks; matplotlib draws their figures: a browser for each notebook takes longer than the rest of it, and tests/ has those with one
+LESSONS = BROWSER_PATH=none $(BIN)/nbdev_test --n_workers $(WORKERS) --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
 # papermill that prints what a notebook prints, as it is printed
 PAPERMILL = $(BIN)/python nbs/run.py
 # JupyterLab refuses root, who in a container is the only user, unless told that this is meant
@@ -64,7 +66,6 @@ train: $(STAMP) ## train a 99 % sparse network under a verified loss on scikit-l
 	@found=$$(find runs -name summary.json -newer runs/.started); \
 		for summary in $${found:-$$(ls -t runs/*/summary.json 2>/dev/null | head -n 1)}; do echo "run folder:        $$(dirname "$$summary")"; done
 
-# Figures of library notebooks are drawn by matplotlib: a browser for each notebook takes longer than the rest of it, and tests/ has those with one.
 # Bytecode is written also where that is switched off, as in containers: every process would compile the library, every worker rewrite the tests.
 test: export OMP_NUM_THREADS := 1
 test: export PYTHONDONTWRITEBYTECODE :=
@@ -72,14 +73,16 @@ test: $(STAMP) ## all tests but those of `make bare` and `make slow`: library in
 	@$(BIN)/python tests/gates.py
 	@$(BIN)/python -m ruff check --output-format concise
 	@echo "library notebooks"
-	@BROWSER_PATH=none $(BIN)/nbdev_test --n_workers $(WORKERS) --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
+	@$(LESSONS)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 bare: $(STAMP) ## the tests of a machine without Chrome and without Debian's data packages, which are hidden from them
 	@$(BIN)/python -m pytest -m bare -n 2 --dist load tests/test_bare.py $(PYTEST)
 
 slow: export OMP_NUM_THREADS := 1
-slow: $(STAMP) ## the tests that take minutes each (marked slow; `make test` leaves them out)
+slow: export PYTHONDONTWRITEBYTECODE :=
+slow: $(STAMP) ## what `make test` leaves out: comparisons in lessons over several seeds, and the tests that take minutes each (all marked slow)
+	@$(LESSONS) --flags slow
 	@$(BIN)/python -m pytest -m slow $(PYTEST)
 
 lab: $(STAMP) ## JupyterLab on the workbench

@@ -127,7 +127,8 @@ def agree(found, truth: list[float], complete: list[bool]) -> None:
 
 @pytest.mark.parametrize("block", [pytest.param(block, marks=pytest.mark.slow if block > 3 else ()) for block in range(10)])
 def test_never_contradicts_a_milp_and_is_complete(block, monkeypatch):
-    """100 networks in ten blocks, of which six are for `make slow`, dense and sparse; four images each at a radius where both verdicts occur; with and without halves of the box."""
+    """100 networks in ten blocks, of which `make slow` has six, dense and sparse; four images each at a radius where both verdicts occur;
+    with and without halves of the box."""
     verdicts = []
     for seed in range(10 * block, 10 * block + 10):
         net = network(seed, width=6 + seed % 7, depth=1 + seed % 3, sparsity=(0.0, 0.5, 0.8)[seed // 3 % 3])

@@ -24,7 +24,7 @@ from torch.autograd import Function
 
 from ..program import BATCH_NORMS, Program, arguments, fetch, operation, read
 from ..sparse.entries import Entries, convolution, in_reading_order, linear
-from ..sparse.products import ball_to_rows, columns_to_rows, compiled, product_kind, with_numba
+from ..sparse.products import ball_to_rows, columns_to_rows, compiled, empty_rows, product_kind, with_numba
 
 # %% ../../nbs/learn/21_rows.ipynb #09c12884
 class Unsupported(ValueError):
@@ -42,7 +42,7 @@ class Pass:
         self.net, self.n, self.m = net, n, m
         self.indexed = net.indexed
         self.running = False  # whether a BatchNorm takes its running averages, as in eval mode
-        self.x = [np.zeros((math.prod(shape), n + 2 * m), np.float32) for shape in net.shapes]
+        self.x = [empty_rows(math.prod(shape), n + 2 * m) for shape in net.shapes]
         self.g: list[np.ndarray | None] = [None] * len(net.shapes)
         self.saved: dict[int, Any] = {}  # place -> what a layer keeps for its gradient
         self.pulled: dict[int, np.ndarray] = {}  # place -> what others than its columns pull on scale and shift of a BatchNorm, (2, channels)
@@ -53,7 +53,7 @@ class Pass:
 
     def gradient(self, place: int) -> np.ndarray:
         if self.g[place] is None:
-            self.g[place] = np.zeros_like(self.x[place])
+            self.g[place] = empty_rows(*self.x[place].shape)
         return self.g[place]
 
     def ahead(self, slope: float) -> float:
@@ -998,8 +998,10 @@ class Outputs:
     def backward(self, gz: np.ndarray, grad: np.ndarray | None, keep: dict | None = None, of_input: bool = False) -> Tensor | None:
         """Add the gradients of the values to `grad`, unless it is None, and return that of the images if it is wanted."""
         net, p = self.net, self.p
-        g = through(torch.from_numpy(gz).reshape(len(gz), -1).T, p.tensor(net.out), net.slope[net.out])
-        torch.from_numpy(p.gradient(net.out)).copy_(g)
+        g, slope = torch.from_numpy(p.gradient(net.out)), net.slope[net.out]
+        columns_to_rows(gz.reshape(len(gz), -1), np.arange(len(g)), g.numpy(), 0)
+        if slope < 1:
+            g.copy_(through(g, p.tensor(net.out), slope))
         net.backward(p, grad, of_input=of_input)
         gx = _images(torch.from_numpy(p.gradient(0)), self.shape[1:]) if of_input else None
         net.take_back(p) if keep is None else keep.update({"passes": [p]})

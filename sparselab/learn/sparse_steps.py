@@ -30,7 +30,7 @@ from ..robust import input_box, margin_matrix
 from ..sparse import Sparsifier
 from ..sparse.keepers import after_step, before_step
 from ..sparse.masks import clear_moments
-from ..sparse.products import multiply, to_compile, with_numba
+from ..sparse.products import multiply, multiply_clean, to_compile, with_numba
 
 # %% ../../nbs/learn/22_sparse_steps.ipynb #71c6071b
 KERNELS = ("auto", "sparse", "dense")
@@ -244,7 +244,7 @@ class SparseSteps:
 
     def compiles(self) -> bool:
         """Whether the first sparse step will have to compile its kernels."""
-        return not self.closed and to_compile(multiply)
+        return not self.closed and to_compile(multiply) and to_compile(multiply_clean)
 
     def _refuse(self, reason: str) -> None:
         if reason and self.kernels == "sparse":

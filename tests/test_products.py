@@ -1,0 +1,63 @@
+"""Products on rows: clean columns, which have a loop of their own, have the bits that they have beside boxes; images become rows by blocks."""
+import math
+
+import numpy as np
+import pytest
+from engine import machine, numba_or_not
+from torch import nn, rand
+
+from sparselab.learn.rows import Outputs, Rows
+from sparselab.sparse.entries import convolution, linear
+from sparselab.sparse.products import Product, columns_to_rows, pull_back
+
+LAYERS = {"convolution": lambda rng: convolution(rng.random((4, 3, 3, 3)) < 0.5, (3, 6, 6), (2, 1), (1, 1), (1, 1)),
+          "linear": lambda rng: linear(rng.random((9, 40)) < 0.2, (40,)), "empty": lambda rng: linear(np.zeros((3, 4), bool), (4,))}
+
+
+def steps(entries, n, add):
+    """Outputs, gradients of the input, and of values, of n clean columns: beside boxes, and alone; the last pair both by loops for clean columns."""
+    rng = np.random.default_rng(0)
+    layer, values = Product(entries, rng.random(math.prod(entries.out_shape)) < 0.8), rng.normal(size=entries.weights).astype(np.float32)
+    x, g, start = (rng.normal(size=(math.prod(shape), 3 * n)).astype(np.float32) for shape in (entries.in_shape, entries.out_shape, entries.in_shape))
+    found = []
+    for columns in (3 * n, n):
+        x, g, gx = x[:, :columns].copy(), g[:, :columns].copy(), start[:, :columns].copy()
+        y, dvalues = np.zeros_like(g), np.zeros_like(values)
+        layer.forward(x, values, values[:0], y, n, 0.1)
+        layer.backward(g, values, x, gx, n, 0.1, add, dvalues)
+        found += [(y[:, :n], gx[:, :n])]
+    order, dots = layer.into, np.zeros_like(values)
+    pull_back(g, order.ptr, *order.columns, values, x, np.zeros_like(gx), order.rows, n, np.float32(0.1), False, dots)
+    return [*zip(*found, strict=True), (dvalues, dots)]
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("n", [16, 64, 112, 128, 208])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_clean_columns_have_the_bits_that_they_have_beside_boxes(layer, n, add):
+    with machine(True):
+        for alone, beside in steps(LAYERS[layer](np.random.default_rng(1)), n, add):
+            np.testing.assert_array_equal(alone, beside)
+
+
+@numba_or_not
+@pytest.mark.parametrize("images", [1, 16, 35])
+@pytest.mark.parametrize("pixels", [5, 48, 300])
+def test_images_become_rows(numba, images, pixels):
+    x, rng = rand(images, pixels).numpy(), np.random.default_rng(0)
+    with machine(numba):
+        for given in (x, np.asfortranarray(x), np.repeat(x, 2, 1)[:, ::2]):
+            for rows in (np.arange(pixels), np.flatnonzero(rng.random(pixels) < 0.6), np.flatnonzero(rng.random(pixels) < 0.1)):
+                y = np.full((pixels, images + 3), 7, np.float32)
+                columns_to_rows(given, rows, y, 2)
+                np.testing.assert_array_equal(y[rows, 2:-1], x.T[rows])
+                assert (y[:, :2] == 7).all() and (y[:, -1] == 7).all()
+
+
+def test_rows_begin_where_a_line_of_the_cache_does():
+    net = Rows(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)), rand(2, 1, 8, 8))
+    net.index({})
+    made = Outputs(net, rand(5, 1, 8, 8))
+    made.backward(np.ones((5, 3), np.float32), np.zeros_like(net.values.flat), of_input=True)
+    for rows in (*made.p.x, *(g for g in made.p.g if g is not None)):
+        assert rows.ctypes.data % 64 == 0

@@ -19,6 +19,7 @@ pytest.importorskip("anywidget", reason="anywidget is not installed: pip install
 from ipywidgets import Widget
 
 from sparselab.learn import Config, Live, Run, train
+from sparselab.learn.gate import SETTLED
 from sparselab.notebooks import at_root
 from sparselab.view import Explorer
 from sparselab.view.explorer.blocks import Block, Selection
@@ -88,6 +89,28 @@ def test_a_refused_learning_rate_leaves_its_field(configs):
         until(lambda: controls.lr.value == lr)
         assert live.snapshot.knobs["lr"] == lr and live.snapshot.note
     live.stop()
+
+
+@pytest.mark.parametrize("method", ["dense", "snip", "gmp", "rigl", "sparsevlr", "vlr_projection"])
+def test_one_update_pauses_with_a_sentence_when_no_update_is_left(configs, tmp_path, method):
+    """Also at the very last step, which `vlr_projection` ends with."""
+    options = {"update_every": 6} if method in ("gmp", "rigl", "sparsevlr") else {"rounds": 2} if method == "vlr_projection" else {}
+    live, paused = Live(Config(**SMALL | {"method": method, "method_options": options}, epochs=2, runs_dir=str(tmp_path))), []
+    while not paused or paused[-1].note != SETTLED:
+        if paused and len(paused) < 3:  # a kernel is restarted: what was there before is no update that was waited for
+            live.stop()
+            live = Live(live.source)
+        live.step()
+        until(lambda live=live: (now := live.snapshot).status in ("paused", "finished") and now is not (paused or [None])[-1])
+        assert live.snapshot.status == "paused"
+        paused.append(live.snapshot)
+    steps = live.history.steps
+    assert [now.step for now in paused] == ([*steps[1:], steps[-1]] if method != "snip" else [1])
+    time.sleep(0.05)
+    assert live.snapshot.status == "paused" and SETTLED in live.headline
+    live.resume()
+    until(lambda: live.snapshot.status == "finished")
+    assert SETTLED not in live.headline and live.history.steps == steps
 
 
 @pytest.fixture(scope="module")

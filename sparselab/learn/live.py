@@ -145,7 +145,7 @@ class Live(Source):
         return self.start()
 
     def step(self) -> "Live":
-        """Train until the masks have changed once more, then pause."""
+        """Train until the masks have changed once more, then pause; at once, with a note, where they do not change any more."""
         return self.start("update")
 
     def pause(self) -> None:

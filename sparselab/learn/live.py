@@ -35,7 +35,7 @@ from ..sparse.history import MaskHistory
 from ..sparse.sparsify import METHODS, method_options
 
 # %% ../../nbs/learn/47_live.ipynb #e5134af3
-KEPT = ("checkpoint", "masks", "stability", "weights", "metrics.jsonl", "stability.jsonl", "events.jsonl")
+KEPT = ("checkpoint", "masks", "stability", "weights", "metrics.jsonl", "stability.jsonl", "events.jsonl", "bookmarks.jsonl")
 
 
 def extended(run: Run, epochs: int) -> Path:

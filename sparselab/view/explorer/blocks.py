@@ -19,6 +19,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from ...errors import attempt
+from ...learn.reading import Source
 from .plot import Plot
 from ..figures.panels import Panel
 from ..figures.theme import untitled
@@ -80,7 +81,8 @@ class Block(widgets.VBox):
 
     caption = ""  # the first line, where it says more than the title
     part = ""  # what of the network is drawn, such as a layer
-    runs: tuple[str, ...] = ()  # names of the runs that are drawn
+    sources: Sequence[Source] = ()  # what is drawn
+    told: tuple[widgets.Widget, ...] = ()  # notes and legends, which are of what is drawn
     step: float | None = None
     drawn: float | None = None  # the step for which `settle` has drawn
 
@@ -113,25 +115,30 @@ class Block(widgets.VBox):
         """A unit was selected."""
 
     @property
+    def runs(self) -> str:
+        """The names of the runs that are drawn, by now: a training that goes on from another has a name of its own."""
+        return " and ".join(dict.fromkeys(source.name for source in self.sources))
+
+    @property
     def name(self) -> str:
         """Run, title, layer and step as the name of a file."""
-        return file_name(" and ".join(self.runs), self.title.lower(), self.part, "" if self.step is None else f"step {self.step:g}")
+        return file_name(self.runs, self.title.lower(), self.part, "" if self.step is None else f"step {self.step:g}")
 
     def draw(self, make: Callable[[], Panel]) -> Panel | None:
         """Take over the panel that `make` returns; None, and a sentence instead, when it raises."""
         with self.lock:
             panel, problem = attempt(make)
             self.say(problem)
-            if panel is not None:
-                self.panel, self.code.value = panel, panel.call
-                self.heading.value = heading(self.caption, panel.how_to_read)
+            self.panel, self.code.value = panel, panel.call if panel else ""
+            self.heading.value = heading(self.caption, panel.how_to_read if panel else "")
             return panel
 
     def say(self, problem: str) -> None:
-        """Show a sentence in place of the content; "" shows the content."""
+        """Show a sentence in place of the content, and of what it says of itself; "" shows them."""
         self.problem.value = f"<i>{html.escape(problem)}</i>" if problem else ""
         self.problem.layout.display = None if problem else "none"
-        self.content.layout.display = "none" if problem else None
+        for each in (self.content, *self.told):
+            each.layout.display = "none" if problem else None
 
     def warn(self, problem: str) -> None:
         """Show a sentence above the content."""
@@ -155,6 +162,8 @@ class Block(widgets.VBox):
             self.saver.save(f"{self.name}.{kind}", make().encode(), f"text/{kind}")
 
     def _copy_code(self) -> None:
+        if not self.code.value:
+            return
         self.code.layout.display = None if self.code.layout.display == "none" else "none"
         self.saver.copy(self.code.value)
 
@@ -201,7 +210,7 @@ class PanelBlock(Block):
         plot, self.note = Plot(), widgets.HTML()
         self.note.add_class("sparselab-note")
         super().__init__(title, plot, (*controls, self.note), saver=plot)
-        self.make, self.timed = make, go is not None
+        self.make, self.timed, self.told = make, go is not None, (self.note,)
         if go is not None:
             plot.observe(lambda change: go(change["new"]["x"]), "clicked")
 

@@ -59,16 +59,18 @@ OPTIONS = {"Updates": {"most": 2}}  # of panels that have less room than in a re
 class Side:
     """The blocks of one source, and what links them. `go` is called with a step, `pressed` with keys, `chosen` with a selection or a layer."""
 
+    named = False  # whether the name of the source has a place of its own, so that its headline goes without
+
     def __init__(self, source: Source, go: Callable[[float], None], pressed: Callable[[list[str]], None], chosen: Callable[[Selection], None]):
         self.source, self.selection, self.chosen = source, Selection(), chosen
-        self.state = widgets.HTML()
+        self.state, self.name = widgets.HTML(), widgets.HTML(layout={"flex": "0 0 auto", "margin": "2px 8px 2px 2px"})
         self.mask = MaskBlock(source, self.unit_clicked, pressed)
         self.neurons, self.margins = NeuronBlock(source, self.neuron_clicked), MarginsBlock(source)
         own: dict[str, Block] = {block.title: block for block in (self.mask, self.neurons, self.margins)}
         self.blocks = [own.get(title) or PanelBlock(title, partial(self.draw, panel, **OPTIONS.get(title, {})), go if title in TIMED else None)
                        for title, panel in PANELS.items()]
         for block in self.blocks:
-            block.runs = (source.name,)
+            block.sources = (source,)
         self.mask.layer.observe(lambda change: chosen(Selection(change["new"] or "")), "value")
         self.neurons.layer.observe(lambda change: chosen(Selection(relu=change["new"] or "")), "value")
 
@@ -81,8 +83,9 @@ class Side:
         return next(block for block in self.blocks if block.title == title)
 
     def tell(self) -> None:
-        """Say how far the source is."""
-        self.state.value = html.escape(self.source.headline)
+        """Say what the source is called, and how far it is."""
+        self.name.value = f"<b>{html.escape(self.source.name)}</b>"
+        self.state.value = html.escape(self.source.headline.removeprefix(f"{self.source.name}: " * self.named))
 
     def read(self) -> None:
         """Read what there is by now."""
@@ -145,7 +148,7 @@ class MetricsBlock(PanelBlock):
     """The metrics of all `sources` in one strip, which a button enlarges; a click on them goes to a step."""
 
     def __init__(self, sources: list[Source], go: Callable[[float], None]):
-        self.sources, self.folded, self.runs = sources, True, tuple(dict.fromkeys(source.name for source in sources))
+        self.sources, self.folded = sources, True
         self.size = press("enlarge", self.resize, "one part below the other, or all in one row")
         super().__init__("Metrics", lambda step: self.strip(step), go)
         self.buttons.children = (self.size, *self.buttons.children)
@@ -195,11 +198,11 @@ class Explorer(widgets.VBox):
                 if isinstance(one, (PanelBlock, NeuronBlock)):
                     one.peer, other.peer = other, one
             self.sides[0].blocks.insert(1, difference := DifferenceBlock(self.sides[0].mask, sources[1]))
-            difference.runs = self.metrics.runs
+            difference.sources = sources
         for side in self.sides:
             for block in side.blocks:
                 block.lock = self._lock  # what is chosen in one is drawn in others
-        self.moments, self.seen = [0], [()] * len(self.sides)
+        self.moments, self.seen = [0], [((), "")] * len(self.sides)
         self._read, self._unread, self._calm = 0.0, set(), None
         wide = {"flex": "1 1 auto", "width": "auto"}
         self.timeline = widgets.IntSlider(0, 0, 0, description="moment", readout=False, layout=wide)
@@ -208,7 +211,8 @@ class Explorer(widgets.VBox):
         self.label = widgets.HTML()
         widgets.jslink((self.play, "value"), (self.timeline, "value"))
         first = sources[0]
-        self.bookmarks = Bookmarks(lambda: first.folder if isinstance(first, Live) else getattr(first, "path", None), lambda: self.step, self.at)
+        self.bookmarks = Bookmarks(lambda: first.folder if isinstance(first, Live) else getattr(first, "path", None), lambda: self.step, self.at,
+                                   lambda: first.reached)
         keep = press("bookmark", self.bookmarks.toggle, "keep this moment with a note")
         bar = widgets.HBox([self.play, self.speed, self.timeline, self.label, keep])
         bar.add_class("sparselab-timeline")
@@ -309,17 +313,18 @@ class Explorer(widgets.VBox):
         with self._lock:
             side, at_end = self.sides[i], self.timeline.value == self.timeline.max
             side.tell()
-            known = (len(now.metrics), len(now.history.updates) if now.history else -1, now.status == "finished")
-            if known != self.seen[i]:
-                self.seen[i] = known
+            known, (seen, status) = (len(now.metrics), len(now.history.updates) if now.history else -1), self.seen[i]
+            self.seen[i] = known, now.status
+            if known != seen or now.status != status:
                 self._unread.add(i)
                 self._extend(at_end)
                 for each in self.sides:  # a training that moves on never lets the timeline rest, and these belong to the mask
                     each.block("Layers").settle(self.step)
-            if i in self._unread and (now.status != "running" or time.monotonic() - self._read > RARELY):
+            if i in self._unread and (now.status != "running" or now.status != status or time.monotonic() - self._read > RARELY):
                 self._unread.discard(i)
                 side.read()
                 side.select(Selection(side.mask.layer.value or ""))
+                self.bookmarks.read()
                 self._read = time.monotonic()
 
     def _lost(self) -> list[str]:
@@ -335,13 +340,15 @@ class Explorer(widgets.VBox):
         def column(*blocks):
             return widgets.VBox(list(blocks), layout={"flex": "1 1 0", "min_width": "0", "padding": "0 6px 0 0"})
 
-        heads = [LiveControls(side.source) if isinstance(side.source, Live) else side.state for side in self.sides]  # both say how far it is
-        if len(self.sides) > 1:
+        pair = len(self.sides) > 1
+        heads = [LiveControls(side.source, named=pair) if isinstance(side.source, Live) else side.state for side in self.sides]
+        if pair:
             for side in self.sides:
+                side.named = True
                 side.mask.content.height = side.neurons.content.height = RASTER // 2  # four pictures on a screen
             top, below = [title for title in PANELS if title in ABREAST], [title for title in list(PANELS)[1:] if title not in ABREAST]
-            names = [widgets.HTML(f"<b>{html.escape(side.source.name)}</b>") for side in self.sides]
-            above = [column(name, head, *map(side.block, top)) for name, head, side in zip(names, heads, self.sides, strict=True)]
+            heads = [widgets.HBox([side.name, head], layout={"flex_flow": "row wrap"}) for side, head in zip(self.sides, heads, strict=True)]
+            above = [column(head, *map(side.block, top)) for side, head in zip(self.sides, heads, strict=True)]
             return widgets.VBox([self.metrics, widgets.HBox(above), self.sides[0].block("Difference"),
                                  widgets.HBox([column(*map(side.block, below)) for side in self.sides])])
         rest = self.sides[0].blocks[1:]

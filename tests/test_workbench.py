@@ -709,3 +709,27 @@ def test_before_the_first_epoch_ends_no_panel_tells_to_train_again(configs):
     assert all("No epoch has ended yet" in sentence for sentence in said.values())
     assert all("No epoch has ended yet" in attempt(lambda name=name: getattr(live, name))[1] for name in ("neurons", "values"))
     live.stop()
+
+
+def test_a_training_that_runs_is_not_held_up_by_figures_out_of_sight(configs):
+    """They are drawn when they come into sight, and all of them when it pauses."""
+    live = Live(Config(**SMALL, epochs=400, seed=26, runs_dir=configs[0].runs_dir)).start()
+    explorer = Explorer(live)
+    side = explorer.sides[0]
+    until(lambda: all(side.block(title).panel for title in ("Layers", "Updates", "Stability", "Filters")))
+    below = [side.block(title) for title in ("Layers", "Updates", "Stability", "Filters")]
+    for block in below:
+        block.content.hidden = True  # as the browser says
+    until(lambda: all(block.waits for block in below))
+    with explorer._lock:
+        drawn = [block.panel for block in below]
+    until(lambda reached=live.snapshot.step: live.snapshot.step > reached + 200)
+    assert [block.panel for block in below] == drawn and {block.note.value for block in below} == {"drawn when it is in sight"}
+    with explorer._lock:
+        below[0].content.hidden = False
+        assert below[0].panel is not drawn[0] and below[0].drawn == explorer.step and "step" in below[0].note.value
+    live.pause()
+    until(lambda: live.snapshot.status == "paused")
+    until(lambda: all(block.panel is not before for block, before in zip(below, drawn, strict=True)))
+    assert not any(block.waits for block in below)
+    live.stop()

@@ -202,15 +202,20 @@ def shared(fig: go.Figure, other: go.Figure | None) -> go.Figure:
 
 
 class PanelBlock(Block):
-    """The panel that `make(step)` draws. `go`, for a figure over steps, is called with the step that was clicked; `peer` shares its y axes."""
+    """The panel that `make(step)` draws. `go`, for a figure over steps, is called with the step that was clicked; `peer` shares its y axes.
+
+    While it is `sparing`, as a training runs that needs the processor, a figure out of sight is drawn when it comes into sight.
+    """
 
     peer: "PanelBlock | None" = None
+    sparing, waits = False, False  # whether it may wait, and whether it does
 
     def __init__(self, title: str, make: Callable[[float | None], Panel], go: Callable[[float], None] | None = None, controls: tuple = ()):
         plot, self.note = Plot(), widgets.HTML()
         self.note.add_class("sparselab-note")
         super().__init__(title, plot, (*controls, self.note), saver=plot)
         self.make, self.timed, self.told = make, go is not None, (self.note,)
+        plot.observe(lambda _: self.redraw() if self.waits else None, "hidden")
         if go is not None:
             plot.observe(lambda change: go(change["new"]["x"]), "clicked")
 
@@ -225,10 +230,19 @@ class PanelBlock(Block):
             self.content.at = step
 
     def settle(self, step: float | None) -> None:
-        """Draw the panel of `step`."""
+        """Draw the panel of `step`, now or when it is in sight."""
         with self.lock:
-            self.step = self.drawn = step
-            if panel := self.draw(lambda: self.make(step)):
+            self.step, self.waits = step, bool(self.sparing and self.content.hidden and self.panel)
+            if self.waits:
+                self.note.value = "drawn when it is in sight"
+            else:
+                self.redraw()
+
+    def redraw(self) -> None:
+        """Draw the panel of the step on display, in sight or not."""
+        with self.lock:
+            self.drawn, self.waits = self.step, False
+            if panel := self.draw(lambda: self.make(self.step)):
                 self.take(panel)
                 self.redrawn()
                 if self.peer and self.peer.panel:

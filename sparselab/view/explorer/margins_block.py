@@ -56,7 +56,7 @@ class MarginsBlock(PanelBlock):
     def redraw(self) -> None:
         """Draw for the method and radius that are chosen."""
         if self.margins is not None and self.method.value is not None:
-            super().settle(self.step)
+            super().redraw()
 
     def settle(self, step: float | None) -> None:
         """Nothing: the margins are those of the final network."""

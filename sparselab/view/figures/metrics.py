@@ -125,7 +125,8 @@ def _radius(fig: go.Figure, runs: dict[str, list[dict]], at: dict[str, int], top
     _lines(fig, runs, "train_eps", **at, secondary_y=False)
     for trace in fig.data[before:]:
         trace.update(mode="lines", line_width=1, **({"fill": "tozeroy", "fillcolor": "rgba(128,128,128,0.18)"} if len(runs) == 1 else {}))
-    fig.update_yaxes(title_text="training eps", side="right", range=[0, 1.02 * top], tickvals=[0, top / 2, top], tickformat=".3~g",
+    fig.update_yaxes(title_text="training eps", side="right", range=[0, 1.02 * top], tickvals=[0, top / 2, top],
+                     tickformat=".3~g" if top >= 1e-3 else ".1~e",  # where a ramp begins, the zeros would push the title into the next part
                      **at, secondary_y=False)
 
 

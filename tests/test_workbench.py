@@ -23,7 +23,7 @@ from sparselab.learn import Config, Live, Run, train
 from sparselab.learn.gate import SETTLED
 from sparselab.notebooks import at_root
 from sparselab.view import Explorer
-from sparselab.view.explorer.blocks import Block, Selection
+from sparselab.view.explorer.blocks import WAITING, Block, Selection
 from sparselab.view.explorer.mask_block import table_of
 
 ROOT = Path(__file__).parents[1]
@@ -724,10 +724,15 @@ def test_a_training_that_runs_is_not_held_up_by_figures_out_of_sight(configs):
     with explorer._lock:
         drawn = [block.panel for block in below]
     until(lambda reached=live.snapshot.step: live.snapshot.step > reached + 200)
-    assert [block.panel for block in below] == drawn and {block.note.value for block in below} == {"drawn when it is in sight"}
+    assert [block.panel for block in below] == drawn and {block.note.value for block in below} == {WAITING}
     with explorer._lock:
         below[0].content.hidden = False
         assert below[0].panel is not drawn[0] and below[0].drawn == explorer.step and "step" in below[0].note.value
+    explorer.metrics.content.hidden = True
+    until(lambda: WAITING in explorer.metrics.heading.value)
+    with explorer._lock:
+        explorer.metrics.content.hidden = False
+        assert "clean" in explorer.metrics.heading.value and not explorer.metrics.note.value
     live.pause()
     until(lambda: live.snapshot.status == "paused")
     until(lambda: all(block.panel is not before for block, before in zip(below, drawn, strict=True)))

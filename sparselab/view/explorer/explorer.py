@@ -156,9 +156,9 @@ class MetricsBlock(PanelBlock):
         super().__init__("Metrics", lambda step: self.strip(step), go)
         self.buttons.children = (self.size, *self.buttons.children)
 
-    def take(self, panel: Panel) -> None:
+    def remark(self, note: str) -> None:
         """Say behind the title what was measured at the step; the mouse shows how to read the figure."""
-        self.heading.value = heading(self.title, panel.figure.layout.meta["note"], panel.how_to_read)
+        self.heading.value = heading(self.title, note, self.panel.how_to_read)
 
     def resize(self) -> None:
         """Fold the strip, or unfold it."""

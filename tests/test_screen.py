@@ -91,7 +91,7 @@ def test_a_bookmark_is_kept_changed_and_removed_on_one_screen(book):
         return in_sight(book, 0)
 
     click("bookmark")
-    field = all_of_it.get_by_placeholder("a note on this moment")
+    field = all_of_it.get_by_placeholder("a note on this step")
     field.fill("most change")
     assert "in this session alone" in all_of_it.text_content() and seen() == []
     click("keep")
@@ -280,3 +280,17 @@ def test_a_saved_picture_of_a_mask_has_axes_title_and_legend(book):
     low, high = np.percentile(pixels, 1, axis=0), np.percentile(pixels, 99, axis=0)
     drawn = picture[..., 3] > 100  # text is on all sides but the right
     assert all(part.sum() > 300 for part in (drawn[:int(low[0]) - 8], drawn[int(high[0]) + 12:], drawn[:, :int(low[1]) - 12]))
+
+
+def test_a_hidden_mask_is_drawn_when_it_is_in_sight_again(book):
+    """JupyterLab hides a notebook for a moment while it changes its theme. Drawn then, a mask was one pixel wide, and stayed so."""
+    first = "document.querySelector('.sparselab-canvas canvas')"
+    width, drawn = book.page.evaluate(f"() => [{first}.width, Number({first}.parentElement.dataset.drawn)]")
+    hidden = book.page.evaluate(f"""() => new Promise(resolve => {{
+        const canvas = {first};
+        Object.defineProperty(canvas, 'clientWidth', {{ configurable: true, get: () => 0 }});
+        canvas.parentElement.dispatchEvent(new Event('transitionend'));  // it is to be drawn in the next frame
+        requestAnimationFrame(() => {{ delete canvas.clientWidth; resolve(canvas.width); }}); }})""")
+    assert hidden == width > 100
+    until(lambda: book.page.evaluate(f"() => Number({first}.parentElement.dataset.drawn)") > drawn, 10)
+    assert book.page.evaluate(f"() => {first}.width") == width

@@ -254,7 +254,7 @@ def test_a_static_history_has_figures_without_slider():
     fig = masks_panel(of(history)).figure
     assert not fig.layout.sliders and (decode(fig.data[0].source) == np.where(np.eye(4), 5, OFF)).all()
     updates = updates_panel(of(history)).figure
-    assert "never changed" in updates.layout.meta["note"]
+    assert "no update has changed the masks" in updates.layout.meta["note"]
     assert [list(trace.y) for trace in updates.data[3:]] == [[1], [1], [0.25]]
 
 

@@ -16,12 +16,14 @@ import pytest
 
 pytest.importorskip("anywidget", reason="anywidget is not installed: pip install 'sparselab[lab]'")
 
-from ipywidgets import Widget
+from ipywidgets import HTML, Widget
 
+from sparselab.errors import attempt
 from sparselab.learn import Config, Live, Run, train
+from sparselab.learn.gate import SETTLED
 from sparselab.notebooks import at_root
 from sparselab.view import Explorer
-from sparselab.view.explorer.blocks import Block, Selection
+from sparselab.view.explorer.blocks import WAITING, Block, Selection
 from sparselab.view.explorer.mask_block import table_of
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +90,28 @@ def test_a_refused_learning_rate_leaves_its_field(configs):
         until(lambda: controls.lr.value == lr)
         assert live.snapshot.knobs["lr"] == lr and live.snapshot.note
     live.stop()
+
+
+@pytest.mark.parametrize("method", ["dense", "snip", "gmp", "rigl", "sparsevlr", "vlr_projection"])
+def test_one_update_pauses_with_a_sentence_when_no_update_is_left(configs, tmp_path, method):
+    """Also at the very last step, which `vlr_projection` ends with."""
+    options = {"update_every": 6} if method in ("gmp", "rigl", "sparsevlr") else {"rounds": 2} if method == "vlr_projection" else {}
+    live, paused = Live(Config(**SMALL | {"method": method, "method_options": options}, epochs=2, runs_dir=str(tmp_path))), []
+    while not paused or paused[-1].note != SETTLED:
+        if paused and len(paused) < 3:  # a kernel is restarted: what was there before is no update that was waited for
+            live.stop()
+            live = Live(live.source)
+        live.step()
+        until(lambda live=live: (now := live.snapshot).status in ("paused", "finished") and now is not (paused or [None])[-1])
+        assert live.snapshot.status == "paused"
+        paused.append(live.snapshot)
+    steps = live.history.steps
+    assert [now.step for now in paused] == ([*steps[1:], steps[-1]] if method != "snip" else [1])
+    time.sleep(0.05)
+    assert live.snapshot.status == "paused" and SETTLED in live.headline
+    live.resume()
+    until(lambda: live.snapshot.status == "finished")
+    assert SETTLED not in live.headline and live.history.steps == steps
 
 
 @pytest.fixture(scope="module")
@@ -379,6 +403,104 @@ def test_bookmarks_of_a_run_that_is_not_written_to_live_in_the_session(configs, 
         assert [each.children[0].description for each in Explorer(folder).bookmarks.kept.children] == ["step 8: there"]
 
 
+WRITER = """
+import sys, time
+from pathlib import Path
+from sparselab.learn.bookmarks import Bookmark, add_bookmark, change_bookmark
+folder, name = sys.argv[1:]
+(Path(folder).parent / name).touch()
+while len(list(Path(folder).parent.glob("writer-*"))) < 2: time.sleep(0.001)
+for step in range(30):
+    add_bookmark(folder, step, name)
+    if step % 3 == 0: change_bookmark(folder, Bookmark(step, name), name + " changed")
+"""
+
+
+def test_two_processes_that_write_bookmarks_of_one_run_lose_none(tmp_path):
+    from sparselab.learn.bookmarks import bookmarks
+
+    (folder := tmp_path / "run").mkdir()
+    names = ("writer-1", "writer-2")
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(folder), name], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                                stderr=subprocess.PIPE, text=True) for name in names]
+    assert [writer.communicate(timeout=60)[1] for writer in writers] == ["", ""]
+    assert sorted(bookmarks(folder)) == sorted((step, name + " changed" * (step % 3 == 0)) for step in range(30) for name in names)
+
+
+def shown_bookmarks(explorer: Explorer) -> list[tuple[str, bool]]:
+    """What the buttons say, and whether they lead somewhere."""
+    return [(each.children[0].description, not each.children[0].disabled) for each in explorer.bookmarks.kept.children]
+
+
+def test_bookmarks_go_with_their_training(configs):
+    """One that goes on takes them along; one that begins anew begins without, and those of the earlier one stay with it."""
+    from sparselab.learn.bookmarks import bookmarks
+
+    live = Live(Config(**SMALL, epochs=2, seed=24, runs_dir=configs[0].runs_dir)).start()
+    until(lambda: live.snapshot.status == "finished")
+    explorer, first = Explorer(live), live.folder
+    explorer.go(8)
+    explorer.bookmarks.toggle()
+    explorer.bookmarks.note.value = "here"
+    explorer.go(4)  # as a training does that is followed
+    explorer.bookmarks.keep()
+    assert shown_bookmarks(explorer) == [("step 8: here", True)]
+    live.extend(1)
+    until(lambda: live.snapshot.status == "finished")
+    assert live.folder != first and bookmarks(live.folder) == bookmarks(first) == [(8, "here")]
+    until(lambda: not explorer.bookmarks.problem.value)
+    pencil(explorer, 0)
+    explorer.bookmarks.note.value = "there"
+    explorer.bookmarks.keep()
+    assert bookmarks(live.folder) == [(8, "there")] and bookmarks(first) == [(8, "here")]
+    explorer.go(live.moments[-1])
+    explorer.bookmarks.toggle()
+    earlier = live.folder
+    live.anew(epochs=2).pause()
+    until(lambda: live.snapshot.status == "paused")
+    assert live.snapshot.step < explorer.bookmarks.step
+    until(lambda: shown_bookmarks(explorer) == [])
+    explorer.bookmarks.keep()
+    assert "has begun anew and has not reached step" in explorer.bookmarks.problem.value and bookmarks(live.folder) == []
+    assert live.folder == first and bookmarks(first.with_name(f"{first.name}.old-1")) == [(8, "here")] and bookmarks(earlier) == [(8, "there")]
+    live.stop()
+
+
+def test_a_bookmark_waits_until_the_training_has_reached_its_step(configs):
+    """As of a training that was killed, and continues from a checkpoint before it."""
+    from sparselab.learn.bookmarks import add_bookmark
+
+    live = Live(Config(**SMALL, epochs=2, seed=25, runs_dir=configs[0].runs_dir)).step()
+    until(lambda: live.snapshot.status == "paused")
+    add_bookmark(live.folder, 4, "reached")
+    add_bookmark(live.folder, 16, "ahead")
+    explorer = Explorer(live)
+    assert shown_bookmarks(explorer) == [("step 4: reached", True), ("step 16: ahead", False)]
+    explorer.go(0)
+    pencil(explorer, 1)
+    assert explorer.step == 0 and explorer.bookmarks.note.value == "ahead"
+    live.resume()
+    until(lambda: shown_bookmarks(explorer) == [("step 4: reached", True), ("step 16: ahead", True)])
+    until(lambda: live.snapshot.status == "finished")
+
+
+def test_two_runs_are_named_once_above_their_panels(pair, configs):
+    def texts(widget: Widget) -> list[str]:
+        return [each for child in getattr(widget, "children", ()) for each in texts(child)] + ([widget.value] if isinstance(widget, HTML) else [])
+
+    live = Live(configs[0])
+    for explorer in (pair, Explorer((live, Run(Live(configs[1]).folder)))):
+        for side, column in zip(explorer.sides, explorer.children[2].children[1].children, strict=True):
+            def above(column=column) -> list[str]:
+                return texts(column.children[0])
+            until(lambda above=above: any("finished." in text for text in above()))
+            assert sum(text.count(side.source.name) for text in above()) == 1
+    side, first = explorer.sides[0], live.name
+    live.extend(1)
+    until(lambda: live.snapshot.status == "finished" and f"<b>{live.name}</b>" == side.name.value)
+    assert live.name != first and side.mask.name.startswith(live.name) and side.block("Difference").name.startswith(live.name)
+
+
 def test_what_a_training_has_recorded_is_shown_when_it_stops(configs, monkeypatch):
     """Panels of a running training are read only now and then; the last epoch must not be left out."""
     import importlib
@@ -549,3 +671,70 @@ def test_panels_are_drawn_while_pandas_is_being_imported(tmp_path):
 def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, package):
     told = in_a_process(tmp_path, "from sparselab.view import Explorer", **{package: f"raise ModuleNotFoundError('none', name='{package}')"})
     assert f"sparselab.view.Explorer needs {package}, which is not installed: pip install 'sparselab[lab]'" in told
+
+
+def test_what_was_drawn_of_an_earlier_training_says_nothing_of_the_one_that_begins(configs, monkeypatch):
+    """Notes, legends and headings go with the figure that they are of; each panel has a sentence until it has something to draw."""
+    from threading import Event
+
+    from sparselab.learn import live as module
+
+    live = Live(Config(**SMALL, epochs=2, seed=21, runs_dir=configs[0].runs_dir)).start()
+    until(lambda: live.snapshot.status == "finished")
+    explorer = Explorer(live)
+    side = explorer.sides[0]
+    side.neuron_clicked(side.neurons.layer.value, 2)
+    explorer.go(3)
+    assert "measured at" in side.neurons.heading.value and "clean" in explorer.metrics.heading.value
+    begin, train_now = Event(), module.train
+    monkeypatch.setattr(module, "train", lambda *given: begin.wait(60) and train_now(*given))  # as if the data took long
+    live.anew(seed=22)
+    until(lambda: all(block.problem.value for block in side.blocks))
+    assert [each for block in side.blocks for each in block.told if each.layout.display != "none"] == []
+    assert not [block.title for block in side.blocks if "step" in block.heading.value.partition("</b>")[0]]
+    assert "clean" not in explorer.metrics.heading.value and side.neurons.detail.layout.display == "none"
+    begin.set()
+    until(lambda: live.snapshot.status == "finished")
+    until(lambda: not any(block.problem.value for block in side.blocks))
+    assert [each for block in side.blocks for each in block.told if each.layout.display] == []
+
+
+def test_before_the_first_epoch_ends_no_panel_tells_to_train_again(configs):
+    live = Live(Config(**SMALL, epochs=2, seed=23, runs_dir=configs[0].runs_dir)).step()
+    until(lambda: live.snapshot.status == "paused")
+    assert not live.metrics
+    side = Explorer(live).sides[0]
+    said = {block.title: block.problem.value for block in side.blocks if block.problem.value}
+    assert set(said) == {"Metrics", "Neurons", "Stability", "Margins"} and "when training has ended" in said.pop("Margins")
+    assert all("No epoch has ended yet" in sentence for sentence in said.values())
+    assert all("No epoch has ended yet" in attempt(lambda name=name: getattr(live, name))[1] for name in ("neurons", "values"))
+    live.stop()
+
+
+def test_a_training_that_runs_is_not_held_up_by_figures_out_of_sight(configs):
+    """They are drawn when they come into sight, and all of them when it pauses."""
+    live = Live(Config(**SMALL, epochs=400, seed=26, runs_dir=configs[0].runs_dir)).start()
+    explorer = Explorer(live)
+    side = explorer.sides[0]
+    until(lambda: all(side.block(title).panel for title in ("Layers", "Updates", "Stability", "Filters")))
+    below = [side.block(title) for title in ("Layers", "Updates", "Stability", "Filters")]
+    for block in below:
+        block.content.hidden = True  # as the browser says
+    until(lambda: all(block.waits for block in below))
+    with explorer._lock:
+        drawn = [block.panel for block in below]
+    until(lambda reached=live.snapshot.step: live.snapshot.step > reached + 200)
+    assert [block.panel for block in below] == drawn and {block.note.value for block in below} == {WAITING}
+    with explorer._lock:
+        below[0].content.hidden = False
+        assert below[0].panel is not drawn[0] and below[0].drawn == explorer.step and "step" in below[0].note.value
+    explorer.metrics.content.hidden = True
+    until(lambda: WAITING in explorer.metrics.heading.value)
+    with explorer._lock:
+        explorer.metrics.content.hidden = False
+        assert "clean" in explorer.metrics.heading.value and not explorer.metrics.note.value
+    live.pause()
+    until(lambda: live.snapshot.status == "paused")
+    until(lambda: all(block.panel is not before for block, before in zip(below, drawn, strict=True)))
+    assert not any(block.waits for block in below)
+    live.stop()

@@ -6,10 +6,14 @@
 __all__ = ['Bookmark', 'bookmarks', 'add_bookmark', 'change_bookmark']
 
 # %% ../../nbs/learn/31_bookmarks.ipynb #893d90cf
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from .files import append_row, read_rows, write_rows
+from filelock import FileLock
+
+from .files import append_row, read_rows, write_rows, writing
 
 # %% ../../nbs/learn/31_bookmarks.ipynb #4d97aff1
 class Bookmark(NamedTuple):
@@ -29,13 +33,26 @@ def bookmarks(folder: str | Path) -> list[Bookmark]:
     return sorted(_noted(folder), key=lambda each: each.step)
 
 
+@contextmanager
+def _alone(folder: str | Path) -> Iterator[None]:
+    """Hold the only right to write the bookmarks of a run, once whoever has it is done. A run that is being trained has a lock of its own."""
+    lock = FileLock(Path(folder) / ".bookmarks.lock", is_singleton=False)
+    with writing(Path(folder) / "bookmarks.jsonl"):
+        lock.acquire(timeout=10)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def add_bookmark(folder: str | Path, step: int, note: str = "") -> None:
     """Keep `step` with a `note` in the run. Raises ValueError when there is no such folder, or for a negative step."""
     if not Path(folder).is_dir():
         raise ValueError(f"There is no run folder {folder}, so a bookmark cannot be kept there.")
     if step < 0:
         raise ValueError(f"A bookmark needs a step of the training; got {step}.")
-    append_row(Path(folder) / "bookmarks.jsonl", {"step": int(step), "note": note.strip()})
+    with _alone(folder):
+        append_row(Path(folder) / "bookmarks.jsonl", {"step": int(step), "note": note.strip()})
 
 
 def change_bookmark(folder: str | Path, bookmark: Bookmark, note: str | None) -> None:
@@ -43,9 +60,11 @@ def change_bookmark(folder: str | Path, bookmark: Bookmark, note: str | None) ->
 
     Raises ValueError for a damaged file, which stays as it is, and for a bookmark that the run does not have, or no longer.
     """
-    kept = _noted(folder)
-    if bookmark not in kept:
-        raise ValueError(f"{folder} has no bookmark at step {bookmark.step:,} with the note {bookmark.note!r}; it may have been changed elsewhere.")
-    at = kept.index(bookmark)
-    kept[at:at + 1] = [] if note is None else [bookmark._replace(note=note.strip())]
-    write_rows(Path(folder) / "bookmarks.jsonl", (each._asdict() for each in kept))
+    with _alone(folder):
+        kept = _noted(folder)
+        if bookmark not in kept:
+            raise ValueError(f"{folder} has no bookmark at step {bookmark.step:,} with the note {bookmark.note!r}; "
+                             "it may have been changed elsewhere.")
+        at = kept.index(bookmark)
+        kept[at:at + 1] = [] if note is None else [bookmark._replace(note=note.strip())]
+        write_rows(Path(folder) / "bookmarks.jsonl", (each._asdict() for each in kept))

@@ -35,7 +35,7 @@ from ..sparse.history import MaskHistory
 from ..sparse.sparsify import METHODS, method_options
 
 # %% ../../nbs/learn/47_live.ipynb #e5134af3
-KEPT = ("checkpoint", "masks", "stability", "weights", "metrics.jsonl", "stability.jsonl", "events.jsonl")
+KEPT = ("checkpoint", "masks", "stability", "weights", "metrics.jsonl", "stability.jsonl", "events.jsonl", "bookmarks.jsonl")
 
 
 def extended(run: Run, epochs: int) -> Path:
@@ -145,7 +145,7 @@ class Live(Source):
         return self.start()
 
     def step(self) -> "Live":
-        """Train until the masks have changed once more, then pause."""
+        """Train until the masks have changed once more, then pause; at once, with a note, where they do not change any more."""
         return self.start("update")
 
     def pause(self) -> None:
@@ -163,14 +163,18 @@ class Live(Source):
         self.gate.want("", tuple(changes.items()))
 
     def watch(self, draw: Callable[[Snapshot], None]) -> None:
-        """Call `draw` with the latest snapshot, in a thread of its own, at most every PERIOD seconds."""
+        """Call `draw` with the latest snapshot, in a thread of its own: at most every PERIOD seconds, half as often where it takes long.
+
+        Its time is the training's, which has the processor ten times as long, as far as that goes.
+        """
         def loop() -> None:
-            seen = None
+            seen, rest = None, PERIOD
             while True:
                 if self.snapshot is not seen:
-                    seen = self.snapshot
+                    seen, began = self.snapshot, time.thread_time()
                     draw(seen)
-                time.sleep(PERIOD)
+                    rest = min(max(PERIOD, 10 * (time.thread_time() - began)), 2 * PERIOD)
+                time.sleep(rest)
         threading.Thread(target=loop, daemon=True, name="sparselab-watch").start()
 
     def _train(self) -> None:

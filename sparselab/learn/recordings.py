@@ -105,6 +105,9 @@ class Recordings:
     def __init__(self, folder: Path, what: str):
         self.folder, self.what = folder, what
         self.steps = sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.safetensors"))
+        rows = folder.parent / "metrics.jsonl"
+        if not self.steps and not (rows.exists() and rows.stat().st_size):
+            raise Unavailable(f"No epoch has ended yet: {what} are recorded at the end of each.")
         if not self.steps:
             raise Unavailable(f"{folder.parent} has no recorded {what}: they are written at the end of every "
                               "epoch; train the run again to have them.")

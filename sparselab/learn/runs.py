@@ -172,6 +172,8 @@ class Run(Shown, Source):
         if not (self.path / "margins.safetensors").exists():
             if self.finished and (reason := self.summary.get("no_bounds")):
                 raise Unavailable(f"Nothing is proved of this network. {reason}")
+            if not self.finished:
+                raise Unavailable("Margins are computed when training has ended, by runs with eps above 0.")
             raise Unavailable(f"{self.path} has no margins.safetensors: margins are computed when training has ended, by "
                               "runs with eps above 0; learn.margins.margins_of computes them from any model.")
         return load_margins(self.path / "margins.safetensors")

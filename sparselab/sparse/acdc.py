@@ -65,6 +65,10 @@ class ACDC(Sparsifier):
     def budget(self) -> int:
         return budget(self.sparsity, self.masks.total) if self.compressed else self.masks.total
 
+    @property
+    def settled(self) -> bool:
+        return self.steps >= max(self.phases)
+
     def update(self) -> bool:
         if self.steps not in self.phases:
             return False

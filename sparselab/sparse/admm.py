@@ -77,6 +77,10 @@ class ADMM(Sparsifier):
             if weight.grad is not None and name not in self.dense:
                 weight.grad.add_(weight - self.Z[name].to(weight) + self.U[name].to(weight), alpha=self.pull)
 
+    @property
+    def settled(self) -> bool:
+        return self.steps >= self.last
+
     @torch.no_grad()
     def update(self) -> bool:
         if self.steps in self.due:

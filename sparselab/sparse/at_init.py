@@ -54,6 +54,10 @@ class AtInit(Sparsifier, ABC):
     def busy(self) -> bool:
         return not self.pruned
 
+    @property
+    def settled(self) -> bool:
+        return self.pruned
+
     @abstractmethod
     def scores(self) -> dict[str, Tensor]:
         """Weight name -> score of the weight's shape; gradients of the first batch are in `weight.grad`."""

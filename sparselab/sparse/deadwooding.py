@@ -64,6 +64,10 @@ class Deadwooding(Sparsifier):
             if weight.grad is not None:
                 weight.grad.add_(weight.sign() * self.S[name].to(weight.device), alpha=self.price)
 
+    @property
+    def settled(self) -> bool:
+        return self.cut
+
     @torch.no_grad()
     def update(self) -> bool:
         if self.cut or self.steps not in self.due:

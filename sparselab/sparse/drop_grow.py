@@ -126,6 +126,10 @@ class Updating(Sparsifier, ABC, abstract=True):
         self.gradients, self.waiting = {}, None
         return True
 
+    @property
+    def settled(self) -> bool:
+        return self.waiting is None and not any(self.updates.due(step) for step in range(self.steps + 1, self.total_steps + 1))
+
     @abstractmethod
     def replace_weights(self) -> None:
         """Give every layer its next mask."""

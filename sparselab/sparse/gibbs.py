@@ -171,6 +171,10 @@ class Gibbs(Sparsifier):
         assign(self.masks, name, mask)
         self.masks.weights[name].copy_(shadow.where(mask, 0.0))  # a product would leave -0.0
 
+    @property
+    def settled(self) -> bool:
+        return self.steps >= self.last
+
     @torch.no_grad()
     def update(self) -> bool:
         if self.steps > self.last:

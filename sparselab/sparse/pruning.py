@@ -164,6 +164,10 @@ class GMP(Sparsifier):
     def busy(self) -> bool:
         return self.updates.due(self.steps + 1)
 
+    @property
+    def settled(self) -> bool:
+        return self.steps >= self.updates.end
+
     def update(self) -> bool:
         if not self.updates.due(self.steps):
             return False

@@ -129,6 +129,10 @@ class Slimming(Sparsifier):
         """Which channels of the link's producer have no weights."""
         return ~self.masks[f"{link.producer}.weight"].transpose(0, link.rows).flatten(1).any(1)
 
+    @property
+    def settled(self) -> bool:
+        return self.steps >= self.last
+
     def update(self) -> bool:
         if self.steps != self.last:
             return False

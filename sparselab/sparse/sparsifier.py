@@ -341,6 +341,11 @@ class Sparsifier(Saving, Method, Shown, abstract=True):
         """Change the masks if it is time to, after step number `steps`; returns whether they may have changed."""
         return False
 
+    @property
+    def settled(self) -> bool:
+        """Whether the masks do not change any more; a method whose last update comes before the last step says when."""
+        return type(self).update is Sparsifier.update or self.steps >= self.total_steps
+
     def step(self) -> None:
         """Call after every `optimizer.step()`: counts the step and lets the method change the masks.
 

@@ -62,7 +62,7 @@ export default () => {
       box.dataset.lmSuppressShortcuts = "true";  // JupyterLab would take the arrow keys
       box.append(upright, canvas, level, line, tip, how); el.append(box);
       const data = box.dataset, shadow = document.createElement("canvas");
-      let zoom = 1, left = 0, top = 0, pressed = null, drawn = 0, waiting = false, down = null, ruled = "", hinted = 0;
+      let zoom = 1, left = 0, top = 0, pressed = null, drawn = 0, waiting = false, gone = false, down = null, ruled = "", hinted = 0;
       canvas.codes = () => codes;
       const tall = () => Math.round(model.get("height") * Math.max(1, innerHeight / 900));  // a higher window has room for more
 
@@ -120,7 +120,11 @@ export default () => {
       const redraw = () => {
         if (waiting) return;
         waiting = true;
-        requestAnimationFrame(() => {
+        requestAnimationFrame(function frame() {
+          if (!canvas.clientWidth) {  // hidden, as for a moment while JupyterLab changes its theme: nothing tells when it is in sight again
+            if (!gone) setTimeout(() => requestAnimationFrame(frame), 100);
+            return;
+          }
           waiting = false;
           const [down, across] = paint();
           const summary = down * across > 1 ? ` · zoomed out: a pixel stands for ${down} x ${across}` : "";
@@ -195,7 +199,7 @@ export default () => {
       window.addEventListener("resize", redraw);
       redraw();
       return () => {
-        views.delete(redraw); resized.disconnect(); window.removeEventListener("resize", redraw);
+        gone = true; views.delete(redraw); resized.disconnect(); window.removeEventListener("resize", redraw);
         for (const [name, act] of Object.entries(listened)) model.off(name, act);
       };
     },

@@ -29,6 +29,7 @@ class MarginsBlock(PanelBlock):
         self.sample = widgets.HTML()
         super().__init__("Margins", lambda _: margins_panel(source, method=self.method.value, eps=self.eps.value),
                          controls=(self.method, self.eps, self.sample))
+        self.told = (self.note, self.sample)
         for control in (self.method, self.eps):
             control.observe(lambda _: self.redraw(), "value")
         self.content.observe(lambda change: self.describe(change["new"]), "hovered")
@@ -36,7 +37,7 @@ class MarginsBlock(PanelBlock):
     @property
     def name(self) -> str:
         """Run, title, bound and radius as the name of a file; the margins are those of the final network."""
-        return file_name(" and ".join(self.runs), self.title.lower(), self.method.value, f"eps {self.eps.value:.4g}")
+        return file_name(self.runs, self.title.lower(), self.method.value, f"eps {self.eps.value:.4g}")
 
     def read(self) -> None:
         """Read the margins; they are there when a run has finished."""
@@ -55,7 +56,7 @@ class MarginsBlock(PanelBlock):
     def redraw(self) -> None:
         """Draw for the method and radius that are chosen."""
         if self.margins is not None and self.method.value is not None:
-            super().settle(self.step)
+            super().redraw()
 
     def settle(self, step: float | None) -> None:
         """Nothing: the margins are those of the final network."""

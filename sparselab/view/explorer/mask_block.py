@@ -60,6 +60,7 @@ class MaskBlock(Block):
         self.legend = widgets.HTML()
         canvas = Canvas(np.zeros((0, 0), np.uint8), [], height=RASTER)
         super().__init__("Mask", canvas, (self.layer, self.colour, self.legend))
+        self.told = (self.legend,)
         for control in (self.layer, self.colour):
             control.observe(lambda _: self.redraw(), "value")
         canvas.observe(lambda _: self._hovered(), "hover")
@@ -181,6 +182,7 @@ class DifferenceBlock(Block):
         self.mask, self.other, self.step, self.raster = mask, other, 0, None
         self.legend = widgets.HTML()
         super().__init__("Difference", Canvas(np.zeros((0, 0), np.uint8), PALETTES["difference"], height=RASTER), (self.legend,))
+        self.told = (self.legend,)
         self.heading.value = heading(self.title, DIFFERENCE)
         mask.layer.observe(lambda _: self.show(self.step), "value")
 

@@ -42,6 +42,7 @@ class NeuronBlock(Block):
         canvas = Canvas(np.zeros((0, 0), np.uint8), PALETTES["state"], height=RASTER)
         self.detail = Plot(layout={"display": "none"})
         super().__init__("Neurons", canvas, (self.layer, self.sort, self.legend), below=(self.detail,))
+        self.told = (self.legend,)
         for control in (self.layer, self.sort):
             control.observe(lambda _: self.redraw(), "value")
         canvas.observe(lambda _: self._hovered(), "hover")
@@ -50,11 +51,12 @@ class NeuronBlock(Block):
     def read(self) -> None:
         """Read the recordings, again for a run that goes on, and draw them."""
         with self.lock:
-            recorded, problem = attempt(lambda: self.source.neurons)
-            if problem:
+            self.recorded, problem = recorded, _ = attempt(lambda: self.source.neurons)
+            if problem:  # what was drawn before is of another training
+                self.raster, self.heading.value = None, heading(self.title)
+                self.settle(self.step)
                 self.say(problem)
                 return
-            self.recorded = recorded
             if self.layer.options != tuple(recorded.layers):
                 self.layer.options = list(recorded.layers)
                 self.layer.value = list(recorded.layers)[0]

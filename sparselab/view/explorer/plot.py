@@ -11,7 +11,7 @@ from importlib.resources import files
 import anywidget
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
-from traitlets import Any, Dict, Int, Unicode
+from traitlets import Any, Bool, Dict, Int, Unicode
 
 # %% ../../../nbs/view/explorer/15_plot.ipynb #a31b4791
 HEARD = {"sync": True, "echo_update": False}  # a trait that the browser alone writes: it needs no answer that repeats what it wrote
@@ -26,12 +26,13 @@ class Plot(anywidget.AnyWidget):
     """A plotly figure, drawn in the browser; `at` is where its marker "now" stands on the x axis (None: where the figure has it).
 
     `clicked`, written by the browser: {x, y} in units of the axes under the mouse, `data`: customdata of the point under the mouse,
-    and `n`, how often; `hovered`: customdata of the point under the mouse.
+    and `n`, how often; `hovered`: customdata of the point under the mouse; `hidden`: whether the figure is out of sight.
     """
 
     _esm, _css = asset("listen.js") + asset("plot.js"), asset("plot.css")
     asks = Int(0).tag(sync=True)  # counted up by a browser that lost what was sent
     figure, at = Unicode().tag(sync=True), Any(None, allow_none=True).tag(sync=True)
+    hidden = Bool(False).tag(**HEARD)
     clicked, hovered, wants = Dict().tag(**HEARD), Any(None, allow_none=True).tag(**HEARD), Int(0).tag(**HEARD)
 
     def __init__(self, figure: go.Figure | None = None, **traits):

@@ -78,7 +78,7 @@ def _log_axes(fig: go.Figure, names: list[str], nnz: list[int], total: list[int]
     low = min((value for trace in fig.data[:-2] for value in trace.x if value > 0), default=1)
     fig.update_xaxes(type="log", title_text="density (kept / all)", tickformat=".3~%", dtick=1, row=1, col=1,
                      range=[min(-1, np.floor(np.log10(low))) - 0.1, 0.1])
-    fig.update_xaxes(type="log", title_text="weights", tickvals=10 ** np.arange(0, np.log10(max(total)), 2), row=1, col=2,
+    fig.update_xaxes(type="log", title_text="weights", tickangle=0, tickvals=10 ** np.arange(0, np.log10(max(total)), 2), row=1, col=2,
                      range=[0, np.log10(max(total)) / (1 - room)])
     for name, t, text in zip(names, total, texts, strict=True):
         fig.add_annotation(x=np.log10(t), y=name, text=text, xanchor="left", xshift=4, showarrow=False, row=1, col=2)

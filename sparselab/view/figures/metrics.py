@@ -96,7 +96,7 @@ def metrics_panel(source: Source, step: float | None = None, others: Sequence[So
     titled(fig, "Metrics", note, height=160 + 80 * sum(heights))
     if folded:
         fig.update_layout(title=None, height=STRIP, margin={"t": 26, "b": 36, "l": 50, "r": 10}, legend_y=1,
-                          legend_font_size=11, font_size=11).update_xaxes(title=None)
+                          legend_font_size=11, font_size=11).update_xaxes(title_standoff=0)
     return Panel("Metrics", f"Lines follow the training from left to right{', one dash for each run' * bool(others)}; the shaded ramp is the "
                  "radius eps of the loss, for some objectives above the one that is tested; the dotted line the moment that all other panels show.",
                  call_of("metrics_panel", source, others, step=step, folded=folded or None), fig)
@@ -125,7 +125,8 @@ def _radius(fig: go.Figure, runs: dict[str, list[dict]], at: dict[str, int], top
     _lines(fig, runs, "train_eps", **at, secondary_y=False)
     for trace in fig.data[before:]:
         trace.update(mode="lines", line_width=1, **({"fill": "tozeroy", "fillcolor": "rgba(128,128,128,0.18)"} if len(runs) == 1 else {}))
-    fig.update_yaxes(title_text="training eps", side="right", range=[0, 1.02 * top], tickvals=[0, top / 2, top], tickformat=".3~g",
+    fig.update_yaxes(title_text="training eps", side="right", range=[0, 1.02 * top], tickvals=[0, top / 2, top],
+                     tickformat=".3~g" if top >= 1e-3 else ".1~e",  # where a ramp begins, the zeros would push the title into the next part
                      **at, secondary_y=False)
 
 

@@ -66,7 +66,7 @@ def updates_panel(source: Source, step: float | None = None, layer: str | None =
     fig.update_xaxes(title_text="step", showticklabels=True, row=rows if several else 1, col=1)
     fig.for_each_xaxis(lambda axis: axis.update(title_text="step", showticklabels=True), {"anchor": fig.data[-1].yaxis})
     panel_titles(fig.update_layout(barmode="relative", bargap=0.1))
-    left_out = [short(name) for name in counts if short(name) not in shown]
+    left_out = [short(name) for name in counts if short(name) not in shown and len(history.steps) > 1]
     title = (f"Updates of {short(layer)}" if layer else "Updates") + ", busiest layers" * bool(left_out)
     return Panel("Updates", "Bars above zero were grown (light: not for the first time), below zero dropped; falling overlap with the first mask and "
                  "rising exploration say how much the training has searched.",
@@ -117,6 +117,6 @@ def _unseen(layers: list[str], most: int = 6) -> str:
 def _note(steps: list[int], record: int, total: Counts) -> str:
     grown, regrown, dropped = (total[key] for key in ("grown", "regrown", "dropped"))
     if len(steps) == 1:
-        return "the masks never changed: nothing was grown or dropped"
+        return "no update has changed the masks: nothing was grown or dropped"
     return (f"step {steps[record]:,}: {grown[record]:,} grown, {regrown[record]:,} of them again, {dropped[record]:,} dropped; "
             f"{counted(len(steps) - 1, 'update')} in all grew {grown.sum():,} and dropped {dropped.sum():,}")

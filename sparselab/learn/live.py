@@ -64,7 +64,8 @@ def last_knobs(run: Run) -> dict[str, float | str]:
     options = {**(method_options(run.config.method) if method else {}), **run.config.method_options}
     options["growth"] = next((name for name, score in GROWTH.items() if score is getattr(method, "grow", None)), None)
     known = {name: options[name] for name in (method.knobs if method else ()) if options.get(name) is not None}
-    return {"lr": peak_lr(run.config)} | known | {row["name"]: row["new"] for row in effective(read_rows(run.path / "events.jsonl"))}
+    lr = peak_lr(run.config, run.metrics[-1]["step"] if run.metrics else 0)
+    return {"lr": lr} | known | {row["name"]: row["new"] for row in effective(read_rows(run.path / "events.jsonl"))}
 
 
 class Live(Source):

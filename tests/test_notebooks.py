@@ -84,8 +84,6 @@ def shows(cell: dict) -> bool:
 @every
 def test_a_cell_that_prints_or_draws_has_its_output(path):
     """What the text around it speaks of is there for who reads the notebook on a page."""
-    if relative(path) == "nbs/bench/fronts.ipynb":
-        pytest.skip("a reader runs it at the scale that is wanted: 114 trainings")
     assert [i for i, cell in enumerate(code_cells(path)) if shows(cell) and not cell["outputs"]] == []
 
 

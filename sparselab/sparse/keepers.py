@@ -6,14 +6,15 @@
 __all__ = ['Keeper', 'keep', 'keepers', 'parameters_of', 'unscale', 'before_step', 'after_step', 'after_load']
 
 # %% ../../nbs/sparse/01_keepers.ipynb #9d00a003
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 # %% ../../nbs/sparse/01_keepers.ipynb #9d00a005
 class Keeper(Protocol):
@@ -29,24 +30,24 @@ class Keeper(Protocol):
         """The parameters of `module` have been loaded."""
 
 
-_KEEPERS: WeakValueDictionary[int, Any] = WeakValueDictionary()  # id of a parameter or a module -> its keeper
+_KEEPERS: MutableMapping[Any, ref] = WeakIdKeyDictionary()  # parameter or module -> its keeper
 
 
 def keep(keeper: Keeper, parameters: Iterable[Tensor], model: nn.Module) -> None:
     """Make `keeper` the one that is called for `parameters` of `model`; whoever kept them before is not called any more."""
     kept = {id(p): p for p in parameters}
-    for key in kept:
-        _KEEPERS[key] = keeper
+    for parameter in kept.values():
+        _KEEPERS[parameter] = ref(keeper)
     for module in model.modules():
         if any(id(p) in kept for p in module.parameters(recurse=False)):
-            _KEEPERS[id(module)] = keeper
+            _KEEPERS[module] = ref(keeper)
             if after_load not in module._load_state_dict_post_hooks.values():  # a copied module has it already
                 module.register_load_state_dict_post_hook(after_load)
 
 
 def keepers(things: Iterable[Tensor | nn.Module]) -> list[Keeper]:
     """Those who keep any of `things`, each once."""
-    found = (_KEEPERS.get(id(thing)) for thing in things)
+    found = (keeper() for thing in things if (keeper := _KEEPERS.get(thing)) is not None)
     return list({id(keeper): keeper for keeper in found if keeper is not None}.values())
 
 # %% ../../nbs/sparse/01_keepers.ipynb #9d00a007

@@ -18,6 +18,7 @@ from ..errors import check_known
 from .data import Data
 from .losses import Objective
 from .optimizers import SCHEDULES, lr_share
+from ..sparse.scores import generator_for
 from ..sparse.sparsifier import Sparsifier
 
 # %% ../../nbs/learn/23_learner.ipynb #712af18d
@@ -49,7 +50,7 @@ class Learner:
     loss of bounds.
     """
 
-    ranks = 1  # processes that train together
+    rank, ranks = 0, 1  # this process and the number of those that train together
 
     def __init__(self, model: nn.Module, data: Data | object, objective: Objective, optimizer: torch.optim.Optimizer,
                  sparsifier: Sparsifier, epochs: int, batch_size: int, seed: int = 0, grad_clip: float = 0.0,
@@ -129,7 +130,11 @@ class Learner:
         self._call("after_step")
 
     def loss(self, x: Tensor, y: Tensor, progress: float) -> Tensor:
-        """The objective of a batch, in bfloat16 where `amp` asks for it."""
+        """The objective of a batch, in bfloat16 where `amp` asks for it.
+
+        PyTorch's global generator, from which dropout draws, is seeded by the step.
+        """
+        torch.manual_seed(generator_for(self.seed, "loss", self.step, self.rank).initial_seed())
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             return self.objective(self.model, x, y, progress)
 

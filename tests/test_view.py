@@ -39,7 +39,7 @@ from sparselab.view import (
     titled,
     updates_panel,
 )
-from sparselab.view.figures import panels, theme
+from sparselab.view.figures import drawing, panels, theme
 from sparselab.view.figures.pixels import EMPTY, OFF, PALETTES, mask_raster, tiles
 from sparselab.view.runs.results import RESULTS
 
@@ -581,6 +581,17 @@ def test_a_real_browser_draws_the_figure_small():
     colours = {"#" + bytes(palette[i]).hex().upper() for i in np.unique(image)}
     assert image.shape[1] == 900 and len(done.stdout) < 40_000
     assert {theme.COLORS["loss"], theme.COLORS["clean"]} <= colours  # both curves are there, in their exact colours
+
+
+@pytest.mark.parametrize("names", [2, 20])
+def test_the_panels_begin_below_the_last_row_of_the_legend(monkeypatch, names):
+    pages, notes = [], drawing._notes
+    monkeypatch.setattr(drawing, "_notes", lambda page, margins: (pages.append(page), notes(page, margins)))
+    drawing.draw(titled(go.Figure([go.Scatter(y=[0, 1], name=f"a layer with a long name, {i}") for i in range(names)]), "A title", "and a note"))
+    page, = pages
+    legend, = page.paper.legends
+    panel, = page.panels.values()
+    assert legend.get_window_extent().y0 >= panel.get_window_extent().y1 + drawing.TITLES - 1
 
 
 @pytest.mark.browser

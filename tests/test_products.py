@@ -1,12 +1,17 @@
 """Products on rows: clean columns, which have a loop of their own, have the bits that they have beside boxes; images become rows by blocks."""
 import math
+import os
+import subprocess
+import sys
 
+import filelock
 import numpy as np
 import pytest
 from engine import machine, numba_or_not
 from torch import nn, rand
 
 from sparselab.learn.rows import Outputs, Rows
+from sparselab.sparse import products
 from sparselab.sparse.entries import convolution, linear
 from sparselab.sparse.products import Product, columns_to_rows, pull_back
 
@@ -61,3 +66,42 @@ def test_rows_begin_where_a_line_of_the_cache_does():
     made.backward(np.ones((5, 3), np.float32), np.zeros_like(net.values.flat), of_input=True)
     for rows in (*made.p.x, *(g for g in made.p.g if g is not None)):
         assert rows.ctypes.data % 64 == 0
+
+
+COMPILE_TOGETHER = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from sparselab.sparse.products import row_sums
+gradient, sums = np.ones((3, 5), np.float32), np.zeros(2, np.float32)
+print("ready", flush=True)
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.001)
+row_sums(gradient, np.array([0, 1, 3]), np.array([2, 0, 1]), sums)
+assert sums.tolist() == [5, 10]
+print(sum(row_sums.stats.cache_misses.values()))
+"""
+
+
+@pytest.mark.skipif(products.numba is None, reason="numba is not installed")
+def test_of_processes_that_begin_together_one_compiles(tmp_path):
+    command = [sys.executable, "-c", COMPILE_TOGETHER, str(tmp_path / "go")]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+    (tmp_path / "go").touch()
+    compiled = [int(process.communicate()[0]) for process in processes]
+    assert sorted(compiled) == [0, 0, 1]
+
+
+@pytest.mark.skipif(products.numba is None, reason="numba is not installed")
+def test_a_process_that_never_ends_its_compiling_does_not_stop_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(products, "FileLock", lambda path, timeout: filelock.FileLock(path, timeout=0.1))
+    with filelock.FileLock(tmp_path / "compiling.lock"):
+        with products._alone(str(tmp_path)):
+            pass
+    with products._alone(str(tmp_path / "new")) as _, pytest.raises(filelock.Timeout):
+        filelock.FileLock(tmp_path / "new" / "compiling.lock", timeout=0).acquire()
+    (tmp_path / "file").touch()
+    with products._alone(str(tmp_path / "file" / "below")), products._alone(None):
+        pass

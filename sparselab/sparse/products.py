@@ -9,12 +9,14 @@ __all__ = ['compiled', 'inlined', 'to_compile', 'with_numba', 'without_numba', '
 
 # %% ../../nbs/sparse/34_products.ipynb #5cf8e815
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .entries import Entries, in_reading_order
@@ -29,9 +31,40 @@ except ImportError:
 _OPTIONS = {"fastmath": {"contract", "reassoc", "nsz", "arcp"}, "boundscheck": False, "nogil": True, "cache": True, "error_model": "numpy"}
 
 
+@contextmanager
+def _alone(folder: str | None) -> Iterator[None]:
+    """Within it, no other process compiles into `folder`; without a word where that cannot be had."""
+    lock = None
+    if folder is not None:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            lock = FileLock(os.path.join(folder, "compiling.lock"), timeout=100)
+            lock.acquire()
+        except (OSError, Timeout):  # a folder that is read alone, or a process that was stopped
+            lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
 def compiled(function: Callable) -> Callable:
-    """The function, compiled by numba when it is first called; itself where numba is missing."""
-    return function if numba is None else numba.njit(function, **_OPTIONS)
+    """The function, compiled by numba when it is first called; itself where numba is missing.
+
+    Of several processes that call it first, one compiles, and the others wait and read what that one has kept.
+    """
+    if numba is None:
+        return function
+    made = numba.njit(function, **_OPTIONS)
+    compile_, folder = made.compile, getattr(made._cache, "cache_path", None)
+
+    def one_by_one(signature: object) -> object:
+        with _alone(folder):
+            return compile_(signature)
+
+    made.compile = one_by_one
+    return made
 
 
 def inlined(function: Callable) -> Callable:

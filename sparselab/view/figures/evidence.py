@@ -17,12 +17,14 @@ from .theme import COLORS, OKABE_ITO, titled
 
 # %% ../../../nbs/view/figures/10_evidence.ipynb #7321badf
 def seed_dots(values: Mapping[str, Sequence[float]], title: str, metric: str = "test accuracy") -> go.Figure:
-    """One row per entry of `values` (row -> one number per seed), a point per seed and a line at the mean."""
+    """One row per entry of `values` (row -> one number per seed), a point per seed, equal ones below each other, and a line at the mean."""
     fig, names = go.Figure(), list(values)
     for row, found in enumerate(values.values()):
         fig.add_scatter(x=[mean(found)] * 2, y=[row - 0.3, row + 0.3], mode="lines", hoverinfo="skip",
                         line={"color": OKABE_ITO["vermillion"], "width": 2})
-        fig.add_scatter(x=list(found), y=[row] * len(found), mode="markers", customdata=list(range(len(found))),
+        found = list(found)
+        beside = [row + 0.14 * (found[:seed].count(value) - (found.count(value) - 1) / 2) for seed, value in enumerate(found)]
+        fig.add_scatter(x=found, y=beside, mode="markers", customdata=list(range(len(found))),
                         marker={"color": COLORS["clean"], "size": 9, "line": {"color": OKABE_ITO["blue"], "width": 1}},
                         hovertemplate=names[row] + ", seed number %{customdata}: %{x:.4g}<extra></extra>")
     fig.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.5, -0.5])

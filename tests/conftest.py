@@ -49,13 +49,23 @@ def reproducible():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def few_radii():
-    """Runs record their margins at 3 radii. Those at 21 are two thirds of what a tiny training costs, and are looked at by other tests."""
+    """Runs record their margins at 3 radii: those at 21 are a third of what a tiny training costs. `all_radii` gives a module all of them."""
     from sparselab.learn import margins, training
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "margins_of", partial(margins.margins_of, radii=3))
+        yield
+
+
+@pytest.fixture(scope="module")
+def all_radii(few_radii):
+    """Runs of this module record their margins at all radii."""
+    from sparselab.learn import margins, training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "margins_of", margins.margins_of)
         yield
 
 

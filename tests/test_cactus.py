@@ -13,7 +13,6 @@ from sparselab.sparse import sparsify
 from sparselab.sparse.cactus import quantised
 from sparselab.sparse.masks import prunable
 
-pytestmark = pytest.mark.usefixtures("few_radii")
 SMALL = dict(model="mlp", model_options={"widths": [16]}, method="cactus", sparsity=0.8, eps=0.02, epochs=2, train_samples=100, test_samples=20,
              batch_size=50, device="cpu")
 

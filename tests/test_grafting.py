@@ -18,7 +18,6 @@ from sparselab.robust import bounds, eval_mode, graft, grafted_like, input_box, 
 from sparselab.robust.grafting import Grafted, neurons_to_graft, random_neurons, ranks, significance, sites
 from sparselab.sparse import compact, sparsify
 
-pytestmark = pytest.mark.usefixtures("few_radii")
 METHODS = ("ibp", "crown_ibp", "crown")
 MODELS = {"mlp": (1, 8, 8), "cnn4": (1, 8, 8), "ctbench_cnn4_bn": (1, 8, 8), "resnet5_bn": (3, 8, 8)}
 SMALL = dict(model="mlp", model_options={"widths": [24, 24]}, method="grafting", sparsity=0.8, objective="pgd", epochs=2, eps=0.02, test_samples=40,

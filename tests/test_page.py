@@ -264,7 +264,7 @@ def test_every_panel_follows_the_slider_in_a_browser(opened, runs, single):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1440, 1000])
+@pytest.mark.parametrize("width", [pytest.param(1440, marks=pytest.mark.slow), 1000])
 def test_no_button_of_a_figure_covers_its_legend(opened, double, width):
     page = opened(double)
     page.set_viewport_size({"width": width, "height": 900})

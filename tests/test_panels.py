@@ -46,6 +46,7 @@ from sparselab.view.figures.masks import erk_densities
 from sparselab.view.figures.pixels import COLOURINGS, EMPTY, LEGENDS, PALETTES, mask_raster, tiles
 from sparselab.view.figures.theme import COLORS
 
+pytestmark = pytest.mark.usefixtures("all_radii")
 EXAMPLE = Path(__file__).resolve().parents[1] / "nbs" / "example"
 NAMES = ("sparsevlr", "rigl")
 

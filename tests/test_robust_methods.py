@@ -29,7 +29,6 @@ from sparselab.sparse.deadwooding import Deadwooding
 from sparselab.sparse.distributions import layer_budgets
 from sparselab.sparse.sparsify import sparsify
 
-pytestmark = pytest.mark.usefixtures("few_radii")
 QUICK = dict(model="mlp", model_options={"widths": [12, 12]}, epochs=2, eps=0.02, train_samples=100, test_samples=10, batch_size=50, device="cpu",
              sparsity=0.8)
 SHORT = {"nrs": {"rate": 0.5, "weight": 0.1}, "hydra": {"search_epochs": 1, "record_every": 1}, "admm": {"updates": 2}, "deadwooding": {"updates": 2},

@@ -24,7 +24,6 @@ from sparselab.sparse.hard_concrete import BETA, HardConcrete, hard_concrete, lo
 from sparselab.sparse.masks import prunable
 from sparselab.sparse.sparsify import sparsify
 
-pytestmark = pytest.mark.usefixtures("few_radii")
 SMALL = dict(model="mlp", model_options={"widths": [20, 16]}, sparsity=0.6, epochs=2, eps=0.05, device="cpu", train_samples=200, test_samples=40)
 OPTIONS = {"hard_concrete": {"retrain_epochs": 1}, "gap": {"pretrain_epochs": 1, "quantise": True}}
 

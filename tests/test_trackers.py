@@ -8,7 +8,6 @@ import pytest
 from sparselab.learn import Callback, Config, Track, train
 from sparselab.learn.trackers import TRACKERS, send
 
-pytestmark = pytest.mark.usefixtures("few_radii")
 CONFIG = Config(model="mlp", epochs=3, eps=0.02, sparsity=0.9, train_samples=200, test_samples=20)
 
 

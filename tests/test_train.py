@@ -25,7 +25,6 @@ from sparselab.sparse.compaction import compact
 from sparselab.sparse.masks import prunable
 from sparselab.sparse.sparsify import METHODS, method_options
 
-pytestmark = pytest.mark.usefixtures("few_radii")
 SMALL = dict(model="mlp", model_options={"widths": [24, 24]}, epochs=4, eps=0.02, test_samples=60, device="cpu",
              method_options={"update_every": 3})
 
@@ -277,7 +276,7 @@ def test_every_objective_trains_a_batchnorm_network_sparse(config, objective):
     assert run.summary["nnz"] == round(0.2 * run.summary["total"]) and len(run.metrics) == 2
 
 
-@pytest.mark.parametrize("objective", ["natural", "crown_ibp"])
+@pytest.mark.parametrize("objective", [pytest.param("natural", marks=pytest.mark.slow), "crown_ibp"])
 @pytest.mark.parametrize("method", sorted(ALL_METHODS))
 def test_every_method_trains_a_convolutional_network_under_any_loss(config, method, objective):
     small = dict(model="cnn5_bn", model_options={"width": 2}, objective=objective, test_samples=1, batch_size=40, train_samples=200, epochs=1)

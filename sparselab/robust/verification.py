@@ -34,7 +34,8 @@ class Verification(Shown):
     """What is proved of each of B samples; every tensor is (B,).
 
     `clean`: classified right. `margins`: over the methods, the greatest lower bound of the worst margin on the box; at most 0
-    for a sample that an attack, or a witness (a point that the model was asked at), broke, -inf where no method ran.
+    for a sample that an attack, or a witness (a point that the model was asked at), broke; -inf where no method ran, where no
+    bound is finite, and where a number on the way may overflow.
     `tried` and `by_method`: for each method, cheapest first, the samples it ran on and those it proved. A method runs
     only on what is not proved yet, so the sets of `by_method` do not overlap, and together they are `verified`.
     """
@@ -111,7 +112,7 @@ def _refuse(samples: Tensor, what: str, rule: str) -> None:
                              "Please report it with the model and these samples.")
 
 # %% ../../nbs/robust/16_verification.ipynb #1ad0b2e5
-FLOATS = 2**26  # that one batch may hold, about: 256 MB in single precision
+FLOATS = 2**26  # that one batch may hold, about: 256 MiB in single precision
 
 
 def _batch(program: Program, classes: int, method: str, engine: str | Engine, most: int) -> int:

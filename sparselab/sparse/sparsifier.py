@@ -83,7 +83,7 @@ class Keeping:
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Mask what `optimizer` is about to use: its gradients now, or all that its closure will compute."""
         self.optimizers.add(optimizer)
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if closure is None:
             self.mask_gradients()
             return args, kwargs

@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import filelock
 import numpy as np
@@ -94,14 +95,21 @@ def test_of_processes_that_begin_together_one_compiles(tmp_path):
     assert sorted(compiled) == [0, 0, 1]
 
 
-@pytest.mark.skipif(products.numba is None, reason="numba is not installed")
 def test_a_process_that_never_ends_its_compiling_does_not_stop_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(products, "FileLock", lambda path, timeout: filelock.FileLock(path, timeout=0.1))
-    with filelock.FileLock(tmp_path / "compiling.lock"):
-        with products._alone(str(tmp_path)):
-            pass
-    with products._alone(str(tmp_path / "new")) as _, pytest.raises(filelock.Timeout):
-        filelock.FileLock(tmp_path / "new" / "compiling.lock", timeout=0).acquire()
+    monkeypatch.setattr(products, "_lock", lambda folder: filelock.FileLock(os.path.join(folder, "compiling.lock"), timeout=0.1))
+    with filelock.FileLock(tmp_path / "compiling.lock"), products._alone(str(tmp_path)):
+        pass
     (tmp_path / "file").touch()
     with products._alone(str(tmp_path / "file" / "below")), products._alone(None):
         pass
+
+
+def test_who_compiles_may_compile_what_the_function_calls_and_nobody_else_may(tmp_path):
+    folder, started = str(tmp_path / "new"), time.monotonic()
+    with products._alone(folder):
+        with products._alone(folder):
+            pass
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(tmp_path / "new" / "compiling.lock", timeout=0).acquire()
+    assert time.monotonic() - started < 10
+    filelock.FileLock(tmp_path / "new" / "compiling.lock", timeout=0).acquire()

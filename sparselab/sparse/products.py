@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -31,6 +32,12 @@ except ImportError:
 _OPTIONS = {"fastmath": {"contract", "reassoc", "nsz", "arcp"}, "boundscheck": False, "nogil": True, "cache": True, "error_model": "numpy"}
 
 
+@cache
+def _lock(folder: str) -> FileLock:
+    """One for each folder, as a thread that holds it may take it again: compiling a function compiles those that it calls."""
+    return FileLock(os.path.join(folder, "compiling.lock"), timeout=100)
+
+
 @contextmanager
 def _alone(folder: str | None) -> Iterator[None]:
     """Within it, no other process compiles into `folder`; without a word where that cannot be had."""
@@ -38,7 +45,7 @@ def _alone(folder: str | None) -> Iterator[None]:
     if folder is not None:
         try:
             os.makedirs(folder, exist_ok=True)
-            lock = FileLock(os.path.join(folder, "compiling.lock"), timeout=100)
+            lock = _lock(folder)
             lock.acquire()
         except (OSError, Timeout):  # a folder that is read alone, or a process that was stopped
             lock = None

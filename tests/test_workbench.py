@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ pytest.importorskip("anywidget", reason="anywidget is not installed: pip install
 from ipywidgets import HTML, Widget
 
 from sparselab.errors import attempt
-from sparselab.learn import Config, Live, Run, train
+from sparselab.learn import Config, Live, Run, assembly, train
 from sparselab.learn.gate import SETTLED
+from sparselab.learn.live import last_knobs
 from sparselab.notebooks import at_root
 from sparselab.view import Explorer
 from sparselab.view.explorer.blocks import WAITING, Block, Selection
@@ -59,6 +61,15 @@ def test_a_live_training_that_had_finished_shows_the_finished_run(configs):
     controls = next(child for child in explorer.children[2].children if hasattr(child, "rested"))
     until(lambda: "finished" in controls.state.value)
     assert "of 0" not in controls.state.value and controls.rested.layout.display is None
+
+
+@pytest.mark.parametrize("method", ["rigl", "dense"])
+def test_the_default_learning_rate_of_a_finished_run_is_the_one_that_it_was_trained_with(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(assembly, "STEPS", 8)  # so that this training is a long one, whose default rate is lower
+    config = Config(**SMALL | {"method": method, "epochs": 2, "runs_dir": str(tmp_path)})
+    config = replace(config, sparsity=0.0, method_options={}) if method == "dense" else config
+    run, (trained,) = train(config, callbacks=[]), assembly.make_learner(config).peak_lr
+    assert last_knobs(run)["lr"] == trained < assembly.peak_lr(config)
 
 
 def test_a_finished_run_can_begin_anew_and_is_kept(configs):

@@ -46,8 +46,8 @@ class Learner:
 
     `epoch` and `step` count what is done; `row` holds the metrics of the last epoch. `augment`: see `Split.batches`;
     `schedule`: one of SCHEDULES, unless the sparsifier has its own; `kernels`: see `SparseSteps`; `amp`: passes are computed in bfloat16
-    where PyTorch's autocast does so, dense, while weights, moments, gradients and masks stay float32. Raises ValueError for `amp` under a
-    loss of bounds.
+    where PyTorch's autocast does so, dense, while weights, moments, gradients and masks stay float32. Dense steps seed PyTorch's global
+    generator. Raises ValueError for `amp` under a loss of bounds.
     """
 
     rank, ranks = 0, 1  # this process and the number of those that train together

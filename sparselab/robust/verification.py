@@ -35,7 +35,7 @@ class Verification(Shown):
 
     `clean`: classified right. `margins`: over the methods, the greatest lower bound of the worst margin on the box; at most 0
     for a sample that an attack, or a witness (a point that the model was asked at), broke; -inf where no method ran, where no
-    bound is finite, and where a number on the way may overflow.
+    bound is finite, and where a bound is above zero but a number on the way may overflow.
     `tried` and `by_method`: for each method, cheapest first, the samples it ran on and those it proved. A method runs
     only on what is not proved yet, so the sets of `by_method` do not overlap, and together they are `verified`.
     """

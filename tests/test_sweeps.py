@@ -446,6 +446,7 @@ def done_values(point) -> dict:
     return {name: getattr(point.config, name) for name in Config.readers()}
 
 
+@pytest.mark.usefixtures("all_radii")  # as the runs of other processes do
 def test_the_runs_of_a_sweep_are_the_single_runs_to_the_bit(tmp_path):
     base = {**SMALL, "runs_dir": str(tmp_path / "runs")}
     done = sweep(base, {"method": "rigl", "sparsity": [0.5], "seed": 0}, options={"workers": 2}, progress=False)

@@ -132,9 +132,12 @@ class Learner:
     def loss(self, x: Tensor, y: Tensor, progress: float) -> Tensor:
         """The objective of a batch, in bfloat16 where `amp` asks for it.
 
-        PyTorch's global generator, from which dropout draws, is seeded by the step.
+        PyTorch's global generator of the device, from which dropout draws, is seeded by the step.
         """
-        torch.manual_seed(generator_for(self.seed, "loss", self.step, self.rank).initial_seed())
+        seed = generator_for(self.seed, "loss", self.step, self.rank).initial_seed()
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device, which takes longer than a small layer
+        if x.device.type != "cpu":
+            getattr(torch, x.device.type).manual_seed(seed)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             return self.objective(self.model, x, y, progress)
 

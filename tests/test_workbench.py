@@ -749,3 +749,17 @@ def test_a_training_that_runs_is_not_held_up_by_figures_out_of_sight(configs):
     until(lambda: all(block.panel is not before for block, before in zip(below, drawn, strict=True)))
     assert not any(block.waits for block in below)
     live.stop()
+
+
+def test_the_tip_of_a_mouse_that_rests_tells_of_the_moment_on_display(configs):
+    explorer = Explorer(Live(configs[0]).folder)
+    mask, tips = explorer.sides[0].mask, set()
+    name, history = mask.layer.value, mask.source.history
+    weight = int(np.flatnonzero(np.asarray(history.mask(0, name)) & ~np.asarray(history.mask(len(history.steps) - 1, name)))[0])
+    explorer.go(0)
+    mask.content.hover = list(divmod(weight, history.shapes[name][1]))
+    for moment in range(len(explorer.moments)):
+        explorer.timeline.value = moment
+        assert mask.content.tip == mask.describe(*mask.content.hover)
+        tips.add(mask.content.tip.split(", value")[0].partition(": ")[2])
+    assert "dropped now" in tips and "off" in tips and "on since record 0, for 0 updates" in tips

@@ -763,3 +763,17 @@ def test_the_tip_of_a_mouse_that_rests_tells_of_the_moment_on_display(configs):
         assert mask.content.tip == mask.describe(*mask.content.hover)
         tips.add(mask.content.tip.split(", value")[0].partition(": ")[2])
     assert "dropped now" in tips and "off" in tips and "on since record 0, for 0 updates" in tips
+
+
+def test_the_first_neurons_that_a_training_records_leave_the_chosen_layer(configs):
+    live = Live(Config(**SMALL, epochs=2, seed=27, runs_dir=configs[0].runs_dir)).step()
+    until(lambda: live.snapshot.status == "paused")
+    side = Explorer(live).sides[0]
+    assert not side.neurons.layer.options, "no epoch has ended"
+    shown = []
+    side.mask.layer.value = "fc2.weight"
+    side.mask.layer.observe(lambda change: shown.append(change["new"]), "value")
+    live.resume()
+    until(lambda: live.snapshot.status == "finished")
+    until(lambda: side.neurons.links.get(side.neurons.layer.value) == "fc2.weight")
+    assert side.mask.layer.value == "fc2.weight" and shown == []

@@ -777,3 +777,25 @@ def test_the_first_neurons_that_a_training_records_leave_the_chosen_layer(config
     until(lambda: live.snapshot.status == "finished")
     until(lambda: side.neurons.links.get(side.neurons.layer.value) == "fc2.weight")
     assert side.mask.layer.value == "fc2.weight" and shown == []
+
+
+def test_a_training_that_fails_can_begin_anew(configs):
+    """One that diverged just before a checkpoint fails from there again, whatever is changed."""
+    from sparselab.view.explorer.controls import LiveControls
+
+    live = Live(Config(**SMALL, epochs=2, seed=28, runs_dir=configs[0].runs_dir)).step()
+    until(lambda: live.snapshot.status == "paused")
+    controls = LiveControls(live)
+    until(lambda: "paused" in controls.state.value)
+    assert controls.rested.layout.display == "none"
+    live.set(lr=1e30)
+    live.resume()
+    until(lambda: live.snapshot.status == "failed")
+    until(lambda: "failed" in controls.state.value)
+    assert "diverged" in controls.state.value
+    assert [each for each in controls.rested.children if each.layout.display is None] == [controls.anew] and controls.rested.layout.display is None
+    assert not any(button.disabled for button in controls.buttons.values())
+    controls.anew.value = True
+    until(lambda: live.snapshot.status == "finished")
+    assert live.folder.with_name(f"{live.folder.name}.old-1").is_dir() and controls.refusal.value == ""
+    until(lambda: all(each.layout.display is None for each in (controls.rested, *controls.rested.children)))

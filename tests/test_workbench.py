@@ -799,3 +799,15 @@ def test_a_training_that_fails_can_begin_anew(configs):
     until(lambda: live.snapshot.status == "finished")
     assert live.folder.with_name(f"{live.folder.name}.old-1").is_dir() and controls.refusal.value == ""
     until(lambda: all(each.layout.display is None for each in (controls.rested, *controls.rested.children)))
+
+
+def test_enter_keeps_a_bookmark(configs, tmp_path):
+    from sparselab.learn.bookmarks import bookmarks
+
+    folder = tmp_path / "run"
+    shutil.copytree(Live(configs[0]).folder, folder)
+    explorer = Explorer(folder)
+    explorer.bookmarks.toggle()
+    explorer.bookmarks.note.value = "here"
+    explorer.bookmarks.note._handle_custom_msg({"event": "submit"}, [])  # as the browser says
+    assert bookmarks(folder) == [(explorer.step, "here")] and explorer.bookmarks.entry.layout.display == "none"

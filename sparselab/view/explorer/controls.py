@@ -53,6 +53,7 @@ class Bookmarks(widgets.HBox):
         self.shown: object = None
         self.which = widgets.HTML()
         self.note = widgets.Text(placeholder="a note on this step", layout={"width": "22em"})
+        self.note.on_msg(lambda _, message, __: self.keep() if message.get("event") == "submit" else None)  # Enter
         self.kept, self.where, self.problem = widgets.HBox(layout={"flex_flow": "row wrap"}), widgets.HTML(), widgets.HTML()
         self.erase = press("remove", self.remove, "remove this bookmark")
         self.entry = widgets.HBox([self.which, self.note, press("keep", self.keep, "keep the step with this note"), self.erase, self.where],

@@ -811,3 +811,21 @@ def test_enter_keeps_a_bookmark(configs, tmp_path):
     explorer.bookmarks.note.value = "here"
     explorer.bookmarks.note._handle_custom_msg({"event": "submit"}, [])  # as the browser says
     assert bookmarks(folder) == [(explorer.step, "here")] and explorer.bookmarks.entry.layout.display == "none"
+
+
+def test_what_is_chosen_in_the_run_picker_stays_chosen_as_far_as_it_is_offered(configs, tmp_path):
+    from sparselab.view import RunBrowser
+
+    for config in configs:
+        shutil.copytree(Live(config).folder, tmp_path / Live(config).folder.name)
+    browser = RunBrowser(tmp_path)
+    choice, inside = browser.picker.choice, []
+    choice.observe(lambda change: inside.append(all(i < len(change["new"]) for i in choice.index)), "_options_labels")
+    choice.index = (0, 1)
+    browser.figure.value = "stability by layer"
+    assert choice.index == (0, 1)
+    browser.filters["seed"].value = (1,)
+    assert [run.config.seed for run in choice.value] == [1] and len(choice.options) == 1
+    assert inside and all(inside), "a browser that is told of fewer runs still looks for those that were chosen"
+    browser.filters["seed"].value = (0,)
+    assert choice.index == ()

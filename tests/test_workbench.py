@@ -23,8 +23,9 @@ from sparselab.errors import attempt
 from sparselab.learn import Config, Live, Run, assembly, train
 from sparselab.learn.gate import SETTLED
 from sparselab.learn.live import last_knobs
+from sparselab.learn.reading import Given
 from sparselab.notebooks import at_root
-from sparselab.view import Explorer
+from sparselab.view import Explorer, metrics_panel
 from sparselab.view.explorer.blocks import WAITING, Block, Selection
 from sparselab.view.explorer.mask_block import table_of
 
@@ -829,3 +830,12 @@ def test_what_is_chosen_in_the_run_picker_stays_chosen_as_far_as_it_is_offered(c
     assert inside and all(inside), "a browser that is told of fewer runs still looks for those that were chosen"
     browser.filters["seed"].value = (0,)
     assert choice.index == ()
+
+
+def test_metrics_tell_that_pgd_was_attacked_on_test_images(configs):
+    """All else is of validation images: pgd below verified, side by side, would be a broken proof."""
+    run = Run(Live(configs[0]).folder)
+    note, share = metrics_panel(run).figure.layout.meta["note"], run.summary["accuracy"]["pgd"]
+    assert f"pgd {share:.1%} on test images, verified {run.metrics[-1]['verified']:.1%}, unstable" in note
+    own = metrics_panel(Given(metrics=[{"step": 1, "pgd": 0.5}], summary={"accuracy": {"pgd": 0.7}})).figure.layout.meta["note"]
+    assert own == "step 1: pgd 50.0%", "a training that attacks in every epoch"

@@ -23,8 +23,9 @@ from sparselab.errors import attempt
 from sparselab.learn import Config, Live, Run, assembly, train
 from sparselab.learn.gate import SETTLED
 from sparselab.learn.live import last_knobs
+from sparselab.learn.reading import Given
 from sparselab.notebooks import at_root
-from sparselab.view import Explorer
+from sparselab.view import Explorer, metrics_panel
 from sparselab.view.explorer.blocks import WAITING, Block, Selection
 from sparselab.view.explorer.mask_block import table_of
 
@@ -749,3 +750,92 @@ def test_a_training_that_runs_is_not_held_up_by_figures_out_of_sight(configs):
     until(lambda: all(block.panel is not before for block, before in zip(below, drawn, strict=True)))
     assert not any(block.waits for block in below)
     live.stop()
+
+
+def test_the_tip_of_a_mouse_that_rests_tells_of_the_moment_on_display(configs):
+    explorer = Explorer(Live(configs[0]).folder)
+    mask, tips = explorer.sides[0].mask, set()
+    name, history = mask.layer.value, mask.source.history
+    weight = int(np.flatnonzero(np.asarray(history.mask(0, name)) & ~np.asarray(history.mask(len(history.steps) - 1, name)))[0])
+    explorer.go(0)
+    mask.content.hover = list(divmod(weight, history.shapes[name][1]))
+    for moment in range(len(explorer.moments)):
+        explorer.timeline.value = moment
+        assert mask.content.tip == mask.describe(*mask.content.hover)
+        tips.add(mask.content.tip.split(", value")[0].partition(": ")[2])
+    assert "dropped now" in tips and "off" in tips and "on since record 0, for 0 updates" in tips
+
+
+def test_the_first_neurons_that_a_training_records_leave_the_chosen_layer(configs):
+    live = Live(Config(**SMALL, epochs=2, seed=27, runs_dir=configs[0].runs_dir)).step()
+    until(lambda: live.snapshot.status == "paused")
+    side = Explorer(live).sides[0]
+    assert not side.neurons.layer.options, "no epoch has ended"
+    shown = []
+    side.mask.layer.value = "fc2.weight"
+    side.mask.layer.observe(lambda change: shown.append(change["new"]), "value")
+    live.resume()
+    until(lambda: live.snapshot.status == "finished")
+    until(lambda: side.neurons.links.get(side.neurons.layer.value) == "fc2.weight")
+    assert side.mask.layer.value == "fc2.weight" and shown == []
+
+
+def test_a_training_that_fails_can_begin_anew(configs):
+    """One that diverged just before a checkpoint fails from there again, whatever is changed."""
+    from sparselab.view.explorer.controls import LiveControls
+
+    live = Live(Config(**SMALL, epochs=2, seed=28, runs_dir=configs[0].runs_dir)).step()
+    until(lambda: live.snapshot.status == "paused")
+    controls = LiveControls(live)
+    until(lambda: "paused" in controls.state.value)
+    assert controls.rested.layout.display == "none"
+    live.set(lr=1e30)
+    live.resume()
+    until(lambda: live.snapshot.status == "failed")
+    until(lambda: "failed" in controls.state.value)
+    assert "diverged" in controls.state.value
+    assert [each for each in controls.rested.children if each.layout.display is None] == [controls.anew] and controls.rested.layout.display is None
+    assert not any(button.disabled for button in controls.buttons.values())
+    controls.anew.value = True
+    until(lambda: live.snapshot.status == "finished")
+    assert live.folder.with_name(f"{live.folder.name}.old-1").is_dir() and controls.refusal.value == ""
+    until(lambda: all(each.layout.display is None for each in (controls.rested, *controls.rested.children)))
+
+
+def test_enter_keeps_a_bookmark(configs, tmp_path):
+    from sparselab.learn.bookmarks import bookmarks
+
+    folder = tmp_path / "run"
+    shutil.copytree(Live(configs[0]).folder, folder)
+    explorer = Explorer(folder)
+    explorer.bookmarks.toggle()
+    explorer.bookmarks.note.value = "here"
+    explorer.bookmarks.note._handle_custom_msg({"event": "submit"}, [])  # as the browser says
+    assert bookmarks(folder) == [(explorer.step, "here")] and explorer.bookmarks.entry.layout.display == "none"
+
+
+def test_what_is_chosen_in_the_run_picker_stays_chosen_as_far_as_it_is_offered(configs, tmp_path):
+    from sparselab.view import RunBrowser
+
+    for config in configs:
+        shutil.copytree(Live(config).folder, tmp_path / Live(config).folder.name)
+    browser = RunBrowser(tmp_path)
+    choice, inside = browser.picker.choice, []
+    choice.observe(lambda change: inside.append(all(i < len(change["new"]) for i in choice.index)), "_options_labels")
+    choice.index = (0, 1)
+    browser.figure.value = "stability by layer"
+    assert choice.index == (0, 1)
+    browser.filters["seed"].value = (1,)
+    assert [run.config.seed for run in choice.value] == [1] and len(choice.options) == 1
+    assert inside and all(inside), "a browser that is told of fewer runs still looks for those that were chosen"
+    browser.filters["seed"].value = (0,)
+    assert choice.index == ()
+
+
+def test_metrics_tell_that_pgd_was_attacked_on_test_images(configs):
+    """All else is of validation images: pgd below verified, side by side, would be a broken proof."""
+    run = Run(Live(configs[0]).folder)
+    note, share = metrics_panel(run).figure.layout.meta["note"], run.summary["accuracy"]["pgd"]
+    assert f"pgd {share:.1%} on test images, verified {run.metrics[-1]['verified']:.1%}, unstable" in note
+    own = metrics_panel(Given(metrics=[{"step": 1, "pgd": 0.5}], summary={"accuracy": {"pgd": 0.7}})).figure.layout.meta["note"]
+    assert own == "step 1: pgd 50.0%", "a training that attacks in every epoch"

@@ -40,9 +40,11 @@ class RunPicker(widgets.VBox):
         self.offer(rows)
 
     def offer(self, rows: pd.DataFrame) -> None:
-        """Offer the runs of `rows`, newest first."""
+        """Offer the runs of `rows`, newest first; of those that are chosen, the ones among them stay so."""
         newest = sorted((row for _, row in rows.iterrows()), key=lambda row: _written(row["source"].path), reverse=True)
+        chosen, self.choice.value = self.choice.value, ()  # before the list: a browser would look for the second run of one
         self.choice.options = [(_told(row), row["source"]) for row in newest]
+        self.choice.value = [row["source"] for row in newest if row["source"] in chosen]
 
     def explore(self) -> None:
         """Show what is chosen, the newest run where nothing is."""

@@ -53,6 +53,7 @@ class Bookmarks(widgets.HBox):
         self.shown: object = None
         self.which = widgets.HTML()
         self.note = widgets.Text(placeholder="a note on this step", layout={"width": "22em"})
+        self.note.on_msg(lambda _, message, __: self.keep() if message.get("event") == "submit" else None)  # Enter
         self.kept, self.where, self.problem = widgets.HBox(layout={"flex_flow": "row wrap"}), widgets.HTML(), widgets.HTML()
         self.erase = press("remove", self.remove, "remove this bookmark")
         self.entry = widgets.HBox([self.which, self.note, press("keep", self.keep, "keep the step with this note"), self.erase, self.where],
@@ -153,10 +154,11 @@ class LiveControls(widgets.VBox):
         self.growth = chooser("grow by", list(GROWTH), "12em")
         self.lr = widgets.FloatText(0.0, description="peak lr", step=0.001, layout={"width": "11em"}, style=close, continuous_update=False)
         self.more = widgets.BoundedIntText(10, min=1, max=1_000_000, description="for", layout={"width": "7em"}, style=close)
+        self.anew = press("begin anew", self.again, "train from the start; the run so far is kept beside its folder")
         self.rested = widgets.HBox([
             press("continue", self.extend, "from the last checkpoint, as a run of its own; its schedules stretch over all epochs"),
             self.more, widgets.HTML("epochs"),
-            press("begin anew", live.anew, "train from the start; the finished run is kept beside its folder"),
+            self.anew,
             press("train twice the epochs", self.twice, "a run of its own, from the start: its schedules stretch over all epochs")],
             layout={"display": "none", "align_items": "center"})
         self.refusal = widgets.HTML()
@@ -172,7 +174,9 @@ class LiveControls(widgets.VBox):
         """Take over what the training says of itself; a knob that it does not have is disabled, and all are when nothing is left to train."""
         self.state.value = html.escape(self.live.headline.removeprefix(f"{self.live.name}: " * self.named))
         ended = self.live.rested or now.status == "finished"
-        self.rested.layout.display = None if ended else "none"
+        self.rested.layout.display = None if ended or now.status == "failed" else "none"
+        for each in self.rested.children:  # what has failed may fail from its last checkpoint again
+            each.layout.display = None if ended or each is self.anew else "none"
         for button in self.buttons.values():
             button.disabled = ended
         for name, control in self.knobs.items():
@@ -184,9 +188,13 @@ class LiveControls(widgets.VBox):
         """Train the finished run for more epochs, or say why it cannot be."""
         self.refusal.value = html.escape(attempt(lambda: self.live.extend(self.more.value))[1])
 
+    def again(self, **changes: object) -> None:
+        """Train from the start, with `changes` of the configuration, or say why it cannot be."""
+        self.refusal.value = html.escape(attempt(lambda: self.live.anew(**changes))[1])
+
     def twice(self) -> None:
         """Train the same configuration for twice its epochs."""
-        self.live.anew(epochs=2 * self.live.source.epochs)
+        self.again(epochs=2 * self.live.source.epochs)
 
     @property
     def values(self) -> dict[str, float | str]:

@@ -74,7 +74,8 @@ class Side:
         for block in self.blocks:
             block.sources = (source,)
         self.mask.layer.observe(lambda change: chosen(Selection(change["new"] or "")), "value")
-        self.neurons.layer.observe(lambda change: chosen(Selection(relu=change["new"] or "")), "value")
+        # the first that is on display, when a training has recorded its neurons, was chosen by nobody
+        self.neurons.layer.observe(lambda change: change["old"] and chosen(Selection(relu=change["new"] or "")), "value")
 
     def draw(self, panel: Callable[..., Panel], step: float | None, **options: object) -> Panel:
         """The panel at `step`, or at the end of a training that has ended before."""

@@ -111,6 +111,7 @@ class MaskBlock(Block):
         caption = f"{self.title} by {named}" if named != colour else self.title
         self.heading.value = heading(caption, f"A pixel is a weight, a row an output unit. {KEYS}", HOW_TO_READ[colour])
         self._mark()
+        self._hovered()  # of a mouse that rests while keys step
 
     @property
     def part(self) -> str:

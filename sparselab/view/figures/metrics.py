@@ -38,7 +38,7 @@ def measured(source: Source) -> list[dict]:
     unstable = _unstable(source)
     rows = [row | {"unstable": unstable[row["step"]]} if row["step"] in unstable else row for row in rows]
     if source.finished:
-        rows[-1] = {"pgd": source.summary["accuracy"]["pgd"]} | rows[-1]
+        rows[-1] = {"pgd": source.summary["accuracy"]["pgd"], "tested": rows[-1].get("pgd") is None} | rows[-1]
     return rows
 
 
@@ -135,5 +135,6 @@ def _note(rows: list[dict], step: float) -> str:
     row = next((row for row in reversed(rows) if row["step"] <= step), None)
     if row is None:
         return f"nothing was measured before step {rows[0]['step']:,}"
-    words = [f"{key} {row[key]:.1%}" for key in ("clean", "pgd", "verified", "unstable", "sparsity") if row.get(key) is not None]
+    words = [f"{key} {row[key]:.1%}" + " on test images" * (key == "pgd" and row.get("tested", False))
+             for key in ("clean", "pgd", "verified", "unstable", "sparsity") if row.get(key) is not None]
     return f"step {row['step']:,}" + ": " * bool(words) + ", ".join(words)

@@ -655,3 +655,40 @@ def test_no_loader_gives_a_sample_twice():
         samples.as_raw(DataLoader(data, 7, sampler=WeightedRandomSampler([1.0] * 60, 60)))
     for loader in (DataLoader(Stream(), 7, num_workers=2), DataLoader(data, batch_size=None)):
         assert np.array_equal(samples.as_raw(loader).train[0], samples.as_raw((x, y)).train[0])
+
+
+class Numbered(Dataset):
+    """Forty samples with their numbers, of which the first cannot be read, in lists of three: (input, label, number)."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        if i == 0:
+            raise OSError("a broken picture")
+        return torch.full((2,), i / 40), i % 2, i
+
+
+def test_a_loader_is_asked_for_the_samples_that_it_gives_as_it_gives_them():
+    def pairs(batch):
+        return torch.stack([x for x, _, _ in batch]), torch.tensor([y for _, y, _ in batch])
+    loader = DataLoader(Numbered(), 7, sampler=SubsetRandomSampler(range(1, 40)), collate_fn=pairs)
+    inputs, labels, _ = samples.read_part(loader, "the training set")
+    assert inputs[:, 0].tolist() == pytest.approx([i / 40 for i in range(1, 40)]) and labels.tolist() == [i % 2 for i in range(1, 40)]
+
+
+class Flipped(Dataset):
+    """Two samples, each of them mirrored in half of its readings."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return torch.arange(3.0) * (-1) ** int(torch.randint(2, ())), i
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_random_flip_is_seen_in_two_samples_too(seed):
+    torch.manual_seed(seed)
+    with pytest.raises(ValueError, match="differs from one reading to the next"):
+        samples.read_part(Flipped(), "the training set")

@@ -95,12 +95,47 @@ def test_of_processes_that_begin_together_one_compiles(tmp_path):
     assert sorted(compiled) == [0, 0, 1]
 
 
+FORKED = """
+import multiprocessing
+import numpy as np
+from sparselab.sparse.products import counting_sort, row_sums
+def sort(key):
+    return counting_sort(np.array(key, np.int32), 3)[1].tolist()
+row_sums(np.ones((3, 5), np.float32), np.array([0, 1, 3]), np.array([2, 0, 1]), np.zeros(2, np.float32))
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(pool.map(sort, [[2, 0, 1]])[0])
+"""
+
+
+def printed(code, **environment):
+    """What Python prints in which `environment` is set."""
+    return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=os.environ | environment).stdout
+
+
+def test_a_forked_process_compiles_too(tmp_path):
+    assert printed(FORKED, NUMBA_CACHE_DIR=str(tmp_path)) == "[1, 2, 0]\n"
+
+
+def test_numba_that_is_to_compile_nothing_is_as_no_numba():
+    code = "from sparselab.sparse.products import sort, with_numba; import numpy; print(with_numba(), sort(numpy.array([2, 0, 1]), 3)[1])"
+    assert printed(code, NUMBA_DISABLE_JIT="1") == "False [1 2 0]\n"
+
+
 def test_a_process_that_never_ends_its_compiling_does_not_stop_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(products, "_lock", lambda folder: filelock.FileLock(os.path.join(folder, "compiling.lock"), timeout=0.1))
+    lock = filelock.FileLock(tmp_path / "compiling.lock", timeout=0.1)
+    monkeypatch.setattr(products, "_lock", lambda folder, process: lock)
     with filelock.FileLock(tmp_path / "compiling.lock"), products._alone(str(tmp_path)):
-        pass
+        assert lock.timeout == 0  # for all functions after this one
     (tmp_path / "file").touch()
     with products._alone(str(tmp_path / "file" / "below")), products._alone(None):
+        pass
+
+
+def test_a_disk_that_has_no_locks_does_not_stop_the_compiling(tmp_path, monkeypatch):
+    def no_lock(folder, process):
+        raise NotImplementedError("FileSystem does not appear to support flock")  # filelock 3 of Linux's ENOSYS
+    monkeypatch.setattr(products, "_lock", no_lock)
+    with products._alone(str(tmp_path)):
         pass
 
 

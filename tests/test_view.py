@@ -583,14 +583,48 @@ def test_a_real_browser_draws_the_figure_small():
     assert {theme.COLORS["loss"], theme.COLORS["clean"]} <= colours  # both curves are there, in their exact colours
 
 
-@pytest.mark.parametrize("names", [2, 20])
-def test_the_panels_begin_below_the_last_row_of_the_legend(monkeypatch, names):
+def drawn(monkeypatch, fig):
+    """(page on which `fig` is drawn, its one panel)"""
     pages, notes = [], drawing._notes
     monkeypatch.setattr(drawing, "_notes", lambda page, margins: (pages.append(page), notes(page, margins)))
-    drawing.draw(titled(go.Figure([go.Scatter(y=[0, 1], name=f"a layer with a long name, {i}") for i in range(names)]), "A title", "and a note"))
+    drawing.draw(fig)
     page, = pages
-    legend, = page.paper.legends
     panel, = page.panels.values()
+    return page, panel
+
+
+def test_a_shape_on_a_logarithmic_axis_is_at_its_number_and_a_note_at_its_power(monkeypatch):
+    fig = go.Figure(go.Scatter(x=[1, 2], y=[1, 1000])).update_yaxes(type="log").add_hline(y=5000).add_hline(y=0)
+    page, panel = drawn(monkeypatch, fig.add_annotation(x=1, y=2, text="a hundred", showarrow=False))
+    line, note = page.paper.artists[0], page.paper.texts[-1]
+    y = [panel.transData.inverted().transform((0, at * page.paper.bbox.height))[1] for at in (line.get_ydata()[0], note.get_position()[1])]
+    assert y == pytest.approx([5000, 100]) and panel.get_ylim()[1] == pytest.approx(5000)
+
+
+def test_a_shape_is_on_the_first_axes_unless_it_says_so_and_nowhere_where_it_is_hidden(monkeypatch):
+    fig = go.Figure(go.Scatter(x=[1, 2], y=[1, 2])).add_shape(type="line", x0=1, x1=5, y0=7, y1=7)
+    page, panel = drawn(monkeypatch, fig.add_shape(type="rect", x0=0, x1=90, y0=0, y1=90, xref="x", yref="y", visible=False))
+    assert (panel.get_xlim()[1], panel.get_ylim()[1]) == (5, 7) and len(page.paper.artists) == 1
+
+
+def test_a_rectangle_is_as_clear_as_its_colour_says(monkeypatch):
+    fig = go.Figure(go.Scatter(x=[1, 2], y=[1, 2])).add_shape(type="rect", x0=1, x1=2, y0=1, y1=2, xref="x", yref="y", fillcolor="rgba(0,0,255,0.2)")
+    page, _ = drawn(monkeypatch, fig.add_shape(type="rect", x0=1, x1=2, y0=1, y1=2, xref="x", yref="y"))
+    boxes = [box for box in page.paper.get_children() if type(box).__name__ == "Rectangle" and box is not page.paper.patch]
+    assert [box.get_facecolor()[3] for box in boxes] == pytest.approx([0.2, 0])
+
+
+def test_panels_below_a_legend_that_is_higher_than_the_figure_are_not_upside_down(monkeypatch):
+    fig = titled(go.Figure([go.Scatter(y=[0, 1], name=f"a layer with a long name, {i}") for i in range(60)]), "A title", "and a note", height=300)
+    _, panel = drawn(monkeypatch, fig)
+    assert panel.get_window_extent().height > 20 and panel.transData.transform((0, 1))[1] > panel.transData.transform((0, 0))[1]
+
+
+@pytest.mark.parametrize("names", [2, 20])
+def test_the_panels_begin_below_the_last_row_of_the_legend(monkeypatch, names):
+    fig = titled(go.Figure([go.Scatter(y=[0, 1], name=f"a layer with a long name, {i}") for i in range(names)]), "A title", "and a note")
+    page, panel = drawn(monkeypatch, fig)
+    legend, = page.paper.legends
     assert legend.get_window_extent().y0 >= panel.get_window_extent().y1 + drawing.TITLES - 1
 
 

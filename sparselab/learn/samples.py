@@ -9,7 +9,7 @@ __all__ = ['is_array', 'as_inputs', 'as_labels', 'of_dataset', 'of_loader', 'rea
 # %% ../../nbs/learn/05b_samples.ipynb #012781be
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -107,10 +107,13 @@ def _name(dataset: Dataset, i: int, what: str) -> str:
     return f"Sample {i} of {what}{file}"
 
 
-def _sample(dataset: Dataset, i: int, what: str) -> tuple:
-    """(input, label) of sample `i`. Raises ValueError for one that cannot be read or has no label."""
+def _sample(dataset: Dataset, i: int, what: str, collate: Callable | None = None) -> tuple:
+    """(input, label) of sample `i`, or of the batch that `collate` makes of it alone.
+
+    Raises ValueError for one that cannot be read or has no label.
+    """
     try:
-        sample = dataset[i]
+        sample = dataset[i] if collate is None else collate([dataset[i]])
     except Exception as error:  # every dataset has its own
         raise ValueError(f"{_name(dataset, i, what)} cannot be read ({type(error).__name__}: {error}).") from error
     return _pair(sample, f"Sample {i} of {what}")
@@ -131,10 +134,10 @@ def of_dataset(dataset: Dataset, index: Iterable[int], what: str) -> tuple[np.nd
     return np.stack(inputs), np.asarray([_array(y) if isinstance(y, torch.Tensor) else y for y in labels])
 
 
-def _check_repeats(dataset: Dataset, what: str) -> None:
-    last, tries = len(dataset) - 1, 16  # a flip by chance gives the same image twice in half of all readings
-    for i in sorted({last * j // (tries - 1) for j in range(tries)}) if last >= 0 else ():
-        one, two = (_array(_sample(dataset, i, what)[0]) for _ in range(2))
+def _check_repeats(dataset: Dataset, index: Sequence[int], what: str, collate: Callable | None = None) -> None:
+    last, tries = len(index) - 1, 16  # a flip by chance gives the same image twice in half of all readings
+    for i in (index[last * j // (tries - 1)] for j in range(tries)) if last >= 0 else ():  # of a few samples, each several times
+        one, two = (_array(_sample(dataset, i, what, collate)[0]) for _ in range(2))
         if one.shape != two.shape or not np.array_equal(one, two, equal_nan=one.dtype.kind == "f"):
             raise ValueError(f"Sample {i} of {what} differs from one reading to the next, so its transforms are random, and a run on it could not be "
                              "continued. Leave the random transforms out of the dataset.")
@@ -163,9 +166,10 @@ def of_loader(loader: DataLoader, what: str) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(dataset, IterableDataset):  # each worker would give all of it
         loader = DataLoader(dataset, loader.batch_size, collate_fn=collate)
     elif hasattr(dataset, "__len__"):
-        _check_repeats(dataset, what)
         index = _chosen(loader, what)
-        if collate in (torch.utils.data.default_collate, torch.utils.data.default_convert):
+        plain = collate in (torch.utils.data.default_collate, torch.utils.data.default_convert)
+        _check_repeats(dataset, index, what, None if plain else collate)
+        if plain:
             return of_dataset(dataset, index, what)
         loader = DataLoader(torch.utils.data.Subset(dataset, list(index)), loader.batch_size or 256, collate_fn=collate)
     batches = [_pair(batch, f"A batch of {what}") for batch in loader]
@@ -183,7 +187,7 @@ def read_part(part: object, what: str) -> tuple[np.ndarray, np.ndarray, Sequence
     elif isinstance(part, IterableDataset):
         (inputs, labels), names = of_loader(DataLoader(part, 256), what), None
     elif hasattr(part, "__getitem__") and hasattr(part, "__len__") and not is_array(part) and not isinstance(part, (str, bytes, tuple, list)):
-        _check_repeats(part, what)
+        _check_repeats(part, range(len(part)), what)
         (inputs, labels), names = of_dataset(part, range(len(part)), what), getattr(part, "classes", None)
     else:
         kind = "an array without labels" if is_array(part) else f"of type {type(part).__name__}"

@@ -27,14 +27,19 @@ try:
     import numba
 except ImportError:
     numba = None
+if numba is not None and numba.config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1: numba compiles nothing
+    numba = None
 
 # %% ../../nbs/sparse/34_products.ipynb #31a94818
 _OPTIONS = {"fastmath": {"contract", "reassoc", "nsz", "arcp"}, "boundscheck": False, "nogil": True, "cache": True, "error_model": "numpy"}
 
 
 @cache
-def _lock(folder: str) -> FileLock:
-    """One for each folder, as a thread that holds it may take it again: compiling a function compiles those that it calls."""
+def _lock(folder: str, process: int) -> FileLock:
+    """One for each folder, as a thread that holds it may take it again: compiling a function compiles those that it calls.
+
+    `process`: the id of this one, as a process that was forked cannot take the lock of its parent.
+    """
     return FileLock(os.path.join(folder, "compiling.lock"), timeout=100)
 
 
@@ -45,9 +50,11 @@ def _alone(folder: str | None) -> Iterator[None]:
     if folder is not None:
         try:
             os.makedirs(folder, exist_ok=True)
-            lock = _lock(folder)
+            lock = _lock(folder, os.getpid())
             lock.acquire()
-        except (OSError, Timeout):  # a folder that is read alone, or a process that was stopped
+        except (OSError, RuntimeError) as error:  # a folder that is read alone, a disk without locks, or a process that was stopped
+            if isinstance(error, Timeout):
+                lock.timeout = 0  # to be waited for once, not once for each function
             lock = None
     try:
         yield

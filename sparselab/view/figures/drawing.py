@@ -142,8 +142,9 @@ def set_limits(page: Page) -> None:
             axes = [page.axis(name) for name, _ in members]
             ends = [get(panel) for _, panel in members]
             names = {name for name, _ in members}
-            marks = [shape[f"{side}{end}"] for shape in page.fig.layout.shapes if shape[f"{side}ref"] in names for end in (0, 1)]
-            at = [10.0**mark if axes[0].type == "log" else mark for mark in marks if not isinstance(mark, str)]
+            shapes = [shape for shape in page.fig.layout.shapes if shape.visible is not False and (shape[f"{side}ref"] or side) in names]
+            marks = [shape[f"{side}{end}"] for shape in shapes for end in (0, 1)]
+            at = [mark for mark in marks if not isinstance(mark, str) and (mark > 0 or axes[0].type != "log")]
             ends += [(value, value) for value in at]  # as plotly: a shape is inside the range of its axis
             low, high = min(map(min, ends)), max(map(max, ends))
             given = next((axis.range for axis in axes if axis.range is not None and None not in axis.range), None)
@@ -384,8 +385,11 @@ def _place(page: Page, margins: tuple[float, float, float, float]) -> None:
         panel.set_position(((left + x0 * across) / width, (bottom + y0 * up) / height, (x1 - x0) * across / width, (y1 - y0) * up / height))
 
 
-def _spot(page: Page, margins: tuple, side: str, ref: str | None, value) -> float:
-    """A place along `side`, x or y, of the page in pixels: of `value` on the axis `ref`, or of a share of its domain or of the paper."""
+def _spot(page: Page, margins: tuple, side: str, ref: str | None, value, power: bool = False) -> float:
+    """A place along `side`, x or y, of the page in pixels: of `value` on the axis `ref`, or of a share of its domain or of the paper.
+
+    `power`: on a logarithmic axis `value` is that of 10; so plotly reads it of annotations, and not of shapes.
+    """
     width, height = page.paper.get_size_inches() * 100
     left, right, top, bottom = margins
     start, room = (left, width - left - right) if side == "x" else (bottom, height - top - bottom)
@@ -396,26 +400,25 @@ def _spot(page: Page, margins: tuple, side: str, ref: str | None, value) -> floa
         low, high = page.domain(name)
         return start + (low + value * (high - low)) * room
     panel = next(panel for pair, panel in page.panels.items() if name in pair)
-    at = page.words[page.root(name)].index(value) if isinstance(value, str) else 10.0**value if page.axis(name).type == "log" else value
+    at = page.words[page.root(name)].index(value) if isinstance(value, str) else 10.0**value if power and page.axis(name).type == "log" else value
     return panel.transData.transform((at, at))[int(side == "y")]
 
 
 def _notes(page: Page, margins: tuple) -> None:
     """Shapes, which are lines and rectangles here, and annotations, which are their text."""
     width, height = page.paper.get_size_inches() * 100
-    for shape in page.fig.layout.shapes:
+    for shape in (shape for shape in page.fig.layout.shapes if shape.visible is not False):
         x = [_spot(page, margins, "x", shape.xref, value) / width for value in (shape.x0, shape.x1)]
         y = [_spot(page, margins, "y", shape.yref, value) / height for value in (shape.y0, shape.y1)]
         line = {"linewidth": POINT * (2 if shape.line.width is None else shape.line.width), "linestyle": DASH[shape.line.dash or "solid"]}
-        alpha = 1 if shape.opacity is None else shape.opacity
         if shape.type == "line":
-            page.paper.add_artist(Line2D(x, y, color=rgba(shape.line.color or TEXT), alpha=alpha, **line))
+            page.paper.add_artist(Line2D(x, y, color=rgba(shape.line.color or TEXT), alpha=shape.opacity, **line))
         else:
-            page.paper.add_artist(Rectangle((x[0], y[0]), x[1] - x[0], y[1] - y[0], alpha=alpha, edgecolor=rgba(shape.line.color or TEXT),
+            page.paper.add_artist(Rectangle((x[0], y[0]), x[1] - x[0], y[1] - y[0], alpha=shape.opacity, edgecolor=rgba(shape.line.color or TEXT),
                                             facecolor=rgba(shape.fillcolor or "rgba(0,0,0,0)"), **line))
     for note in page.fig.layout.annotations:
-        x = (_spot(page, margins, "x", note.xref, note.x) + (note.xshift or 0)) / width
-        y = (_spot(page, margins, "y", note.yref, note.y) + (note.yshift or 0)) / height
+        x = (_spot(page, margins, "x", note.xref, note.x, power=True) + (note.xshift or 0)) / width
+        y = (_spot(page, margins, "y", note.yref, note.y, power=True) + (note.yshift or 0)) / height
         page.paper.text(x, y, plain(note.text), color=rgba(note.font.color or TEXT), fontsize=POINT * (note.font.size or 13),
                         ha=note.xanchor if note.xanchor in ("left", "right") else "center", rotation=-(note.textangle or 0),
                         va={"top": "top", "bottom": "bottom"}.get(note.yanchor, "center"))
@@ -498,7 +501,8 @@ def draw(fig: go.Figure, width: int = 900) -> bytes:
     set_limits(page)
     dress(page)
     left, right, top, bottom = _room(page)
-    margins = left, right, max(top, _head(page, (left, right, top, bottom))), bottom
+    most = top + (size[1] * 100 - top - bottom) * 3 / 4  # a higher legend lies over the panels, which would be upside down below it
+    margins = left, right, max(top, min(_head(page, (left, right, top, bottom)), most)), bottom
     _place(page, margins)
     _notes(page, margins)
     canvas.draw()

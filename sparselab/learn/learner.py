@@ -47,7 +47,7 @@ class Learner:
     `epoch` and `step` count what is done; `row` holds the metrics of the last epoch. `augment`: see `Split.batches`;
     `schedule`: one of SCHEDULES, unless the sparsifier has its own; `kernels`: see `SparseSteps`; `amp`: passes are computed in bfloat16
     where PyTorch's autocast does so, dense, while weights, moments, gradients and masks stay float32. Dense steps seed PyTorch's global
-    generator. Raises ValueError for `amp` under a loss of bounds.
+    generator: a thread that draws from it meanwhile changes what dropout draws. Raises ValueError for `amp` under a loss of bounds.
     """
 
     rank, ranks = 0, 1  # this process and the number of those that train together
@@ -135,9 +135,10 @@ class Learner:
         PyTorch's global generator of the device, from which dropout draws, is seeded by the step.
         """
         seed = generator_for(self.seed, "loss", self.step, self.rank).initial_seed()
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device, which takes longer than a small layer
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device, connected or not, which takes longer than a small layer
         if x.device.type != "cpu":
-            getattr(torch, x.device.type).manual_seed(seed)
+            kind = getattr(torch, x.device.type)
+            getattr(kind, "manual_seed_all", kind.manual_seed)(seed)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             return self.objective(self.model, x, y, progress)
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -165,11 +166,15 @@ def test_rows_may_be_of_a_method_that_was_added(tmp_path):
 
 def workers(_: object = None) -> set[tuple]:
     """Who works side by side, where, and with which environment."""
-    def work(config: Config) -> tuple:
-        time.sleep(0.3)  # so that one worker does not do it all
-        return os.getpid(), os.getcwd(), os.environ.get("SPARSELAB_DATA")
+    with tempfile.TemporaryDirectory() as folder:
+        def work(config: Config) -> tuple:
+            (Path(folder) / str(os.getpid())).touch()
+            end = time.monotonic() + 20
+            while len(os.listdir(folder)) < 2 and time.monotonic() < end:  # so that one worker does not do it all
+                time.sleep(0.01)
+            return os.getpid(), os.getcwd(), os.environ.get("SPARSELAB_DATA")
 
-    return set(side_by_side(work, [Config(seed=seed, device="cpu") for seed in range(4)]))
+        return set(side_by_side(work, [Config(seed=seed, device="cpu") for seed in range(4)]))
 
 
 def test_workers_stay_unless_folder_or_environment_are_others_and_a_child_has_its_own(monkeypatch, tmp_path):

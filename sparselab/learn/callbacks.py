@@ -120,7 +120,7 @@ class Progress(Callback):
         if learner.epoch:
             print(f"continuing after epoch {learner.epoch} of {learner.epochs}")
         if learner.on_nonzeros.compiles():
-            print("the first steps compile the kernels for sparse networks, once on this machine, in about ten seconds")
+            print("the first steps compile the kernels for sparse networks, once on this machine, in about twenty seconds")
         if learner.sparsifier.advice:
             print(learner.sparsifier.advice)
         self.begun = False  # whether the table has its first line

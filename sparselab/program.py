@@ -28,7 +28,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 # %% ../nbs/00e_program.ipynb #f6defd99
 aten = torch.ops.aten
@@ -158,10 +157,17 @@ class _Recorder(TorchDispatchMode):
             self.know(tensor, node)
         return self.known[id(tensor)]
 
+    def nodes(self, value: Any, read: set[fx.Node]) -> Any:
+        """An argument of an operation, or several, with nodes in the place of tensors; they are added to `read`."""
+        if isinstance(value, Tensor):
+            read.add(node := self.node(value))
+            return node
+        return type(value)(self.nodes(part, read) for part in value) if isinstance(value, list | tuple) else value
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        read = {self.node(tensor) for tensor in tensors}
+        read: set[fx.Node] = set()
+        nodes, named = self.nodes(args, read), {name: self.nodes(value, read) for name, value in kwargs.items()}
         on_input, on_state = bool(read & self.of_input), bool(read & self.of_state)
         if objection := _objection(function, args, on_input, self.ends):
             self.refuse(objection)
@@ -171,7 +177,7 @@ class _Recorder(TorchDispatchMode):
         if function is aten.copy_.default:
             self.written.add(self.node(args[0]))
         result = function(*args, **kwargs)
-        node = self.graph.call_function(function, *tree_map_only(Tensor, self.node, (args, kwargs)))
+        node = self.graph.call_function(function, nodes, named)
         self.write(node, result, on_input, on_state)
         return result
 
@@ -369,11 +375,12 @@ def _finish(recorder: _Recorder, state: dict[fx.Node, str], source: fx.Node, val
     recorder.graph.output(output)
     recorder.graph.eliminate_dead_code(lambda node: node is source or node.op == "output")
     nodes = [node for node in recorder.graph.nodes if node.op != "output"]
-    if changed := [name for node, name in state.items() if node in nodes and node in recorder.written and not model.training]:
+    used = set(nodes)
+    if changed := [name for node, name in state.items() if node in used and node in recorder.written and not model.training]:
         raise Unreadable(f"The output of the model ({kind}) depends on '{changed[0]}', which every call changes: no two calls are alike.")
-    return Program(nodes, source, output, {n: name for n, name in state.items() if n in nodes},
-                   {n: tensor for n, tensor in recorder.constants.items() if n in nodes},
-                   recorder.of_input & set(nodes), _names(recorder, nodes), value, recorder.steady)
+    return Program(nodes, source, output, {n: name for n, name in state.items() if n in used},
+                   {n: tensor for n, tensor in recorder.constants.items() if n in used},
+                   recorder.of_input & used, _names(recorder, nodes), value, recorder.steady)
 
 
 def _names(recorder: _Recorder, nodes: list[fx.Node]) -> dict[fx.Node, str]:

@@ -190,9 +190,17 @@ def extents(fig: go.Figure) -> dict[str, tuple[float, float]]:
 
 
 def shared(fig: go.Figure, other: go.Figure | None) -> go.Figure:
-    """`fig` with y axes that have room for what `other`, the same panel of another run, draws on them; `fig` itself without another."""
-    both = extents(other) if other is not None else {}
-    fig = go.Figure(fig) if both else fig
+    """`fig` with axes that have room for what `other`, the same panel of another run, draws on them; `fig` itself without another.
+
+    y axes get it from the data, x axes where both panels name a range.
+    """
+    if other is None:
+        return fig
+    both, fig = extents(other), go.Figure(fig)
+    theirs = {axis.plotly_name: axis.range for axis in other.select_xaxes() if axis.range}
+    for axis in fig.select_xaxes(lambda axis: axis.range and axis.plotly_name in theirs):
+        ends = (axis.range, theirs[axis.plotly_name])
+        axis.range = [pick(end) for pick, end in zip((min, max), zip(*ends, strict=True), strict=True)]
     for axis, (low, high) in extents(fig).items():
         if axis in both:
             low, high = min(low, both[axis][0]), max(high, both[axis][1])
@@ -205,7 +213,7 @@ WAITING = "drawn when it is in sight"
 
 
 class PanelBlock(Block):
-    """The panel that `make(step)` draws. `go`, for a figure over steps, is called with the step that was clicked; `peer` shares its y axes.
+    """The panel that `make(step)` draws. `go`, for a figure over steps, is called with the step that was clicked; `peer` shares its axes.
 
     While it is `sparing`, as a training runs that needs the processor, a figure out of sight is drawn when it comes into sight.
     """

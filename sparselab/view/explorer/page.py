@@ -82,7 +82,7 @@ def film(frames: list[dict]) -> dict:
 
 
 def film_of(panels: list[Panel], peers: list[Panel] | None = None) -> dict:
-    """The film of a panel at every moment, on y axes that have room for its `peers`, the same panel of another run."""
+    """The film of a panel at every moment, on axes that have room for its `peers`, the same panel of another run."""
     pairs = zip(panels, peers or [None] * len(panels), strict=True)
     figures = [plain(shared(panel.figure, peer.figure) if peer else panel.figure) for panel, peer in pairs]
     return {"figure": figures[0]} | film([{"note": panel.figure.layout.meta["note"], "changes": changes(figures[0], figure)}
@@ -171,7 +171,7 @@ def neurons_part(title: str, source: Source, moments: list[int]) -> Part:
 
 
 def figure_parts(title: str, titles: list[str], sources: list[Source], moments: list[int]) -> list[Part]:
-    """One of the other PANELS at every moment, of every source; two share their y axes. Margins are those of the final network."""
+    """One of the other PANELS at every moment, of every source; two share their axes. Margins are those of the final network."""
     still = title == "Margins"
     panel = partial(PANELS[title], **OPTIONS.get(title, {}))
     steps = moments[-1:] if still else moments

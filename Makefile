@@ -6,7 +6,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bare slow lab bench claims
+.PHONY: help setup train test browser bare slow lab bench claims
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,7 @@ OUT ?= runs/train-$(SPARSITY).ipynb
 ARGS ?=
 PYTEST ?=
 PAPERS ?= $(wildcard nbs/papers/*.ipynb)
-# one more than two cores: some tests wait for browsers, kernels and clusters, meanwhile another runs
+# one more than two cores: some tests wait for kernels and clusters, meanwhile another runs
 WORKERS ?= 3
 # the library notebooks; matplotlib draws their figures: a browser for each notebook takes longer than the rest of it, and tests/ has those with one
 LESSONS = BROWSER_PATH=none $(BIN)/nbdev_test --n_workers $(WORKERS) --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
@@ -69,12 +69,18 @@ train: $(STAMP) ## train a 99 % sparse network under a verified loss on scikit-l
 # Bytecode is written also where that is switched off, as in containers: every process would compile the library, every worker rewrite the tests.
 test: export OMP_NUM_THREADS := 1
 test: export PYTHONDONTWRITEBYTECODE :=
-test: $(STAMP) ## all tests but those of `make bare` and `make slow`: library in sync, notebooks clean, ruff, every library notebook, pytest
+test: $(STAMP) ## all tests but those of `make browser`, `make bare` and `make slow`: library in sync, notebooks clean, ruff, every library notebook, pytest
 	@$(BIN)/python tests/gates.py
 	@$(BIN)/python -m ruff check --output-format concise
 	@echo "library notebooks"
 	@$(LESSONS)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
+
+# By themselves: what a test waits for on a page comes later on a machine that computes.
+browser: export OMP_NUM_THREADS := 1
+browser: export PYTHONDONTWRITEBYTECODE :=
+browser: $(STAMP) ## the tests that click through the workbench in Chrome or Chromium; skipped where there is none
+	@$(BIN)/python -m pytest -m browser -n 2 --dist loadfile --no-loadscope-reorder $$(grep -l mark.browser tests/test_*.py) $(PYTEST)
 
 bare: $(STAMP) ## the tests of a machine without Chrome and without Debian's data packages, which are hidden from them
 	@$(BIN)/python -m pytest -m bare -n 2 --dist load tests/test_bare.py $(PYTEST)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from sparselab.learn import Config, Run, train
 from sparselab.learn.assembly import make_learner
 from sparselab.scale import ParallelLearner, expand, train_parallel
-from sparselab.scale.ranks import check_equal, main, read_config, share
+from sparselab.scale.ranks import check_equal, last_words, main, read_config, share
 
 CONFIG = Config(method="rigl", model="mlp", sparsity=0.9, epochs=3, eps=0.02, method_options={"update_every": 4}, train_samples=400, test_samples=50,
                 batch_size=75)
@@ -189,6 +189,16 @@ def test_processes_that_differ_stop(alone, monkeypatch):
     monkeypatch.setattr(dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), [mine, "another"]))
     with pytest.raises(RuntimeError, match="The masks of process 1 are not those of process 0"):
         check_equal("The masks", [torch.ones(3)])
+
+
+@pytest.mark.parametrize(("lines", "words"), [
+    (["[rank1]: ValueError: of a process", "x.errors.ChildFailedError: ", "=" * 60], "[rank1]: ValueError: of a process"),
+    (["Traceback (most recent call last):", "torch.distributed.DistNetworkError: Address already in use", "x.errors.ChildFailedError:", "=" * 60],
+     "torch.distributed.DistNetworkError: Address already in use"),
+    (["OSError: before there were ranks", "[rank0]: RuntimeError: later"], "[rank0]: RuntimeError: later"),
+    (["They wrote nothing."], "They wrote nothing.")])
+def test_the_error_of_a_process_is_told_and_not_the_table_of_all(lines, words):
+    assert last_words(lines) == words
 
 
 def test_outside_of_torchrun_there_is_a_sentence(tmp_path):

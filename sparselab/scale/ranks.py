@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'share', 'averaged', 'check_equal', 'ParallelLearner', 'Follow', 'join_processes', 'check_parallel',
-           'train_rank', 'read_config', 'main', 'train_parallel']
+           'train_rank', 'read_config', 'main', 'last_words', 'train_parallel']
 
 # %% ../../nbs/scale/20_ranks.ipynb #73a7268f
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -210,6 +211,12 @@ if __name__ == "__main__" and __package__ == "sparselab.scale":  # a notebook is
 PROBLEMS = {error.__name__: error for error in (ValueError, OSError, FileNotFoundError, RuntimeError, TrainingStopped)}
 
 
+def last_words(lines: list[str]) -> str:
+    """What the processes ended with, of the lines that they and torchrun wrote: an error of a process, before torchrun's table of all."""
+    errors = [line for line in lines if line.startswith("[rank") or (re.match(r"[\w.]*(Error|Exception)\b", line) and "ChildFailedError" not in line)]
+    return (errors or lines)[-1].strip()
+
+
 def train_parallel(config: Config) -> Run:
     """Train `config` on as many processes of this machine as its `ranks` says, or continue, or return the run if it has finished.
 
@@ -239,6 +246,6 @@ def train_parallel(config: Config) -> Run:
             kind, sentence = json.loads(problem.read_text(encoding="utf-8"))
             raise PROBLEMS.get(kind, RuntimeError)(sentence)
         if process.returncode:
-            last = next((line for line in reversed(lines) if line.startswith("[rank")), lines[-1])
-            raise RuntimeError(f"The processes ended with {process.returncode} ({last}). The same call continues after the last saved epoch.")
+            raise RuntimeError(f"The processes ended with {process.returncode} ({last_words(lines)}). "
+                               "The same call continues after the last saved epoch.")
     return Run(folder)

@@ -272,7 +272,7 @@ def test_two_processes_do_not_write_one_run(config):
 @pytest.mark.parametrize("objective", ["natural", "pgd", "crown_ibp", "sabr", "mtl_ibp", "cc_ibp", "exp_ibp", "taps", "staps"])
 def test_every_objective_trains_a_batchnorm_network_sparse(config, objective):
     run = train(replace(config, objective=objective, model="cnn5_bn", model_options={"width": 4}, epochs=2, sparsity=0.8,
-                        train_samples=300, test_samples=1))
+                        train_samples=300, test_samples=1, objective_options={"attack_steps": 3} if objective == "pgd" else {}))
     assert run.summary["nnz"] == round(0.2 * run.summary["total"]) and len(run.metrics) == 2
 
 

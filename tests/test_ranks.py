@@ -196,7 +196,12 @@ def test_processes_that_differ_stop(alone, monkeypatch):
     (["Traceback (most recent call last):", "torch.distributed.DistNetworkError: Address already in use", "x.errors.ChildFailedError:", "=" * 60],
      "torch.distributed.DistNetworkError: Address already in use"),
     (["OSError: before there were ranks", "[rank0]: RuntimeError: later"], "[rank0]: RuntimeError: later"),
-    (["They wrote nothing."], "They wrote nothing.")])
+    (["[rank1]: KeyError: 'x'", "Exception ignored in: <function F.__del__>"], "[rank1]: KeyError: 'x'"),
+    (["ValueError: why", "[rank1]:[W1128 Warning: destroy_process_group() was not called"], "ValueError: why"),
+    (["TrainingStopped: it has diverged", "x.errors.ChildFailedError: ", "  time : now", "=" * 60], "TrainingStopped: it has diverged"),
+    (["x.errors.ChildFailedError: ", "-" * 60, "  exitcode  : -9 (pid: 7)", "  traceback : Signal 9 (SIGKILL) received by PID 7", "=" * 60],
+     "traceback : Signal 9 (SIGKILL) received by PID 7"),
+    (["They wrote nothing."], "They wrote nothing."), (["=" * 60], "=" * 60)])
 def test_the_error_of_a_process_is_told_and_not_the_table_of_all(lines, words):
     assert last_words(lines) == words
 

@@ -212,9 +212,10 @@ PROBLEMS = {error.__name__: error for error in (ValueError, OSError, FileNotFoun
 
 
 def last_words(lines: list[str]) -> str:
-    """What the processes ended with, of the lines that they and torchrun wrote: an error of a process, before torchrun's table of all."""
-    errors = [line for line in lines if line.startswith("[rank") or (re.match(r"[\w.]*(Error|Exception)\b", line) and "ChildFailedError" not in line)]
-    return (errors or lines)[-1].strip()
+    """What the processes ended with, of the lines that they and torchrun wrote: an error of a process, else what torchrun's table says of one."""
+    said = [line.strip() for line in lines if line.strip(" =-") and "ChildFailedError" not in line]
+    kinds = (r"\[rank\d+\]: ", r"[\w.]*[A-Z][a-z]\w*(: |$)", "traceback : Signal")  # of a rank, of a process before it has one, of a killed one
+    return next((line for kind in kinds for line in reversed(said) if re.match(kind, line)), said[-1] if said else lines[-1])
 
 
 def train_parallel(config: Config) -> Run:

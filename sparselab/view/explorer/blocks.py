@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RASTER', 'KEYS', 'WAITING', 'press', 'chooser', 'heading', 'legend_html', 'file_name', 'Selection', 'Block',
-           'extents', 'shared', 'PanelBlock']
+           'extents', 'ranged', 'shared', 'PanelBlock']
 
 # %% ../../../nbs/view/explorer/17_blocks.ipynb #8f68470d
 import html
@@ -189,18 +189,26 @@ def extents(fig: go.Figure) -> dict[str, tuple[float, float]]:
     return {axis: (float(low[axis]), float(high[axis])) for axis in low}
 
 
+def ranged(axis: go.layout.XAxis) -> bool:
+    """Whether the figure sets both ends of the axis, which is not the edge of a picture and runs to the right."""
+    ends = axis.range or (None, None)
+    return None not in ends and axis.constrain != "domain" and ends[0] < ends[1]
+
+
 def shared(fig: go.Figure, other: go.Figure | None) -> go.Figure:
     """`fig` with axes that have room for what `other`, the same panel of another run, draws on them; `fig` itself without another.
 
-    y axes get it from the data, x axes where both panels name a range.
+    y axes get it from the data; an x axis is shared where both figures set its range, unless it is that of a picture.
     """
     if other is None:
         return fig
     both, fig = extents(other), go.Figure(fig)
-    theirs = {axis.plotly_name: axis.range for axis in other.select_xaxes() if axis.range}
-    for axis in fig.select_xaxes(lambda axis: axis.range and axis.plotly_name in theirs):
-        ends = (axis.range, theirs[axis.plotly_name])
-        axis.range = [pick(end) for pick, end in zip((min, max), zip(*ends, strict=True), strict=True)]
+    theirs = {axis.plotly_name: axis for axis in other.select_xaxes(ranged)}
+    for axis in filter(ranged, fig.select_xaxes(lambda axis: axis.plotly_name in theirs)):
+        peer = theirs[axis.plotly_name]
+        if peer.range[1] > axis.range[1]:
+            axis.tickvals = peer.tickvals
+        axis.range = [min(axis.range[0], peer.range[0]), max(axis.range[1], peer.range[1])]
     for axis, (low, high) in extents(fig).items():
         if axis in both:
             low, high = min(low, both[axis][0]), max(high, both[axis][1])
@@ -213,7 +221,7 @@ WAITING = "drawn when it is in sight"
 
 
 class PanelBlock(Block):
-    """The panel that `make(step)` draws. `go`, for a figure over steps, is called with the step that was clicked; `peer` shares its axes.
+    """The panel that `make(step)` draws. `go`, for a figure over steps, is called with the step that was clicked; `peer` shares its y axes.
 
     While it is `sparing`, as a training runs that needs the processor, a figure out of sight is drawn when it comes into sight.
     """

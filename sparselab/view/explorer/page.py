@@ -171,7 +171,7 @@ def neurons_part(title: str, source: Source, moments: list[int]) -> Part:
 
 
 def figure_parts(title: str, titles: list[str], sources: list[Source], moments: list[int]) -> list[Part]:
-    """One of the other PANELS at every moment, of every source; two share their axes. Margins are those of the final network."""
+    """One of the other PANELS at every moment, of every source; two share their y axes. Margins are those of the final network."""
     still = title == "Margins"
     panel = partial(PANELS[title], **OPTIONS.get(title, {}))
     steps = moments[-1:] if still else moments

@@ -92,8 +92,8 @@ class Learner:
                 self.train_epoch()
             except FloatingPointError as error:
                 raise TrainingStopped(f"Training has diverged in epoch {self.epoch + 1} ({error}) at learning rate "
-                                      f"{self.peak_lr[0]:g}. Lower lr, or set grad_clip (now {self.grad_clip:g}). What "
-                                      "earlier epochs saved is intact.") from error
+                                      f"{self.peak_lr[0]:g}. Lower lr, or set grad_clip (now {self.grad_clip:g}). What was "
+                                      "saved in earlier epochs, if any, is intact.") from error
             self.seconds += time.perf_counter() - started
             self._call("after_epoch")
 

@@ -1,6 +1,7 @@
 # Everything a fresh clone needs. `make help` lists the targets; each one brings its own set-up.
 #   make train SPARSITY=0.95 ARGS="-p dataset mnist -p epochs 5"     other parameters of nbs/train.ipynb
 #   make test PYTEST="-k masks"                                      only some of the tests in tests/
+#   make browser PYTEST="-k slider"                                  only some of those in a browser
 #   make claims PAPERS="nbs/papers/rigl.ipynb nbs/papers/snip.ipynb"  only some of the papers
 #   make setup PYTHON=/path/to/python3.12                            another interpreter (3.11 or newer)
 
@@ -20,7 +21,7 @@ OUT ?= runs/train-$(SPARSITY).ipynb
 ARGS ?=
 PYTEST ?=
 PAPERS ?= $(wildcard nbs/papers/*.ipynb)
-# one more than two cores: some tests wait for kernels and clusters, meanwhile another runs
+# one more than two cores: some tests wait for kernels and processes, meanwhile another runs
 WORKERS ?= 3
 # the library notebooks; matplotlib draws their figures: a browser for each notebook takes longer than the rest of it, and tests/ has those with one
 LESSONS = BROWSER_PATH=none $(BIN)/nbdev_test --n_workers $(WORKERS) --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
@@ -76,18 +77,18 @@ test: $(STAMP) ## all tests but those of `make browser`, `make bare` and `make s
 	@$(LESSONS)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
-# By themselves: what a test waits for on a page comes later on a machine that computes.
+# Apart from the others: what a test waits for on a page comes later on a machine that computes.
 browser: export OMP_NUM_THREADS := 1
 browser: export PYTHONDONTWRITEBYTECODE :=
-browser: $(STAMP) ## the tests that click through the workbench in Chrome or Chromium; skipped where there is none
-	@$(BIN)/python -m pytest -m browser -n 2 --dist loadfile --no-loadscope-reorder $$(grep -l mark.browser tests/test_*.py) $(PYTEST)
+browser: $(STAMP) ## the tests in Chrome or Chromium, which click through the workbench; skipped where there is none
+	@$(BIN)/python -m pytest -m 'browser and not slow' -n 2 --dist loadfile --no-loadscope-reorder $$(grep -l mark.browser tests/test_*.py) $(PYTEST)
 
 bare: $(STAMP) ## the tests of a machine without Chrome and without Debian's data packages, which are hidden from them
 	@$(BIN)/python -m pytest -m bare -n 2 --dist load tests/test_bare.py $(PYTEST)
 
 slow: export OMP_NUM_THREADS := 1
 slow: export PYTHONDONTWRITEBYTECODE :=
-slow: $(STAMP) ## what `make test` leaves out: comparisons in lessons over several seeds, and the tests that take minutes each (all marked slow)
+slow: $(STAMP) ## what takes minutes: comparisons in lessons over several seeds, and the tests that are marked slow
 	@$(LESSONS) --flags slow
 	@$(BIN)/python -m pytest -m slow $(PYTEST)
 

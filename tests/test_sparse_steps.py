@@ -1,7 +1,9 @@
 """Training on the nonzeros against training dense: losses, masks, moments, bits after a kill, with and without numba."""
 import copy
+from dataclasses import dataclass
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparselab.learn import Config, build, objective, train
 from sparselab.learn.assembly import make_learner
+from sparselab.learn.expressive import CCIBP
 from sparselab.learn.fusion import Fused
+from sparselab.learn.losses import Shares
 from sparselab.learn.models import Normalize
-from sparselab.learn.objectives import OBJECTIVES
+from sparselab.learn.objectives import OBJECTIVES, CrownIBP
 from sparselab.learn.rows import READERS, Rows, Sparse, Unsupported, certified, dense_gradients, logits
 from sparselab.learn.sparse_steps import OnRows, SparseSteps
 from sparselab.robust import bounds, input_box, margin_matrix, pgd
@@ -490,16 +494,18 @@ def both(model: nn.Module, goal, sparsity: float = 0.8, kernels: str = "sparse")
 @pytest.mark.parametrize("name", ["cnn4", "ctbench_cnn4_bn", "resnet5_bn"])
 @pytest.mark.parametrize("goal", OBJECTIVES)
 def test_every_objective_has_the_loss_and_gradients_of_the_dense_network(goal, name, moment, numba):
-    """Those of missing weights and the running statistics included; CC-IBP and Exp-IBP are dense, and say so."""
+    """Those of missing weights and the running statistics included; TAPS and STAPS are dense, and say so."""
     progress = {"rising": 0.2, "arrived": 0.9}[moment]
-    options = {"attack_steps": 3} if goal in ("pgd", "sabr", "mtl_ibp") else {}
-    options |= {"alpha": 0.4} if goal == "mtl_ibp" else {}
+    options = {"attack_steps": 3} if goal in ("pgd", "sabr", "mtl_ibp", "cc_ibp", "exp_ibp") else {}
+    options |= {"alpha": 0.4} if goal in ("mtl_ibp", "cc_ibp", "exp_ibp") else {}
+    dense = goal in ("taps", "staps")
     goal = objective(goal, 0.003, **options)
     torch.manual_seed(1)
     with machine(numba):
         steps, twin = both(build(name, MODELS[name], 10).train(), goal, kernels="auto" if goal.dense_because(goal.ramp(0.2)) else "sparse")
         x, y = torch.rand(12, *MODELS[name]), torch.randint(0, 10, (12,))
-        if goal.dense_because(goal.ramp(progress)):
+        assert bool(goal.dense_because(goal.ramp(progress))) == dense
+        if dense:
             assert not steps.ready(x, progress) and goal.dense_because(goal.ramp(progress)) in steps.reason
             return
         with mock.patch.object(steps, "kernels", "sparse"), mock.patch.object(type(steps.sparsifier), "busy", lambda _: True), \
@@ -513,6 +519,32 @@ def test_every_objective_has_the_loss_and_gradients_of_the_dense_network(goal, n
         assert torch.allclose(ours.grad, theirs.grad, atol=2e-3 * float(theirs.grad.abs().max()) + 1e-7), key
     for (key, ours), theirs in zip(steps.model.named_buffers(), twin.buffers(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5), key
+
+
+@dataclass(kw_only=True)
+class Everything(CCIBP, CrownIBP):
+    """A loss of all four shares, whose boxes are bounded by loss fusion while eps rises."""
+
+    def robust_shares(self):
+        return Shares(0.1, 0.3, 0.2, 0.4)
+
+
+@numba_or_not
+@pytest.mark.parametrize("progress", [0.2, 0.9])
+def test_a_loss_of_four_shares_has_the_gradients_of_the_dense_network(progress, numba):
+    goal = Everything(eps=0.003, attack_steps=3, alpha=0.3, kappa_end=0.2)
+    torch.manual_seed(1)
+    with machine(numba):
+        steps, twin = both(build("ctbench_cnn4_bn", MODELS["ctbench_cnn4_bn"], 10).train(), goal)
+        x, y = torch.rand(12, *MODELS["ctbench_cnn4_bn"]), torch.randint(0, 10, (12,))
+        assert steps.ready(x, progress)
+        loss = steps._gradient(x, y, progress)
+    truth = goal(twin, x, y, progress)
+    truth.backward()
+    assert loss == pytest.approx(truth.item(), rel=1e-4)
+    for name, p in twin.named_parameters():
+        expected = steps.net.values.gather(name, p.grad).numpy()
+        assert np.allclose(steps.net.values.of(name, steps.grad), expected, atol=2e-3 * abs(expected).max() + 1e-7), name
 
 
 def test_entries_are_kept_while_the_mask_is():

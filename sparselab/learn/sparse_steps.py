@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'PAYS', 'LARGE', 'ENTRYWISE', 'objection', 'step_hooks', 'global_hooks', 'gathered', 'scattered', 'Watch',
-           'OnRows', 'cross_entropy_slope', 'SparseSteps']
+           'OnRows', 'cross_entropy_slope', 'mixed_slopes', 'SparseSteps']
 
 # %% ../../nbs/learn/22_sparse_steps.ipynb #6887994e
 import math
@@ -191,6 +191,24 @@ def cross_entropy_slope(z: np.ndarray, y: np.ndarray, share: float) -> tuple[flo
     slope[rows, y] -= 1
     slope *= np.float32(share / len(z))
     return share * float(loss.mean()), slope
+
+
+@np.errstate(invalid="ignore")
+def mixed_slopes(mixed: Callable[[Tensor, Tensor], Tensor], z: np.ndarray, lb: np.ndarray, y: np.ndarray,
+                 share: float) -> tuple[float, np.ndarray, np.ndarray]:
+    """`share` times the mean loss that `mixed` makes of the margins of z and of `lb`, and its gradients by z and by `lb`.
+
+    z: logits at the points (B, K); lb: lower bounds of margins over the boxes (B, K), which are 0 at the label.
+    """
+    rows, others = np.arange(len(z)), np.arange(z.shape[1]) != y[:, None]
+    with torch.enable_grad():
+        margins = [torch.from_numpy(part[others].reshape(len(z), -1)).requires_grad_() for part in (z[rows, y][:, None] - z, lb)]
+        loss = share * mixed(*margins).mean()
+        by_margins, by_bounds = torch.autograd.grad(loss, margins, allow_unused=True, materialize_grads=True)
+    by_z, by_lb = np.zeros_like(z), np.zeros_like(lb)
+    by_z[others], by_lb[others] = -by_margins.numpy().ravel(), by_bounds.numpy().ravel()
+    by_z[rows, y] = by_margins.sum(1).numpy()
+    return loss.item(), by_z, by_lb
 
 # %% ../../nbs/learn/22_sparse_steps.ipynb #534ed2e1
 class SparseSteps:
@@ -438,11 +456,12 @@ class SparseSteps:
     def _gradient(self, x: Tensor, y: Tensor, progress: float, kept: list[dict] | None = None) -> float:
         """The loss; its gradient is in `grad`, and in `kept` what `dense_gradients` needs of every pass."""
         goal, moment, net, grad = self.goal, self.goal.ramp(progress), self.net, self.grad
-        shares, fused, batch = goal.shares(moment), goal.fused_share(moment), Batch(OnRows(net, x), x, y, moment)
+        shares, batch = goal.shares(moment), Batch(OnRows(net, x), x, y, moment)
+        fused = goal.fused_share(moment) if shares.boxes else 0.0
         keep: list[dict] = [{}, {}] if kept is not None else [None, None]
         grad[:] = 0
         labels = self._labels(y)
-        boxes = goal.boxes(batch) if shares.boxes else None
+        boxes = goal.boxes(batch) if shares.boxes or shares.mixed else None
         move, bounded = {"update": batch.model.clean is not None}, Fused if fused else Margins
         if boxes is None:
             clean = Outputs(net, x)
@@ -451,23 +470,27 @@ class SparseSteps:
         else:
             clean = bounded(net, x, y, *boxes.ends, every=kept is not None, **move)
         batch.model.clean = None
-        points = goal.points(batch) if shares.points else None
-        loss, slope = cross_entropy_slope(clean.z, labels, shares.clean)
+        points = goal.points(batch) if shares.points or shares.mixed else None
+        loss, *by_clean = cross_entropy_slope(clean.z, labels, shares.clean)
         if points is not None:
             attacked = Outputs(net, points, update=False)
-            part, worse = cross_entropy_slope(attacked.z, labels, shares.points)
-            attacked.backward(worse, grad, keep[1])
+            part, by_points = cross_entropy_slope(attacked.z, labels, shares.points)
             loss += part
-        if boxes is None:
-            clean.backward(slope, grad, keep[0])
-        else:
+        if boxes is not None:
             if fused:
-                part, better = clean.cross_entropy(shares.boxes, fused)
+                part, by_lb = clean.cross_entropy(shares.boxes, fused)
             else:
-                part, worse = cross_entropy_slope(-clean.lb, labels, shares.boxes)
-                better = -worse
-            clean.backward(slope, better, grad, keep[0])
+                part, by_worst = cross_entropy_slope(-clean.lb, labels, shares.boxes)
+                by_lb = -by_worst
+            by_clean.append(by_lb)
             loss += part
+        if shares.mixed:
+            part, *more = mixed_slopes(goal.mixed, attacked.z, clean.lb, labels, shares.mixed)
+            by_points, by_clean[1] = by_points + more[0], by_clean[1] + more[1]
+            loss += part
+        if points is not None:
+            attacked.backward(by_points, grad, keep[1])
+        clean.backward(*by_clean, grad, keep[0])
         if kept is not None:
             kept += filter(None, keep)
         return loss

@@ -1,6 +1,7 @@
 """Training on the nonzeros against training dense: losses, masks, moments, bits after a kill, with and without numba."""
 import copy
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import numpy as np
@@ -21,7 +22,7 @@ from sparselab.learn.objectives import OBJECTIVES, CrownIBP
 from sparselab.learn.rows import READERS, Rows, Sparse, Unsupported, certified, dense_gradients, logits
 from sparselab.learn.sparse_steps import OnRows, SparseSteps
 from sparselab.robust import bounds, input_box, margin_matrix, pgd
-from sparselab.sparse import sparsify
+from sparselab.sparse import METHODS, sparsify
 
 SMALL = {"dataset": "digits", "model": "cnn4", "epochs": 2, "batch_size": 64, "eps": 0.05, "train_samples": 320, "lr": 0.005}
 MODELS = {"mlp": (1, 8, 8), "cnn4": (1, 8, 8), "ctbench_cnn4_bn": (1, 8, 8), "resnet5": (3, 8, 8), "resnet5_bn": (3, 8, 8), "pools": (2, 9, 9),
@@ -170,7 +171,7 @@ def test_gradients_of_the_input_are_right():
 
 
 @numba_or_not
-@pytest.mark.parametrize("method, goal", [*((method, "ibp") for method in ("rigl", "set", "sparsevlr", "gmp", "snip", "static", "snfs", "granet",
+@pytest.mark.parametrize("method, goal", [*((method, "ibp") for method in ("rigl", "set", "sparsevlr", "gmp", "snip", "static", "granet",
                                                                           "mest", "gse", "srigl", "cht")), ("rigl", "crown_ibp")])
 def test_a_training_is_that_of_the_dense_kernels(method, goal, numba):
     options = {"update_every": 4} if method not in ("snip", "static") else {}
@@ -196,7 +197,7 @@ def test_a_training_is_that_of_the_dense_kernels(method, goal, numba):
             found[kernels] = rows, learner.sparsifier.masks, steps
     assert found["sparse"][0] == pytest.approx(found["dense"][0], rel=1e-3)
     assert found["sparse"][1].counts == found["dense"][1].counts
-    assert (found["sparse"][2] > 0) == (method != "snfs") and found["dense"][2] == 0  # snfs watches the gradients of every step
+    assert found["sparse"][2] > 0 and found["dense"][2] == 0
 
 
 @pytest.mark.parametrize("seen, goal", [("never", "ibp"), ("at every step", "ibp"), ("at every step", "crown_ibp")])
@@ -264,6 +265,31 @@ def test_what_cannot_be_done_sparsely_says_so():
     learner = make_learner(Config(**SMALL, kernels="auto", **unfused, sparsity=0.9))
     learner.train_epoch()
     assert "CrownIBP" in learner.on_nonzeros.reason
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_that_is_busy_in_every_step_says_so(method):
+    model = "ctbench_cnn4_bn" if method == "slimming" else "cnn4"
+    config = Config(**{**SMALL, "model": model}, method=method, sparsity=0.95, kernels="auto")
+    with mock.patch("sparselab.learn.sparse_steps.PAYS", {True: (1.0, 1.0), False: (1.0, 1.0)}):  # a dense network too
+        learner = make_learner(config)
+        learner.train_epoch(), learner.train_epoch()
+    why = learner.sparsifier.always_busy
+    assert (learner.on_nonzeros.left == learner.step) == bool(why) and (learner.on_nonzeros.count > 0) == (not why)
+    assert learner.on_nonzeros.reason == why
+    if why:
+        with pytest.raises(ValueError, match=re.escape(f'kernels="sparse" cannot be had: {why}. Choose kernels="auto"')):
+            make_learner(replace(config, kernels="sparse"))
+
+
+def test_regrowth_that_scales_every_step_is_named_in_the_log(capsys, tmp_path):
+    train(Config(**SMALL | {"epochs": 1}, method="rigl", method_options={"regrow_warmup": 5}, sparsity=0.95, runs_dir=str(tmp_path)))
+    assert "Training steps use all weights, zeros too, because RigL with regrow_warmup scales every step." in capsys.readouterr().out
+
+
+def test_a_method_that_begins_with_all_weights_is_named_in_the_log(capsys, tmp_path):
+    train(Config(**SMALL | {"epochs": 4}, method="admm", sparsity=0.95, runs_dir=str(tmp_path)))
+    assert "In the first epoch training steps used all weights, zeros too, because ADMM had something to do in each." in capsys.readouterr().out
 
 
 def test_functions_are_carried_back_through_max_pooling_by_the_dense_network():

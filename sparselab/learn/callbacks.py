@@ -141,10 +141,13 @@ class Progress(Callback):
         """What has been trained on the nonzeros in the first epoch, why the rest has not, and why the evaluation is not."""
         steps = learner.on_nonzeros
         if steps.count:
-            print(f"In the first epoch {counted(steps.count, 'training step')} used the nonzero weights alone, which is faster" +
+            print(f"In the first epoch {counted(steps.count, 'training step')} used the nonzero weights alone" + ", which is faster" * (steps.kernels == "auto") +
                   f"; the others used all weights, zeros too, because {steps.reason}" * bool(steps.reason) + ".")
         elif steps.kernels == "auto" and steps.reason:
             print(f"Training steps use all weights, zeros too, because {steps.reason}.")
+        elif steps.left == learner.step:
+            method = type(learner.sparsifier).__name__
+            print(f"In the first epoch training steps used all weights, zeros too, because {method} had something to do in each.")
         x, _ = next(iter(learner.data.train.batches(2, shuffle=False)))
         _, reason = sparse_network(learner.model, x, steps.kernels, learner.objective.engine)
         if reason:

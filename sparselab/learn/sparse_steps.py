@@ -225,7 +225,8 @@ class SparseSteps:
         self.model, self.optimizer, self.sparsifier, self.goal, self.kernels = model, optimizer, sparsifier, goal, kernels
         self.net: Rows | None = None
         self.flat: nn.Parameter | None = None
-        self.closed, self.reason, self._moved, self.count = False, "", False, 0  # count: of sparse steps
+        self.closed, self.reason, self._moved = False, "", False
+        self.count, self.left = 0, 0  # of sparse steps, and of those that were left to the method, which was busy
         self._declined: dict[str, int] | None = None  # how many weights the layers had when sparse steps did not pay
         if reason := 'kernels="dense" was asked for' if kernels == "dense" else self._objection():
             self.close(reason)
@@ -253,7 +254,7 @@ class SparseSteps:
         method = type(self.sparsifier)
         if not method.__module__.startswith("sparselab.sparse."):
             return f"{method.__name__} is a method of your own, which may watch what sparse steps leave out"
-        return objection(self.model, self.optimizer, self.goal)
+        return self.sparsifier.always_busy or objection(self.model, self.optimizer, self.goal)
 
     def close(self, reason: str) -> None:
         """No step will be sparse any more."""
@@ -270,7 +271,10 @@ class SparseSteps:
 
     def ready(self, x: Tensor, progress: float = 1.0) -> bool:
         """Whether the coming step on images like `x` is done on the nonzeros; they have been taken up then."""
-        if self.sparsifier.busy() or not self._may(progress):
+        if self.sparsifier.busy():
+            self.left += 1
+            return False
+        if not self._may(progress):
             return False
         if self._current(x):
             return self._carries(progress)

@@ -243,10 +243,14 @@ class SET(Replacing):
         """Whether the method looks at nothing but gradients of growth, and only in busy steps; True for SET, which looks at none."""
         return type(self).see_gradients is SET.see_gradients and type(self).update is SET.update and not self.regrow_warmup
 
+    @property
+    def always_busy(self) -> str:
+        if self.grows_by_gradients:
+            return ""
+        return f"{type(self).__name__} {'with regrow_warmup scales' if self.regrow_warmup else 'watches'} every step"
+
     def busy(self) -> bool:
-        if not self.grows_by_gradients:
-            return True  # it watches every step
-        return self.due_soon()
+        return bool(self.always_busy) or self.due_soon()
 
     def replace_weights(self) -> None:
         old = {name: mask.clone() for name, mask in self.masks.items()} if self.regrow_warmup else {}

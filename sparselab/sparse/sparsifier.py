@@ -288,6 +288,11 @@ class Method:
         return True
 
     @property
+    def always_busy(self) -> str:
+        """Why every step of a training is `busy`, so that none is done on the nonzeros; "" where there are others."""
+        return f"{type(self).__name__} has something to do in every step" if type(self).busy is Method.busy else ""
+
+    @property
     def grows_by_gradients(self) -> bool:
         """Whether dense gradients in `weight.grad` are all that the method needs in a busy step: it watches neither loss nor activations."""
         return False

@@ -1105,7 +1105,7 @@ def test_synaptic_flow_leaves_every_module_in_its_mode():
 
 REFUSED = [
     ("granet", {"initial": 1.5}, "initial is a share, from 0 to 1; got 1.5"),
-    ("granet", {"shrink_until": 0.9, "end": 0.5}, "shrink_until = 0.9 must not exceed end = 0.5"),
+    ("granet", {"initial": 0.2, "shrink_until": 0.9, "end": 0.5}, "shrink_until = 0.9 must not exceed end = 0.5"),
     ("mest", {"importance": -1.0}, "importance weighs .* 0 or more; got -1.0"),
     ("mest", {"importance": math.nan}, "importance .* got nan"),
     ("mest", {"soft": "yes"}, "soft is true or false; got 'yes'"),
@@ -1116,7 +1116,12 @@ REFUSED = [
     ("cht", {"across": True}, "leave across false"),
     ("cht", {"soft": 1}, "soft is true or false; got 1"),
     ("cht", {"initial": "half"}, "initial is a share, from 0 to 1; got 'half'"),
-    ("cht", {"shrink_until": 0.9}, "shrink_until = 0.9 must not exceed end = 0.75"),
+    ("cht", {"initial": 0.2, "shrink_until": 0.9}, "shrink_until = 0.9 must not exceed end = 0.75"),
+    ("cht", {"inflate": 0.5}, "cht begins with the sparsity `initial`, 1.0; leave inflate at 1, not 0.5"),
+    ("granet", {"inflate": 0.5}, "granet begins with the sparsity `initial`, 0.5; leave inflate at 1, not 0.5"),
+    ("snfs", {"inflate": 0.5}, "snfs .* holds its budget; leave inflate at 1, not 0.5"),
+    ("set", {"inflate": 1.5}, "inflate is a share, from 0 to 1; got 1.5"),
+    ("edst", {"inflate": 0.5}, "shrink_until = 0.7 must not exceed end = 0.3"),
     ("sparsevlr", {"update_every": -3}, "update_every is a whole number of steps, at least 1; got -3"),
     ("rigl", {"update_every": 1.5}, "update_every is a whole number of steps, at least 1; got 1.5"),
 ]
@@ -1128,7 +1133,9 @@ NO_NAMES = [({"dense": None}, r"dense is a list of names, such as \['fc1.weight'
             ({"total_steps": None}, "total_steps is the number of training steps, .* got None"), ({"total_steps": "5"}, "got '5'"),
             ({"total_steps": 1.5}, "got 1.5"), ({"total_steps": True}, "got True")]
 FORMS = [("mest", {"soft": True}), ("mest", {"soft": True, "across": True}), ("granet", {"initial": 0.0}), ("granet", {"across": True}),
-         ("cht", {"initial": 0.3}), ("cht", {"soft": False}), ("srigl", {"ablation": 0.0}), ("gse", {"sample": 0.01})]
+         ("cht", {"initial": 0.3}), ("cht", {"soft": False}), ("srigl", {"ablation": 0.0}), ("gse", {"sample": 0.01}),
+         *((method, {"inflate": 0.5, "shrink_until": 0.3}) for method in ("set", "rigl", "mest", "gse", "srigl", "ctre_seq", "ctre_sim", "edst")),
+         ("mest", {"inflate": 0.5, "soft": True}), ("set", {"inflate": 0.0, "across": True})]
 
 
 @pytest.mark.parametrize("method, options, sentence", REFUSED)

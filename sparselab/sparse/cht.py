@@ -7,6 +7,7 @@ __all__ = ['link_scores', 'drawn', 'SigmoidSparsity', 'CHT']
 
 # %% ../../nbs/sparse/23_cht.ipynb #3df2d62c
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,23 +66,23 @@ class CHT(SET):
 
     soft: bool = True
     initial: float = 1.0
-    shrink_until: float = 0.7
 
     def start(self) -> None:
         check_share("initial", self.initial)
-        check_share("shrink_until", self.shrink_until)
         if not isinstance(self.soft, bool):
             raise ValueError(f"soft is true or false; got {self.soft!r}.")
-        if self.shrink_until > self.end:
-            raise ValueError(f"shrink_until = {self.shrink_until!r} must not exceed end = {self.end!r}, as masks do not change after it.")
+        if self.inflate != 1:
+            raise ValueError(f"cht begins with the sparsity `initial`, {self.initial!r}; leave inflate at 1, not {self.inflate!r}.")
         if self.across:
             raise ValueError("cht scores the links of each layer's own graph, which do not compare between layers; leave across false.")
-        self.schedule = SigmoidSparsity(min(self.initial, self.sparsity), self.sparsity, round(self.shrink_until * self.total_steps))
         super().start()
 
     @property
-    def sparsity_now(self) -> float:
-        return self.schedule(self.updated)
+    def first_sparsity(self) -> float:
+        return min(self.initial, self.sparsity)
+
+    def rising(self, first: float, last: float, end: int) -> Callable[[int], float]:
+        return SigmoidSparsity(first, last, end)
 
     def drop_scores(self, name: str) -> Tensor:
         strength = super().drop_scores(name)

@@ -7,6 +7,7 @@ __all__ = ['FEW', 'GROWTH', 'drop_and_grow', 'Updating', 'Replacing', 'SET', 'Ri
 
 # %% ../../nbs/sparse/16_drop_grow.ipynb #6f064956
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -19,7 +20,7 @@ from .distributions import budget, layer_budgets
 from .masks import assign
 from .pruning import check_share
 from .regrowth import Regrowth  # 15: scales Adam's first steps with a grown weight, where asked for
-from .schedules import CosineDrop, Periodic
+from .schedules import CosineDrop, CubicSparsity, Periodic
 from .scores import Score, generator_for, gradient, magnitude, random, top
 from .sparsifier import Sparsifier, cloned, random_masks
 
@@ -193,7 +194,9 @@ class SET(Replacing):
     falls to 0 along a cosine. `accumulate`: steps whose dense gradients are added up for the growth score. `across`:
     rank all layers together, so that only the total is fixed. An update waits for the next step when it has no gradient to grow
     by, as its own step was skipped. `regrow_warmup`: over how many steps Adam's steps of a grown weight rise to their full size, on
-    the weight's own clock (see `Regrowth`); 0 leaves them to Adam.
+    the weight's own clock (see `Regrowth`); 0 leaves them to Adam. `inflate`: the random start has the density d ** inflate, for a target
+    density d, and the budget shrinks to the target along a cubic (arXiv 1710.01878) until the share `shrink_until` of training; 1 keeps
+    it constant.
     """
 
     family = "dynamic"
@@ -202,6 +205,8 @@ class SET(Replacing):
     from_training = {}
 
     regrow_warmup: int = 0
+    inflate: float = 1.0
+    shrink_until: float = 0.7
     grow: Score = random
 
     def start(self) -> None:
@@ -211,7 +216,25 @@ class SET(Replacing):
             raise ValueError(f"regrow_warmup mends how Adam and AdamW begin with a grown weight; {type(self.optimizer).__name__} does "
                              f"not begin so. Leave it at 0; got {self.regrow_warmup!r}.")
         self.regrowth = Regrowth(self.regrow_warmup)
+        check_share("inflate", self.inflate)
+        check_share("shrink_until", self.shrink_until)
+        if self.first_sparsity < self.sparsity and self.shrink_until > self.end:
+            raise ValueError(f"shrink_until = {self.shrink_until!r} must not exceed end = {self.end!r}, as masks do not change after it.")
+        self.schedule = self.rising(self.first_sparsity, self.sparsity, round(self.shrink_until * self.total_steps))
         super().start()
+
+    @property
+    def first_sparsity(self) -> float:
+        """The sparsity of the random start."""
+        return 1 - (1 - self.sparsity) ** self.inflate if self.inflate < 1 else self.sparsity
+
+    def rising(self, first: float, last: float, end: int) -> Callable[[int], float]:
+        """step -> sparsity, from `first` at the start to `last` at step `end`."""
+        return CubicSparsity(first, last, 0, end)
+
+    @property
+    def sparsity_now(self) -> float:
+        return self.schedule(self.updated)
 
     @property
     def needs_gradients(self) -> bool:

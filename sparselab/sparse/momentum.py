@@ -30,6 +30,8 @@ class SNFS(SET):
 
     def start(self) -> None:
         check_share("decay", self.decay)
+        if self.inflate != 1:
+            raise ValueError(f"snfs shares out among the layers what it has dropped, and holds its budget; leave inflate at 1, not {self.inflate!r}.")
         super().start()
 
     @torch.no_grad()

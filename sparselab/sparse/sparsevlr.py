@@ -8,20 +8,18 @@ __all__ = ['UPDATES', 'SparseVLR']
 # %% ../../nbs/sparse/25_sparsevlr.ipynb #38de8dd3
 from dataclasses import dataclass
 
-from .granet import Shrinking
-from .pruning import check_share
+from .drop_grow import RigL
 
 # %% ../../nbs/sparse/25_sparsevlr.ipynb #5f7a7050
 UPDATES = 200  # so many would fit into the training; masks change until the share `end` = 0.75 of it
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class SparseVLR(Shrinking):
+class SparseVLR(RigL):
     """Drop the smallest |w|, grow by the gradient of the trained (verified) loss, on a budget that shrinks to its target.
 
-    `inflate`: the random start has the density d ** inflate, for a target density d; 1 keeps the budget constant.
-    `shrink_until`: the share of training at which the budget arrives. `update_every`: steps between updates, 0 for a 200th of the
-    training or 25, whichever is more. Other options as in RigL. After arXiv 2211.09945; its parts are those of GraNet (arXiv 2106.10404).
+    `update_every`: steps between updates, 0 for a 200th of the training or 25, whichever is more. Other options as in RigL, with other
+    defaults. After arXiv 2211.09945; its parts are those of GraNet (arXiv 2106.10404).
     """
 
     family = "verified"
@@ -32,11 +30,6 @@ class SparseVLR(Shrinking):
     inflate: float = 0.5
 
     def start(self) -> None:
-        check_share("inflate", self.inflate)
         if self.update_every == 0:
             self.update_every = max(25, self.total_steps // UPDATES)
         super().start()
-
-    @property
-    def first_sparsity(self) -> float:
-        return 1 - (1 - self.sparsity) ** self.inflate

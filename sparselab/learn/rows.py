@@ -6,13 +6,14 @@
 __all__ = ['READERS', 'Unsupported', 'Pass', 'through', 'Values', 'Layer', 'Sparse', 'Norm', 'norm_forward', 'norm_backward',
            'norm_forward_in_torch', 'norm_backward_in_torch', 'Scale', 'Line', 'Activation', 'Gather', 'Sum', 'MaxPool',
            'Rows', 'constants', 'merged_margins', 'merged_margins_backward', 'margins_in_torch',
-           'margins_backward_in_torch', 'merged', 'merged_backward', 'Margins', 'Outputs', 'certified', 'logits',
-           'dense_gradients']
+           'margins_backward_in_torch', 'one_thread', 'merged', 'merged_backward', 'Margins', 'Outputs', 'certified',
+           'logits', 'dense_gradients']
 
 # %% ../../nbs/learn/21_rows.ipynb #ab3e8658
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,12 +273,12 @@ def norm_forward(z, gamma, beta, eps, per, n, slope, y):
     m, channels = (z.shape[1] - n) // 2, len(gamma)
     mean, var = np.empty(channels), np.empty(channels)
     for c in range(channels):
-        middle, spread = 0.0, 0.0
+        middle, spread, first = 0.0, 0.0, z[c * per, 0]
         for k in range(per):  # row by row, so that each is read once: Chan's update of mean and spread
             zr, s, q = z[c * per + k], z.dtype.type(0), z.dtype.type(0)
             for b in range(n):
-                s += zr[b]
-            s /= z.dtype.type(n)
+                s += zr[b] - first  # so that the mean of a channel without weights is its bias, to the last bit
+            s = first + s / z.dtype.type(n)
             for b in range(n):
                 q += (zr[b] - s) * (zr[b] - s)
             away = s - middle
@@ -285,17 +286,17 @@ def norm_forward(z, gamma, beta, eps, per, n, slope, y):
             spread += q + away * away * (n * k / (k + 1))
         mean[c], var[c] = middle, spread / (per * n)
         a = z.dtype.type(gamma[c] / np.sqrt(var[c] + eps))
-        d = z.dtype.type(beta[c] - mean[c] * a)
+        mu, d = z.dtype.type(mean[c]), z.dtype.type(beta[c])
         low = n if a > 0 else n + m
         for r in range(c * per, (c + 1) * per):
             zr, out = z[r], y[r]
             ol, ou = out[low : low + m], out[2 * n + m - low : 2 * n + 2 * m - low]
             for b in range(n):
-                out[b] = a * zr[b] + d
+                out[b] = a * (zr[b] - mu) + d
             for b in range(m):
-                ol[b] = a * zr[n + b] + d
+                ol[b] = a * (zr[n + b] - mu) + d
             for b in range(m):
-                ou[b] = a * zr[n + m + b] + d
+                ou[b] = a * (zr[n + m + b] - mu) + d
             if slope < 1:
                 for b in range(n + 2 * m):
                     out[b] = max(out[b], slope * out[b])
@@ -346,8 +347,8 @@ def _normed(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, per: int, n: int
     clean = z[:, :n].reshape(len(gamma), -1).double()
     var, mean = torch.var_mean(clean, 1, correction=0)
     a = gamma / (var + eps).sqrt()
-    a, d = (v.to(z).repeat_interleave(per).unsqueeze(1) for v in (a, beta - mean * a))
-    y = a * z + d
+    a, middle, d = (v.to(z).repeat_interleave(per).unsqueeze(1) for v in (a, mean, beta))
+    y = a * (z - middle) + d
     y = torch.cat([y[:, :n], torch.where(a > 0, y[:, n : n + m], y[:, n + m :]), torch.where(a > 0, y[:, n + m :], y[:, n : n + m])], 1)
     return y, mean, var
 
@@ -920,11 +921,23 @@ def margins_backward_in_torch(h: Tensor, weight: Tensor, y: Tensor, n: int, gz: 
     return torch.cat([gz @ weight, centre + radius, centre - radius]), gw, gb
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it PyTorch has one thread: a sum that two threads share out has other bits, and for the last layer two gain nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def merged(h: np.ndarray, weight: np.ndarray, bias: np.ndarray, y: Tensor, n: int) -> tuple[np.ndarray, np.ndarray]:
     """`merged_margins` by what this machine has."""
     if with_numba():
         return merged_margins(h, weight, bias, y.numpy(), n)
-    z, lb = margins_in_torch(*map(torch.from_numpy, (h, weight, bias)), y, n)
+    with one_thread():
+        z, lb = margins_in_torch(*map(torch.from_numpy, (h, weight, bias)), y, n)
     return z.numpy(), lb.numpy()
 
 
@@ -933,7 +946,8 @@ def merged_backward(h: np.ndarray, weight: np.ndarray, y: Tensor, n: int, gz: np
     if with_numba():
         return merged_margins_backward(h, weight, y.numpy(), n, gz, gm)
     h, weight, gz, gm = map(torch.from_numpy, (h, weight, gz, gm))
-    return tuple(part.numpy() for part in margins_backward_in_torch(h, weight, y, n, gz, gm))
+    with one_thread():
+        return tuple(part.numpy() for part in margins_backward_in_torch(h, weight, y, n, gz, gm))
 
 # %% ../../nbs/learn/21_rows.ipynb #2d95d891
 class Margins:

@@ -553,7 +553,7 @@ class Bags:
         self.read, self.weight = (torch.from_numpy(part.astype(np.int64)) for part in (read, weight))
         self.col, self.starts = (torch.from_numpy(part.astype(np.int32)) for part in (place[col], ptr[:-1]))
         self.negative, self.index = torch.zeros(0, dtype=torch.bool), self.col
-        self._room = torch.empty(0, 0)
+        self._room, self._of = torch.empty(0, 0), None  # what the last table is kept in, and of what it is, if it is kept
 
     def at(self, values: Tensor) -> Tensor:
         """`index` for these values; it is made anew when a weight has changed its sign."""
@@ -564,14 +564,23 @@ class Bags:
 
     def table(self, x: np.ndarray, n: int) -> Tensor:
         """The rows that are read, and once more with the ends changed, (2 rows, columns)."""
-        count, m = len(self.read), (x.shape[1] - n) // 2
+        count, m, self._of = len(self.read), (x.shape[1] - n) // 2, x
         x, found = torch.from_numpy(x), self._room
         if found.shape[1] != x.shape[1] or found.dtype != x.dtype:
             found = x.new_empty(2 * count, x.shape[1])
-            self._room = found if found.numel() < 2**22 else self._room  # small ones are kept for the next step
+            if found.numel() < 2**22:  # small ones are kept
+                self._room = found
+            else:
+                self._of = None
         torch.index_select(x, 0, self.read, out=found[:count])
         rows, turned = found.numpy()[:count], found.numpy()[count:]
         turned[:, :n], turned[:, n : n + m], turned[:, n + m :] = rows[:, :n], rows[:, n + m :], rows[:, n : n + m]
+        return found
+
+    def again(self, x: np.ndarray, n: int) -> Tensor:
+        """`table` of an x that has not changed since; the one that the last call has made, once, if it was of x."""
+        found = self._room if self._of is x else self.table(x, n)
+        self._of = None
         return found
 
     def sums(self, table: Tensor, values: Tensor) -> Tensor:
@@ -606,7 +615,7 @@ class BagProduct(Product):
         y[self.out.rows] = z.numpy()
 
     def backward(self, g, values, x, gx, n, slope, add, dvalues):
-        w, rows, read = torch.from_numpy(values), self.inward.table(g, n), self.single.table(x, n)
+        w, rows, read = torch.from_numpy(values), self.inward.table(g, n), self.single.again(x, n)
         if dvalues is not None and len(self.used):
             self._value_gradient(rows, read, w, dvalues)
         if gx is not None:

@@ -288,11 +288,30 @@ def test_a_method_that_is_busy_in_every_step_says_so(method):
         learner = make_learner(config)
         learner.train_epoch(), learner.train_epoch()
     why = learner.sparsifier.always_busy
-    assert (learner.on_nonzeros.left == learner.step) == bool(why) and (learner.on_nonzeros.count > 0) == (not why)
+    assert (learner.on_nonzeros.count > 0) == (not why)
     assert learner.on_nonzeros.reason == why
     if why:
         with pytest.raises(ValueError, match=re.escape(f'kernels="sparse" cannot be had: {why}. Choose kernels="auto"')):
             make_learner(replace(config, kernels="sparse"))
+
+
+def test_a_network_that_has_many_weights_when_it_is_read_is_checked_when_it_has_few():
+    config = Config(**{**SMALL, "epochs": 6}, method="granet", method_options={"initial": 0.0, "update_every": 2}, sparsity=0.97)
+    learner, checked = make_learner(config), []
+    check = SparseSteps._check
+    with mock.patch.object(SparseSteps, "_check", lambda steps, x: (checked.append(steps.count), check(steps, x))):
+        for _ in range(6):
+            learner.train_epoch()
+    assert learner.on_nonzeros.count > 0 and checked == [0]
+
+    def misread(steps, x):
+        raise Unsupported("it was misread")
+
+    learner = make_learner(config)
+    with mock.patch.object(SparseSteps, "_check", misread):
+        for _ in range(6):
+            learner.train_epoch()
+    assert learner.on_nonzeros.count == 0 and "it was misread" in learner.on_nonzeros.reason
 
 
 def test_regrowth_that_scales_every_step_is_named_in_the_log(capsys, tmp_path):
@@ -553,7 +572,7 @@ def test_every_objective_has_the_loss_and_gradients_of_the_dense_network(goal, n
 def same_as_dense(steps: SparseSteps, twin: nn.Module, goal, x, y, progress: float, rounding: float = 0.0) -> None:
     """Loss, gradients, those of missing weights too, and buffers are those of the dense twin.
 
-    `rounding`: of the largest gradient, what is allowed everywhere: that of a bias before a BatchNorm is nothing but rounding.
+    `rounding`: of the largest gradient, what is allowed of a bias: that of a bias before a BatchNorm is nothing but rounding.
     """
     with mock.patch.object(steps, "kernels", "sparse"), mock.patch.object(type(steps.sparsifier), "busy", lambda _: True), \
             mock.patch.object(type(steps.sparsifier), "grows_by_gradients", True):
@@ -565,7 +584,8 @@ def same_as_dense(steps: SparseSteps, twin: nn.Module, goal, x, y, progress: flo
     slopes = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in twin.named_parameters()}
     least = 1e-7 + rounding * max(float(slope.abs().max()) for slope in slopes.values())
     for name, p in steps.model.named_parameters():
-        assert torch.allclose(p.grad, slopes[name], atol=2e-3 * float(slopes[name].abs().max()) + least), name
+        room = 2e-3 * float(slopes[name].abs().max()) + (least if p.dim() == 1 else 1e-6)
+        assert torch.allclose(p.grad, slopes[name], atol=room), name
     for (key, ours), theirs in zip(steps.model.named_buffers(), twin.buffers(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5), key
 
@@ -988,7 +1008,7 @@ def test_at_99_percent_a_step_is_several_times_as_fast_and_crown_more(numba):
             steps, twin = both(model, objective("ibp", 0.1), 0.99)
             assert steps.ready(x, 0.9)
             dense, sparse = seconds(lambda: steps.goal(twin, x, y, 0.9).backward(), lambda: steps.step(x, y, 0.9, 10.0))
-            assert dense > (5 if numba else 2) * sparse
+            assert dense > (3 if numba else 1.5) * sparse
             with torch.no_grad():
                 net, C, box = Unrolled(twin.eval(), x[:2]), margin_matrix(y[:32], 10), input_box(x[:32], 0.01)
                 dense, sparse = seconds(lambda: bounds(twin, *box, "crown", C), lambda: net.bounds(*box, "crown", C))
@@ -998,7 +1018,7 @@ def test_at_99_percent_a_step_is_several_times_as_fast_and_crown_more(numba):
 
 
 def test_moments_and_entries_of_a_large_network_take_less_than_its_weights():
-    """Ten million weights at 99 %, as nbs/bench/kernels counts them, and what a step of 32 images leaves in memory."""
+    """Ten million weights at 99 %, as nbs/bench/kernels counts them, which measures 13 %."""
     wide = nn.Sequential(nn.Flatten(), nn.Linear(784, 3000), nn.ReLU(), nn.Linear(3000, 2500), nn.ReLU(), nn.Linear(2500, 10)).train()
     steps, _ = both(wide, objective("ibp", 0.1), 0.99)
     x, y = torch.rand(32, 1, 28, 28), torch.randint(0, 10, (32,))
@@ -1017,4 +1037,4 @@ def test_moments_and_entries_of_a_large_network_take_less_than_its_weights():
             todo += thing.values() if isinstance(thing, dict) else thing
         elif type(thing).__module__.startswith("sparselab"):
             todo += vars(thing).values()
-    assert 2 * 4 * steps.sparsifier.masks.nnz < sum(held.values()) < 4 * steps.sparsifier.masks.total / 4
+    assert 2 * 4 * steps.sparsifier.masks.nnz < sum(held.values()) < 4 * steps.sparsifier.masks.total / 5

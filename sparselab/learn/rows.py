@@ -925,6 +925,9 @@ def margins_backward_in_torch(h: Tensor, weight: Tensor, y: Tensor, n: int, gz: 
 def one_thread() -> Iterator[None]:
     """Within it PyTorch has one thread: a sum that two threads share out has other bits, and for the last layer two gain nothing."""
     before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
     torch.set_num_threads(1)
     try:
         yield

@@ -227,7 +227,7 @@ class SparseSteps:
         self.net: Rows | None = None
         self.flat: nn.Parameter | None = None
         self.closed, self.reason, self._moved = False, "", False
-        self.count, self.left = 0, 0  # of sparse steps, and of those that were left to the method, which was busy
+        self.count, self.left = 0, 0  # of sparse steps, and of those that were left to the dense network as the method was busy
         self._declined: dict[str, int] | None = None  # how many weights the layers had when sparse steps did not pay
         if reason := 'kernels="dense" was asked for' if kernels == "dense" else self._objection():
             self.close(reason)
@@ -272,6 +272,8 @@ class SparseSteps:
 
     def ready(self, x: Tensor, progress: float = 1.0) -> bool:
         """Whether the coming step on images like `x` is done on the nonzeros; they have been taken up then."""
+        if self.closed:
+            return False
         if self.sparsifier.busy():
             self.left += 1
             return False
@@ -285,7 +287,9 @@ class SparseSteps:
         """Whether the dense gradients of a busy step on images like `x` come from the rows; all rows have been taken up then."""
         if not self.sparsifier.busy() or not self.sparsifier.grows_by_gradients or not self._may(progress):
             return False
-        return self._read(x) and self._carries(progress) and self._take_up(every=True)
+        grows = self._read(x) and self._carries(progress) and self._take_up(every=True)
+        self.left -= grows
+        return grows
 
     def _may(self, progress: float) -> bool:
         """Whether the loss of this moment is one that has sparse kernels."""
@@ -310,14 +314,21 @@ class SparseSteps:
                 assert self.net.head
                 if any(isinstance(module, _BatchNorm) and module.momentum is None for module in self.model.modules()):
                     raise Unsupported("a BatchNorm averages over all batches (momentum None)")
-                if self._pays():
-                    self._check(x)
+                self._checked = False
             except (Unsupported, Unreadable) as reason:
                 self.net = None
                 self.close(f"the network has no faster form: {reason}")
                 return False
         pays = self._pays()
         self._declined = None if pays else dict(self.sparsifier.masks.counts)
+        if pays and not self._checked:  # a network that had too many weights when it was read is checked when it has few
+            try:
+                self._check(x)
+                self._checked = True
+            except (Unsupported, Unreadable) as reason:
+                self.net = None
+                self.close(f"the network has no faster form: {reason}")
+                return False
         return pays
 
     def _carries(self, progress: float) -> bool:
@@ -357,13 +368,18 @@ class SparseSteps:
         decides whether a ReLU passes a gradient. So they may also agree where biases and shifts are moved a little.
         """
         self.sparsifier.mask_weights()
-        self.net.index(self._masks())
-        if (apart := self._apart(x, self.net.trained)) and self._apart(x, self._moved_biases()):
-            raise Unsupported(f"its outputs or gradients differ from those of the model by up to {apart:.3g}")
+        masks = self._masks()
+        self.net.index(masks)
+        try:
+            if (apart := self._apart(x, self.net.trained)) and self._apart(x, self._moved_biases()):
+                raise Unsupported(f"its outputs or gradients differ from those of the model by up to {apart:.3g}")
+        finally:
+            self.net.index(masks)  # the values that the model has
 
     def _moved_biases(self) -> dict[str, Tensor]:
         rng = torch.Generator().manual_seed(0)
-        moved = {name: p.detach() + (0.2 * torch.rand(p.shape, generator=rng) - 0.1 if p.dim() == 1 else 0) for name, p in self.net.trained.items()}
+        biases = {name for name, p in self.net.trained.items() if p.dim() == 1 and name not in self.net.values.kept}
+        moved = {name: p.detach() + (0.2 * torch.rand(p.shape, generator=rng) - 0.1 if name in biases else 0) for name, p in self.net.trained.items()}
         return {name: p.requires_grad_() for name, p in moved.items()}
 
     def _apart(self, x: Tensor, parameters: Mapping[str, Tensor]) -> float:
@@ -387,12 +403,12 @@ class SparseSteps:
         parts = [torch.from_numpy(values.of(name, ours.numpy())) for name in parameters]
         slopes = [values.gather(name, slope) for name, slope in zip(parameters, theirs, strict=True)]
         largest = max((float(slope.abs().max()) for slope in slopes if slope.numel()), default=0.0)
-        rounding = 1e-5 + 1e-3 * largest  # of a slope that is none, such as that of a bias before a BatchNorm, in which large ones cancel
-        compared = [(z, y, 1e-5), *((*pair, rounding) for pair in zip(parts, slopes, strict=True)), *((made[name], written[name], 1e-5) for name in made)]
+        rounding = [1e-3 * largest * (p.dim() == 1) for p in parameters.values()]  # the slope of a bias before a BatchNorm is nothing else
+        compared = [(z, y, 0.0), *zip(parts, slopes, rounding, strict=True), *((made[name], written[name], 0.0) for name in made)]
         apart = 0.0
         for found, truth, least in compared:
             truth, found = truth.detach().double(), found.detach().double()
-            if truth.numel() and not torch.allclose(found, truth, rtol=1e-2, atol=1e-2 * float(truth.abs().max()) + least, equal_nan=True):
+            if truth.numel() and not torch.allclose(found, truth, rtol=1e-2, atol=1e-2 * float(truth.abs().max()) + 1e-5 + least, equal_nan=True):
                 apart = max(apart, float((found - truth).abs().nan_to_num(math.inf).max()))
         return apart
 

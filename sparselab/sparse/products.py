@@ -562,9 +562,9 @@ class Bags:
             self.negative, self.index = negative, self.col + (len(self.read) * negative.int()).index_select(0, self.weight)
         return self.index
 
-    def table(self, x: np.ndarray, n: int) -> Tensor:
-        """The rows that are read, and once more with the ends changed, (2 rows, columns)."""
-        count, m, self._of = len(self.read), (x.shape[1] - n) // 2, x
+    def table(self, x: np.ndarray, n: int, keep: bool = False) -> Tensor:
+        """The rows that are read, and once more with the ends changed, (2 rows, columns); `keep`: for `again`."""
+        count, m, self._of = len(self.read), (x.shape[1] - n) // 2, (x, n) if keep else None
         x, found = torch.from_numpy(x), self._room
         if found.shape[1] != x.shape[1] or found.dtype != x.dtype:
             found = x.new_empty(2 * count, x.shape[1])
@@ -578,8 +578,9 @@ class Bags:
         return found
 
     def again(self, x: np.ndarray, n: int) -> Tensor:
-        """`table` of an x that has not changed since; the one that the last call has made, once, if it was of x."""
-        found = self._room if self._of is x else self.table(x, n)
+        """`table` of an x that has not changed since it was kept: the one that the last call has made, once, if it was of x."""
+        kept = self._of is not None and self._of[0] is x and self._of[1] == n
+        found = self._room if kept else self.table(x, n)
         self._of = None
         return found
 
@@ -607,7 +608,7 @@ class BagProduct(Product):
         self.channels = tuple(torch.from_numpy(part) for part in (self.channel_rows, self.channel_ptr[:-1]))
 
     def forward(self, x, values, bias, y, n, slope=1.0):
-        z = self.outward.sums(self.single.table(x, n), torch.from_numpy(values))
+        z = self.outward.sums(self.single.table(x, n, keep=True), torch.from_numpy(values))
         if len(bias):
             z += torch.from_numpy(bias[self.channel]).unsqueeze(1)
         if slope < 1:

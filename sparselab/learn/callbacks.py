@@ -141,7 +141,8 @@ class Progress(Callback):
         """What has been trained on the nonzeros in the first epoch, why the rest has not, and why the evaluation is not."""
         steps = learner.on_nonzeros
         if steps.count:
-            print(f"In the first epoch {counted(steps.count, 'training step')} used the nonzero weights alone" + ", which is faster" * (steps.kernels == "auto") +
+            faster = ", which is faster" if steps.kernels == "auto" else ""
+            print(f"In the first epoch {counted(steps.count, 'training step')} used the nonzero weights alone{faster}" +
                   f"; the others used all weights, zeros too, because {steps.reason}" * bool(steps.reason) + ".")
         elif steps.kernels == "auto" and steps.reason:
             print(f"Training steps use all weights, zeros too, because {steps.reason}.")

@@ -1185,6 +1185,23 @@ def test_the_other_forms_of_the_growth_methods_are_exact_and_resume_to_the_same_
     assert whole[2].masks.nnz == budget(whole[2].sparsity, whole[2].masks.total)
 
 
+def test_rigl_on_the_same_budget_with_all_layers_ranked_together_is_sparsevlr():
+    """So that `inflate` makes controls that differ in one thing alone."""
+    found = []
+    for method, options in (("sparsevlr", {}), ("rigl", {"inflate": 0.5, "across": True, "drop_fraction": 0.1, "update_every": 25})):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 4))
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        sparsifier = sparsify(net, optimizer, method, 0.9, 200, **options)
+        for _ in range(200):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(torch.rand(16, 20)), torch.randint(0, 4, (16,))).backward()
+            optimizer.step()
+            sparsifier.step()
+        found.append((_bits(net), sparsifier.history.flow()))
+    assert found[0] == found[1] and len(sparsifier.history.flow()) > 4
+
+
 @given(st.integers(1, 8), st.integers(1, 9), st.data())
 def test_a_constant_fan_in_is_exact_and_even_over_the_neurons_that_are_left(rows, size, data):
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))

@@ -1121,6 +1121,7 @@ REFUSED = [
     ("granet", {"inflate": 0.5}, "granet begins with the sparsity `initial`, 0.5; leave inflate at 1, not 0.5"),
     ("snfs", {"inflate": 0.5}, "snfs .* holds its budget; leave inflate at 1, not 0.5"),
     ("set", {"inflate": 1.5}, "inflate is a share, from 0 to 1; got 1.5"),
+    ("sparsevlr", {"floor": -0.1}, "floor is a share, from 0 to 1; got -0.1"),
     ("edst", {"inflate": 0.5}, "shrink_until = 0.7 must not exceed end = 0.3"),
     ("sparsevlr", {"update_every": -3}, "update_every is a whole number of steps, at least 1; got -3"),
     ("rigl", {"update_every": 1.5}, "update_every is a whole number of steps, at least 1; got 1.5"),
@@ -1135,7 +1136,8 @@ NO_NAMES = [({"dense": None}, r"dense is a list of names, such as \['fc1.weight'
 FORMS = [("mest", {"soft": True}), ("mest", {"soft": True, "across": True}), ("granet", {"initial": 0.0}), ("granet", {"across": True}),
          ("cht", {"initial": 0.3}), ("cht", {"soft": False}), ("srigl", {"ablation": 0.0}), ("gse", {"sample": 0.01}),
          *((method, {"inflate": 0.5, "shrink_until": 0.3}) for method in ("set", "rigl", "mest", "gse", "srigl", "ctre_seq", "ctre_sim", "edst")),
-         ("mest", {"inflate": 0.5, "soft": True}), ("set", {"inflate": 0.0, "across": True})]
+         ("mest", {"inflate": 0.5, "soft": True}), ("set", {"inflate": 0.0, "across": True}),
+         ("rigl", {"across": True, "floor": 0.3}), ("granet", {"floor": 0.5}), ("snfs", {"floor": 0.9}), ("mest", {"soft": True, "across": True, "floor": 1.0})]
 
 
 @pytest.mark.parametrize("method, options, sentence", REFUSED)
@@ -1183,6 +1185,35 @@ def test_the_other_forms_of_the_growth_methods_are_exact_and_resume_to_the_same_
         _train(*trained, STEPS - 5)
     assert _bits(again[0]) == _bits(whole[0]) and again[2].history.flow() == whole[2].history.flow()
     assert whole[2].masks.nnz == budget(whole[2].sparsity, whole[2].masks.total)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=2, max_size=4), st.floats(0, 1), st.data())
+def test_a_floor_keeps_the_best_of_every_layer_and_ranks_the_others_together(shapes, floor, data):
+    """Against a loop over sorted lists."""
+    seed, sparsity, share = data.draw(st.integers(0, 2**20)), data.draw(st.floats(0, 0.8)), data.draw(st.floats(0, 1))
+    torch.manual_seed(seed)
+    net = nn.ModuleList([nn.Linear(ins, outs, bias=False) for outs, ins in shapes])
+    total = sum(outs * ins for outs, ins in shapes)
+    assume(round((1 - sparsity) * total) >= len(shapes))
+    rigl = sparsify(net, torch.optim.SGD(net.parameters(), 0.1), "rigl", sparsity, 10, across=True, floor=floor, update_every=1)
+    rigl.fraction = lambda step: share
+    for weight in net.parameters():
+        weight.grad = torch.randn(weight.shape)
+    rigl.see_gradients()
+    before = {name: mask.clone() for name, mask in rigl.masks.items()}
+    weights = {name: weight.detach().clone() for name, weight in rigl.masks.weights.items()}
+    budgets, count = layer_budgets(rigl.shapes, sparsity), rigl.budget
+    keep = count - int(share * count)
+    ranked, safe = [], []
+    for name, mask in before.items():
+        own = sorted(((float(weights[name].view(-1)[i].abs()), name, i) for i in mask.view(-1).nonzero().view(-1).tolist()), reverse=True)
+        least = int(min(floor, keep / count) * budgets[name])
+        safe, ranked = safe + own[:least], ranked + own[least:]
+    kept = safe + sorted(ranked, reverse=True)[:keep - len(safe)]
+    rigl.replace_weights()
+    assert len(kept) == keep and rigl.masks.nnz == count
+    assert all(rigl.masks[name].view(-1)[i] for _, name, i in kept)
+    assert all(rigl.masks.counts[name] >= min(int(min(floor, keep / count) * budgets[name]), int(before[name].sum())) for name in before)
 
 
 def test_rigl_on_the_same_budget_with_all_layers_ranked_together_is_sparsevlr():

@@ -8,7 +8,7 @@ __all__ = ['GraNet']
 # %% ../../nbs/sparse/24_granet.ipynb #49463474
 from dataclasses import dataclass
 
-from .drop_grow import RigL
+from .drop_grow import RigL, lifted
 from .pruning import check_share
 from .sparsifier import highest_overall
 
@@ -19,7 +19,8 @@ class GraNet(RigL):
 
     `initial`: sparsity of the random start, 0.5 in the paper, 0 for a dense one; no more than `sparsity` is begun with. `shrink_until`:
     the share of training at which the budget arrives. `drop_fraction` falls to 0 along a cosine until `end`, of what a layer has after
-    the pruning. Other options as in RigL; `across` regenerates all layers as one.
+    the pruning. Other options as in RigL; `across` regenerates all layers as one, and `floor` holds for the
+    pruning, too.
     """
 
     family = "gradual"
@@ -41,8 +42,9 @@ class GraNet(RigL):
     def pruned_counts(self) -> dict[str, int]:
         """Layer -> how many of its weights are among the largest |w| that the budget of this moment allows the network."""
         scores = {name: self.masks.weights[name].detach().abs().masked_fill(~self.masks[name], -1) for name in self.masks if name not in self.dense}
-        whole = sum(self.masks[name].numel() for name in self.dense)
-        return {name: int(mask.count_nonzero()) for name, mask in highest_overall(scores, self.budget - whole).items()}
+        keep = self.budget - sum(self.masks[name].numel() for name in self.dense)
+        scores = {name: lifted(layer, least) for (name, layer), least in zip(scores.items(), self.floors(list(scores), keep), strict=True)}
+        return {name: int(mask.count_nonzero()) for name, mask in highest_overall(scores, keep).items()}
 
     def groups(self) -> list[tuple[list[str], int, int]]:
         if self.across:

@@ -1137,7 +1137,8 @@ FORMS = [("mest", {"soft": True}), ("mest", {"soft": True, "across": True}), ("g
          ("cht", {"initial": 0.3}), ("cht", {"soft": False}), ("srigl", {"ablation": 0.0}), ("gse", {"sample": 0.01}),
          *((method, {"inflate": 0.5, "shrink_until": 0.3}) for method in ("set", "rigl", "mest", "gse", "srigl", "ctre_seq", "ctre_sim", "edst")),
          ("mest", {"inflate": 0.5, "soft": True}), ("set", {"inflate": 0.0, "across": True}),
-         ("rigl", {"across": True, "floor": 0.3}), ("granet", {"floor": 0.5}), ("snfs", {"floor": 0.9}), ("mest", {"soft": True, "across": True, "floor": 1.0})]
+         ("rigl", {"across": True, "floor": 0.3}), ("granet", {"floor": 0.5}), ("snfs", {"floor": 0.9}),
+         ("mest", {"soft": True, "across": True, "floor": 1.0})]
 
 
 @pytest.mark.parametrize("method, options, sentence", REFUSED)

@@ -24,7 +24,8 @@ PAPERS ?= $(wildcard nbs/papers/*.ipynb)
 # one more than two cores: some tests wait for kernels and processes, meanwhile another runs
 WORKERS ?= 3
 # the library notebooks; matplotlib draws their figures: a browser for each notebook takes longer than the rest of it, and tests/ has those with one
-LESSONS = BROWSER_PATH=none $(BIN)/nbdev_test --n_workers $(WORKERS) --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
+# and nothing is measured while all cores are busy
+LESSONS = BROWSER_PATH=none SPARSELAB_CACHE= $(BIN)/nbdev_test --n_workers $(WORKERS) --file_re '^[0-9]' --skip_folder_re '^([_.]|bench$$|papers$$)'
 # papermill that prints what a notebook prints, as it is printed
 PAPERMILL = $(BIN)/python nbs/run.py
 # JupyterLab refuses root, who in a container is the only user, unless told that this is meant

@@ -68,9 +68,10 @@ class Learner:
         self.peak_lr = [group["lr"] for group in optimizer.param_groups]
         self.epoch, self.step, self.seconds, self.row = 0, 0, 0.0, {}
         self.losses: Tensor | float = 0.0  # the sum over the steps of the current epoch
-        from sparselab.learn.sparse_steps import SparseSteps  # with it comes numba, which takes a while
+        from sparselab.learn.crossover import crossover  # with it comes numba, which takes a while
+        from sparselab.learn.sparse_steps import SparseSteps
 
-        self.on_nonzeros = SparseSteps(model, optimizer, sparsifier, objective, kernels)
+        self.on_nonzeros = SparseSteps(model, optimizer, sparsifier, objective, kernels, crossover)
         self.amp = amp
         if amp:
             if objective.bounding:
@@ -175,7 +176,7 @@ class Learner:
         """Everything that the next step depends on."""
         return {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "losses": self.losses,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "sparsifier": self.sparsifier.state_dict(), "ranks": self.ranks}
+                "sparsifier": self.sparsifier.state_dict(), "ranks": self.ranks, "shares": dict(self.on_nonzeros.shares)}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what `state_dict` gave, to the same bits on the same machine. Raises ValueError for another number of processes."""
@@ -183,6 +184,7 @@ class Learner:
             raise ValueError(f"The training was begun on {ranks} of the processes that train together, and would continue on {self.ranks}, to other "
                              "bits. Continue it on as many, or begin anew with resume=False.")
         self.on_nonzeros.settle()
+        self.on_nonzeros.shares = dict(state.get("shares", {}))  # where steps become sparse, so that the same steps are
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.losses = state["losses"]
         self.model.load_state_dict(state["model"])

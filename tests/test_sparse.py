@@ -1220,7 +1220,7 @@ def test_a_floor_keeps_the_best_of_every_layer_and_ranks_the_others_together(sha
 def test_rigl_on_the_same_budget_with_all_layers_ranked_together_is_sparsevlr():
     """So that `inflate` makes controls that differ in one thing alone."""
     found = []
-    for method, options in (("sparsevlr", {}), ("rigl", {"inflate": 0.5, "across": True, "drop_fraction": 0.1, "update_every": 25})):
+    for method, options in (("sparsevlr", {}), ("rigl", {"inflate": 0.5, "across": True, "floor": 0.1, "drop_fraction": 0.1, "update_every": 25})):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 4))
         optimizer = torch.optim.Adam(net.parameters(), 1e-2)

@@ -27,6 +27,7 @@ class SparseVLR(RigL):
     update_every: int = 0
     drop_fraction: float = 0.1
     across: bool = True
+    floor: float = 0.1
     inflate: float = 0.5
 
     def start(self) -> None:

@@ -48,8 +48,8 @@ def store(x: np.ndarray, row: int, column: int, vector: np.ndarray) -> None:
     x[row, column : column + len(vector)] = vector
 
 
-def add_product(total: np.ndarray, a: np.ndarray | float, b: np.ndarray) -> np.ndarray:
-    """total + a b, number by number, rounded once where the processor can; a is a vector or a number."""
+def add_product(total: np.ndarray | float, a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray | float:
+    """total + a b, number by number, rounded once where the processor can; a is a vector or a number, or all three are numbers."""
     return total + a * b
 
 
@@ -153,10 +153,11 @@ if numba is not None:
     @intrinsic
     def add_product(typing, total, a, b):  # noqa: F811
         def made(context, builder, signature, args):
-            factor = args[1] if isinstance(a, Vector) else _spread(builder, args[1], b.length)
-            return _multiplied(builder, args[0], factor, args[2])
+            spread = isinstance(total, Vector) and not isinstance(a, Vector)
+            return _multiplied(builder, args[0], _spread(builder, args[1], total.length) if spread else args[1], args[2])
 
-        return total(total, a if isinstance(a, Vector) else total.dtype, b), made
+        number = total.dtype if isinstance(total, Vector) else total
+        return total(total, a if isinstance(a, Vector) else number, b if isinstance(total, Vector) else number), made
 
     @intrinsic
     def add_dot(typing, sums, a, b):  # noqa: F811

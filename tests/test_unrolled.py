@@ -209,6 +209,55 @@ def test_batches_of_any_size_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("name, shape", [("resnet5_bn", (3, 40, 40)), ("cnn4", (1, 28, 28)), ("resnet5", (3, 9, 9)), ("mlp", (1, 8, 8))])
+def test_an_image_alone_has_the_bits_that_it_has_in_a_batch(name, shape):
+    """Outputs and gradients: alone it is computed block by block, by vectors of its own neighbours."""
+    torch.manual_seed(0)
+    model, x = build(name, shape, 10).eval(), torch.rand(5, *shape, requires_grad=True)
+    sparsify(model, torch.optim.Adam(model.parameters()), method="static", sparsity=0.9, total_steps=10)
+    net, weights = Unrolled(model, x.detach()[:2]), torch.randn(5, 10)
+    y = net(x)
+    (g,) = torch.autograd.grad((y * weights).sum(), x)
+    for i in range(len(x)):
+        alone = x[i : i + 1].detach().requires_grad_()
+        z = net(alone)
+        assert torch.equal(z, y[i : i + 1]) and torch.equal(z, net(alone.detach()))
+        (slope,) = torch.autograd.grad((z * weights[i]).sum(), alone)
+        assert torch.equal(slope, g[i : i + 1])
+
+
+class Sums(nn.Module):
+    """Sums of what they alone read, of what others read too, of an input, with a factor, and at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(2, 2, 3, 1, 1) for _ in range(6))
+
+    def forward(self, x):
+        a, b, c, d, e, f = self.layers
+        y = x + (a(x) + b(x))  # one place: all of it is read by sums alone
+        z = torch.add(y.relu(), c(y), alpha=-0.5)  # c has a factor
+        w = d(z)
+        z = (w + z).relu() + w.relu()  # d is read twice
+        return (e(z) + f(z)).flatten(1)
+
+
+@numba_or_not
+def test_a_layer_that_a_sum_alone_reads_has_no_place_and_the_same_bounds(numba):
+    torch.manual_seed(0)
+    model, x = Sums().eval(), torch.rand(4, 2, 5, 5)
+    with machine(numba):
+        net = Unrolled(model, x[:2])
+        assert net.places.sources[1] == [0, 0, 0] and len(net.net.bias) == sum(map(math.prod, net.places.shapes))
+        assert torch.allclose(net(x), model(x), atol=1e-5) and torch.allclose(net(x[:1]), model(x[:1]), atol=1e-5)
+        reference = copy.deepcopy(model).double()
+        for method in METHODS:
+            box = input_box(x, 0.05)
+            with torch.no_grad():
+                theirs, exact = bounds(model, *box, method), bounds(reference, *(end.double() for end in box), method)
+            check(net.bounds(*box, method), theirs, exact)
+
+
 @numba_or_not
 def test_verify_proves_the_same_by_an_unrolled_network(numba):
     model, x = sparse_model("cnn4", 0.5, seed=3), torch.rand(60, 1, 8, 8)

@@ -137,10 +137,11 @@ class _Places:
         self.refined: set[int] = set()
         self.dense, self.kept = 0, 0  # products of a weight and an activation, of all weights and of those that are not zero
         last, self.at = len(pass_.steps), {0: 0}  # where a place of the pass is here
-        readers = self._readers(pass_)
+        readers, terms = self._readers(pass_), {}
+        summed = self._summed(pass_, readers)
         for number, step in enumerate(pass_.steps, 1):
             layer, boxes, y = step.layer, [pass_.intervals[i] for i in step.inputs], pass_.at(number)
-            sources = [self.at[i] for i in step.inputs]
+            sources = [self.at.get(i, -1) for i in step.inputs]  # a term of a sum has no place
             try:
                 if layer.switch:
                     self._activate(pass_, number, step, readers[step.inputs[0]])
@@ -150,7 +151,14 @@ class _Places:
                     self.at[number] = sources[0]
                 else:
                     self._count(layer, boxes[0], y)
-                    self.at[number] = self._new(tuple(y.shape[1:]), sources, *parts_of(layer, boxes, y))
+                    found = sources, *parts_of(layer, boxes, y)
+                    for place, i in reversed([*enumerate(step.inputs)]):
+                        if i in terms:
+                            found = self._with_term(*found, place, *terms.pop(i))
+                    if number in summed:
+                        terms[number] = found
+                    else:
+                        self.at[number] = self._new(tuple(y.shape[1:]), *found)
             except Unsupported as reason:
                 raise Unsupported(f"'{step.name}' ({type(layer).__name__}): {reason}") from reason
             except (RuntimeError, ValueError) as error:
@@ -169,6 +177,21 @@ class _Places:
             for i in () if same else step.inputs:
                 count[root[i]] += 1
         return {place: count[root[place]] for place in root}
+
+    @staticmethod
+    def _summed(pass_: CrownPass, readers: dict[int, int]) -> set[int]:
+        """The linear steps that a sum alone reads, and as they are: their entries become its own."""
+        found = set()
+        for step in pass_.steps[:-1]:  # a last layer is kept, as IBP takes it together with what is asked of the outputs
+            if isinstance(step.layer, Add) and len({pass_.intervals[i].shape for i in step.inputs}) == 1:
+                found |= {i for i, factor in zip(step.inputs, (1, step.layer.alpha), strict=True) if i and readers[i] == 1 and factor == 1}
+        return {i for i in found if (layer := pass_.steps[i - 1].layer).linear and not layer.switch and not isinstance(layer, Reshape)}
+
+    @staticmethod
+    def _with_term(sources: list[int], parts: list[Part], bias: np.ndarray, place: int, *term) -> tuple[list[int], list[Part], np.ndarray]:
+        """A sum whose input number `place` is the sum `term` of what that reads."""
+        others, entries, more = term
+        return sources[:place] + others + sources[place + 1 :], parts[:place] + entries + parts[place + 1 :], bias + more
 
     def _activate(self, pass_: CrownPass, number: int, step, readers: int) -> None:
         before = self.at[step.inputs[0]]
@@ -308,20 +331,23 @@ class _Outputs(Function):
 
     @staticmethod
     def forward(ctx, x, net):
-        found = [net._run(x[rows]) for rows in net.batches(len(x), 2)]
+        found = [net._run(part) for part in net._parts(x, 2)]
         ctx.net, ctx.values = net, [values for _, values in found]
-        return torch.cat([y for y, _ in found])
+        return _joined_batches([y for y, _ in found])
 
     @staticmethod
     def backward(ctx, g):
         if ctx.values is None:
             raise RuntimeError("The outputs of an unrolled network are differentiated once: call it again.")
-        parts = zip(g.split([values.shape[1] for values in ctx.values]), ctx.values, strict=True)
-        found = [ctx.net._pull(part, values) for part, values in parts]
+        found = [ctx.net._pull(part, values) for part, values in zip(ctx.net._parts(g, 2), ctx.values, strict=True)]
         for values in ctx.values:
             ctx.net._take_back(values)
         ctx.values = None
-        return torch.cat(found), None
+        return _joined_batches(found), None
+
+
+def _joined_batches(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Evaluated(nn.Module):
@@ -344,6 +370,7 @@ class _Evaluated(nn.Module):
                 raise Unsupported("one of its activations may be beyond the largest float32, and a dense network multiplies it by zeros")
             self._signals = signals_kind()(self.net, live := self.net.read(), places.shapes)
             self._live = {False: live, True: np.ones_like(live)}
+            self._unread = np.flatnonzero(~live[: self.net.first[1]])  # inputs
             self._free: list[np.ndarray] = []
             y, z = model(x.clone()), self(x)
             if z.shape != y.shape or bool(((y - z).abs().flatten(1) > rounding(y)).any()):
@@ -374,6 +401,10 @@ class _Evaluated(nn.Module):
         most = max(1, min(IMAGES, ROOM // (arrays * len(self.net.bias))))
         parts = max(1, -(-images // most))
         return [slice(images * i // parts, images * (i + 1) // parts) for i in range(parts)]
+
+    def _parts(self, x: Tensor, arrays: int) -> list[Tensor]:
+        """What is given of each image, in batches; of one image as it is, which is sooner done."""
+        return [x] if x.shape[0] == 1 else [x[rows] for rows in self.batches(len(x), arrays)]
 
     def _check(self, x: Tensor) -> np.ndarray:
         """The images (B, pixels)."""
@@ -427,7 +458,7 @@ class _Evaluated(nn.Module):
             out = self._lend(len(g))
             out[self.net.first[-2] :] = g.flatten(1).T.numpy()
             self._signals.backward(values, out)
-            out[: self.net.first[1]][~self._live[False][: self.net.first[1]]] = 0
+            out[self._unread] = 0
             found = torch.from_numpy(out[: self.net.first[1]].T.copy()).view(len(g), *self.places.shapes[0])
             self._take_back(out)
         return found

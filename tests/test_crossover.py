@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparselab.learn import Config, crossover, objective
+from sparselab.learn import Config, crossover, objective, train
 from sparselab.learn.assembly import make_learner
 from sparselab.learn.crossover import cache_folder, crossing, machine
 from sparselab.learn.sparse_steps import SparseSteps, usual
@@ -61,6 +61,52 @@ def test_where_nothing_can_be_kept_nothing_is_measured(asked, monkeypatch, tmp_p
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("SPARSELAB_CACHE", where and str(tmp_path / where))
     assert crossover.crossover(False, False) == usual(False, False) and not asked
+
+
+def test_a_share_that_was_kept_counts_where_nothing_can_be_written(asked, monkeypatch):
+    assert crossover.crossover(False, False) == 0.2
+    monkeypatch.setattr(crossover, "FileLock", mock.Mock(side_effect=PermissionError("read only")))
+    assert crossover.crossover(False, False) == 0.2 and len(asked) == 1
+    assert crossover.crossover(True, False) == usual(True, False) and len(asked) == 1
+
+
+def test_what_cannot_be_kept_is_measured_once(asked):
+    (cache_folder() / "crossover.json").mkdir(parents=True)
+    assert [crossover.crossover(False, False) for _ in range(3)] == [usual(False, False)] * 3 and len(asked) == 1
+
+
+def test_a_user_without_a_home_and_one_with_a_tilde(asked, monkeypatch):
+    monkeypatch.setenv("SPARSELAB_CACHE", "~/measured")
+    assert "~" not in str(cache_folder())
+    monkeypatch.delenv("SPARSELAB_CACHE")
+    monkeypatch.setattr(crossover.Path, "home", mock.Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    assert crossover.crossover(False, False) == usual(False, False) and not asked
+
+
+def test_another_default_type_trains_dense_and_says_so():
+    torch.set_default_dtype(torch.float64)
+    try:
+        steps = make_learner(SMALL).on_nonzeros
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert steps.closed and "what PyTorch makes by default is torch.float64" in steps.reason
+
+
+def test_a_step_that_would_not_pay_is_named_in_the_log(asked, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(crossover, "measured", lambda *kind: 0.05)
+    monkeypatch.setattr(crossover, "usual", lambda *kind: 0.05)
+    train(replace(SMALL, sparsity=0.5, epochs=1, runs_dir=str(tmp_path / "runs")))
+    log = capsys.readouterr().out
+    assert "In the first epoch training steps used all weights" in log and "more than 5%, up to which that saves time here" in log
+
+
+def test_a_network_with_a_number_that_is_none_diverges_with_the_same_sentence_sparse_and_dense():
+    for kernels in ("auto", "dense"):
+        learner = make_learner(replace(SMALL, kernels=kernels))
+        with torch.no_grad():
+            learner.sparsifier.masks.weights["fc1.weight"][learner.sparsifier.masks["fc1.weight"]] = float("nan")
+        with pytest.raises(FloatingPointError, match="the loss is nan"):
+            learner.train_epoch()
 
 
 def test_of_many_who_ask_at_once_one_measures(asked):

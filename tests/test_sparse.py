@@ -1204,17 +1204,41 @@ def test_a_floor_keeps_the_best_of_every_layer_and_ranks_the_others_together(sha
     before = {name: mask.clone() for name, mask in rigl.masks.items()}
     weights = {name: weight.detach().clone() for name, weight in rigl.masks.weights.items()}
     budgets, count = layer_budgets(rigl.shapes, sparsity), rigl.budget
-    keep = count - int(share * count)
+    keep, least = count - int(share * count), {name: math.ceil(floor * own - 1e-9) for name, own in budgets.items()}
     ranked, safe = [], []
     for name, mask in before.items():
         own = sorted(((float(weights[name].view(-1)[i].abs()), name, i) for i in mask.view(-1).nonzero().view(-1).tolist()), reverse=True)
-        least = int(min(floor, keep / count) * budgets[name])
-        safe, ranked = safe + own[:least], ranked + own[least:]
-    kept = safe + sorted(ranked, reverse=True)[:keep - len(safe)]
+        safe, ranked = safe + own[:least[name]], ranked + own[least[name]:]
+    kept = safe + sorted(ranked, reverse=True)[:max(0, keep - len(safe))]
     rigl.replace_weights()
-    assert len(kept) == keep and rigl.masks.nnz == count
-    assert all(rigl.masks[name].view(-1)[i] for _, name, i in kept)
-    assert all(rigl.masks.counts[name] >= min(int(min(floor, keep / count) * budgets[name]), int(before[name].sum())) for name in before)
+    assert rigl.masks.nnz == count
+    if len(safe) <= keep:
+        assert len(kept) == keep and all(rigl.masks[name].view(-1)[i] for _, name, i in kept)
+    assert all(rigl.masks.counts[name] >= least[name] for name in before)
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "sparsevlr", "mest", "gse", "granet", "edst", "ctre_sim", "snfs"])
+@pytest.mark.parametrize("floor, options", [(1.0, {"drop_fraction": 0.5}), (0.9, {"drop_fraction": 1.0}), (0.3, {"drop_fraction": 0.3})])
+def test_no_layer_falls_below_its_floor_in_any_step(method, floor, options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 1), nn.Linear(1, 3))
+    with torch.no_grad():
+        net[2].weight.mul_(1e-3), net[3].weight.mul_(1e-3)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-6)
+    across = {} if method in ("granet", "snfs") else {"across": True}
+    if method == "ctre_sim" and floor + options["drop_fraction"] > 1:
+        with pytest.raises(ValueError, match="let the two add up to 1 at most"):
+            sparsify(net, torch.optim.SGD(net.parameters(), 1e-6), method, 0.8, 60, floor=floor, **options | across)
+        return
+    sparsifier = sparsify(net, optimizer, method, 0.8, 60, floor=floor, update_every=5, **options | across)
+    for _ in range(60):
+        optimizer.zero_grad()
+        net(torch.rand(8, 20)).square().sum().backward()
+        optimizer.step()
+        sparsifier.step()
+        own = layer_budgets(sparsifier.shapes, sparsifier.sparsity_now, sparsifier.distribution)
+        assert all(count >= floor * own[name] - 1e-6 for name, count in sparsifier.masks.counts.items())
+        assert sparsifier.masks.nnz == sparsifier.budget
 
 
 def test_rigl_on_the_same_budget_with_all_layers_ranked_together_is_sparsevlr():

@@ -146,6 +146,8 @@ class Progress(Callback):
                   f"; the others used all weights, zeros too, because {steps.reason}" * bool(steps.reason) + ".")
         elif steps.kernels == "auto" and steps.reason:
             print(f"Training steps use all weights, zeros too, because {steps.reason}.")
+        elif steps.dear:
+            print(f"In the first epoch training steps used all weights, zeros too, because {steps.dear}.")
         elif steps.left == learner.step:
             method = type(learner.sparsifier).__name__
             print(f"In the first epoch training steps used all weights, zeros too, because {method} had something to do in each.")

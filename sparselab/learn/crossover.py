@@ -82,7 +82,7 @@ TRUST = 3.0  # so many times the usual share, or one part of so many, is believe
 def cache_folder() -> Path | None:
     """Where measurements of this machine are kept: SPARSELAB_CACHE, or .cache/sparselab at home; None where the variable is empty."""
     told = os.environ.get("SPARSELAB_CACHE")
-    return Path.home() / ".cache" / "sparselab" if told is None else Path(told) if told else None
+    return Path.home() / ".cache" / "sparselab" if told is None else Path(told).expanduser() if told else None
 
 
 def machine() -> str:
@@ -103,22 +103,32 @@ def measured(large: bool, fused: bool) -> float:
     return crossing(densities, (low, high), dense)
 
 
+_unkept: set[tuple[Path, str]] = set()  # what could not be kept is not measured again
+
+
 def crossover(large: bool, fused: bool) -> float:
     """Up to which share of the products sparse steps are faster on this machine: as it was measured first, or `usual` where nothing is kept."""
-    folder, likely = cache_folder(), usual(large, fused)
-    if folder is None:
+    likely, kind = usual(large, fused), f"{'large' if large else 'small'}{' fused' * fused}"
+    try:
+        folder = cache_folder()
+    except RuntimeError:  # a user without a home
         return likely
-    file, kind = folder / "crossover.json", f"{'large' if large else 'small'}{' fused' * fused}"
+    if folder is None or (folder, kind) in _unkept:
+        return likely
+    file, key = folder / "crossover.json", machine()
+    if kind in (own := _read(file).get(key, {})):
+        return own[kind]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "crossover.lock", timeout=60):
             kept = _read(file)
-            if kind not in (own := kept.setdefault(machine(), {})):
+            if kind not in (own := kept.setdefault(key, {})):
                 own[kind] = round(min(max(measured(large, fused), likely / TRUST), likely * TRUST, DENSITIES[with_numba()][large][1]), 4)
                 file.with_suffix(".new").write_text(json.dumps(kept, indent=1))
                 file.with_suffix(".new").replace(file)
             return own[kind]
-    except (OSError, RuntimeError, Timeout):  # a folder that is read alone, a disk without locks, another process that measures for too long
+    except (OSError, RuntimeError, ValueError, Timeout):  # a folder that is read alone, a full disk, one without locks, one who measures too long
+        _unkept.add((folder, kind))
         return likely
 
 

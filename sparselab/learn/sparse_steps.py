@@ -50,6 +50,8 @@ def objection(model: nn.Module, optimizer: torch.optim.Optimizer, goal: Objectiv
     moments = {goal.dense_because(goal.ramp(part / 100)) for part in range(101)}
     if "" not in moments:
         return moments.pop()
+    if torch.get_default_dtype() != torch.float32:
+        return f"sparse kernels make float32, and what PyTorch makes by default is {torch.get_default_dtype()}"
     if type(optimizer) not in ENTRYWISE or len(optimizer.param_groups) != 1:
         return f"{type(optimizer).__name__} with {len(optimizer.param_groups)} groups of parameters is not known to act on every weight alone"
     if step_hooks(optimizer):
@@ -238,6 +240,7 @@ class SparseSteps:
         self.count, self.left = 0, 0  # of sparse steps, and of those that were left to the dense network as the method was busy
         self._declined: tuple[dict[str, int], bool] | None = None  # the weights of layers, and `fused`, where steps did not pay
         self._fused = False  # what it was when they were last asked to
+        self.dear = ""  # why a step was dense although it could have been sparse
         if reason := 'kernels="dense" was asked for' if kernels == "dense" else self._objection():
             self.close(reason)
         if kernels == "sparse":
@@ -372,7 +375,10 @@ class SparseSteps:
         kind = f"{'large' if large else 'small'}{' fused' * fused}"
         if kind not in self.shares:
             self.shares[kind] = self.pays(large, fused)
-        return few <= self.shares[kind] * sum(sizes.values())
+        share, most = few / max(1, sum(sizes.values())), self.shares[kind]
+        if share > most:
+            self.dear = f"{share:.0%} of the products have a weight that exists, more than {most:.0%}, up to which that saves time here"
+        return share <= most
 
     def _masks(self) -> dict[str, np.ndarray]:
         """Name in the model -> mask; the sparsifier may know a weight by another name."""
@@ -420,13 +426,14 @@ class SparseSteps:
         made, self.net.buffers = self.net.buffers, buffers
         parts = [torch.from_numpy(values.of(name, ours.numpy())) for name in parameters]
         slopes = [values.gather(name, slope) for name, slope in zip(parameters, theirs, strict=True)]
-        largest = max((float(slope.abs().max()) for slope in slopes if slope.numel()), default=0.0)
+        largest = max((float(slope.nan_to_num().abs().max()) for slope in slopes if slope.numel()), default=0.0)
         rounding = [1e-3 * largest * (p.dim() == 1) for p in parameters.values()]  # the slope of a bias before a BatchNorm is nothing else
         compared = [(z, y, 0.0), *zip(parts, slopes, rounding, strict=True), *((made[name], written[name], 0.0) for name in made)]
         apart = 0.0
         for found, truth, least in compared:
             truth, found = truth.detach().double(), found.detach().double()
-            if truth.numel() and not torch.allclose(found, truth, rtol=1e-2, atol=1e-2 * float(truth.abs().max()) + 1e-5 + least, equal_nan=True):
+            atol = 1e-2 * float(truth.nan_to_num().abs().max()) + 1e-5 + least if truth.numel() else 0.0
+            if not torch.allclose(found, truth, rtol=1e-2, atol=atol, equal_nan=True):
                 apart = max(apart, float((found - truth).abs().nan_to_num(math.inf).max()))
         return apart
 

@@ -180,6 +180,12 @@ class CTRESeq(CTRE):
 class CTRESim(CTRE):
     """Grow by similarity; a proposal that was dropped a moment ago is replaced by a random one (arXiv 1903.07138)."""
 
+    def start(self) -> None:
+        if self.floor and self.floor + self.drop_fraction > 1:
+            raise ValueError(f"ctre_sim grows no weight that it has just dropped, so a layer cannot keep the share floor = {self.floor!r} while "
+                             f"drop_fraction = {self.drop_fraction!r} of the weights go; let the two add up to 1 at most.")
+        super().start()
+
     def next_mask(self, mask: Tensor, drop_scores: Tensor, grow_scores: Tensor, keep: int, count: int) -> Tensor:
         noise = random(mask, None, generator_for(self.seed, "explore", self.steps, count))
         return grow_unless_dropped(mask, drop_scores, grow_scores, noise, keep, count)

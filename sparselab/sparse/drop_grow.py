@@ -6,6 +6,7 @@
 __all__ = ['FEW', 'GROWTH', 'drop_and_grow', 'Updating', 'Replacing', 'lifted', 'SET', 'RigL']
 
 # %% ../../nbs/sparse/16_drop_grow.ipynb #6f064956
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from ..errors import check_known, counted
-from .distributions import budget, layer_budgets
+from .distributions import budget, layer_budgets, share_out
 from .masks import assign
 from .pruning import check_share
 from .regrowth import Regrowth  # 15: scales Adam's first steps with a grown weight, where asked for
@@ -140,7 +141,7 @@ class Updating(Sparsifier, ABC, abstract=True):
 class Replacing(Updating, abstract=True):
     """Which weights change: the smallest |w| go, those with the highest `grow_scores` come.
 
-    `across`: rank all layers together. `floor`: the share of what the distribution gives a layer that it keeps however it ranks.
+    `across`: rank all layers together. `floor`: the share of what the distribution gives a layer that it has however it ranks.
     """
 
     across: bool = False
@@ -170,11 +171,29 @@ class Replacing(Updating, abstract=True):
         """What the active weights of a layer are kept by at this step, in flat order."""
         return magnitude(self.masks.weights[name][self.masks[name]], None, None)
 
-    def floors(self, names: list[str], keep: int) -> list[int]:
-        """How many weights each layer keeps however it ranks among `names`, of which `keep` weights are kept; no more than it has."""
+    def floors(self) -> dict[str, int]:
+        """How many weights each layer has at least, however it ranks."""
         counts = layer_budgets(self.shapes, self.sparsity_now, self.distribution, self.dense)
-        share = min(self.floor, keep / max(1, sum(counts[name] for name in names)))
-        return [min(int(share * counts[name]), self.masks.counts[name]) for name in names]
+        return {name: math.ceil(self.floor * count - 1e-9) for name, count in counts.items()}
+
+    def above_floors(self, names: list[str], masks: list[Tensor], drop_scores: list[Tensor], grow_scores: list[Tensor],
+                     keep: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Both scores with as many weights of each layer raised to infinity as its floor says: of those that it has, or else of those that grow.
+
+        `masks`: flat, as the scores. `keep`: how many weights stay; where these are fewer than all floors, they are shared out.
+        """
+        floors, raised = self.floors(), []
+        least = {name: floors[name] for name in names}
+        room = {name: min(least[name], drop.numel()) for name, drop in zip(names, drop_scores, strict=True)}
+        staying = share_out(min(keep, sum(room.values())), least, room)
+        for name, mask, drop, grow in zip(names, masks, drop_scores, grow_scores, strict=True):
+            drop, grow = (scores.clamp(max=torch.finfo(scores.dtype).max) for scores in (drop, grow))  # a score of its own may be infinite
+            stay = top(drop, staying[name])
+            taken = torch.zeros_like(mask)
+            taken[mask.nonzero().view(-1)[stay]] = True
+            come = top(grow, least[name] - staying[name], taken)
+            raised.append((lifted(drop, stay), lifted(grow, come)))
+        return [drop for drop, _ in raised], [grow for _, grow in raised]
 
     @abstractmethod
     def grow_scores(self, name: str) -> Tensor:
@@ -183,9 +202,9 @@ class Replacing(Updating, abstract=True):
     def update_group(self, names: list[str], keep: int, count: int) -> None:
         """Give the layers `names`, ranked together, their next masks: `keep` weights stay, `count` are active after it."""
         masks, drop_scores = [self.masks[name].reshape(-1) for name in names], [self.drop_scores(name) for name in names]
-        if len(names) > 1:
-            drop_scores = [lifted(scores, least) for scores, least in zip(drop_scores, self.floors(names, keep), strict=True)]
         grow_scores = [self.grow_scores(name).reshape(-1) for name in names]
+        if self.floor and len(names) > 1:
+            drop_scores, grow_scores = self.above_floors(names, masks, drop_scores, grow_scores, keep)
         new = self.next_mask(*map(_joined, (masks, drop_scores, grow_scores)), keep, count)
         for name, part in zip(names, new.split([mask.numel() for mask in masks]), strict=True):
             assign(self.masks, name, part.view(self.masks[name].shape))
@@ -195,12 +214,12 @@ class Replacing(Updating, abstract=True):
         return drop_and_grow(mask, drop_scores, grow_scores, keep, count)
 
 
-def lifted(scores: Tensor, least: int) -> Tensor:
-    """`scores` with the `least` highest of them at infinity, where no ranking passes them over."""
-    if not least:
+def lifted(scores: Tensor, places: Tensor) -> Tensor:
+    """`scores` with those at the flat `places` at infinity, where no ranking passes them over."""
+    if not len(places):
         return scores
     scores = scores.clone()
-    scores.view(-1)[top(scores, least)] = torch.inf
+    scores.view(-1)[places] = torch.inf
     return scores
 
 
@@ -217,7 +236,7 @@ class SET(Replacing):
 
     Every `update_every` steps, until the share `end` of training, the share `drop_fraction` of the weights is replaced; it
     falls to 0 along a cosine. `accumulate`: steps whose dense gradients are added up for the growth score. `across`:
-    rank all layers together, so that only the total is fixed; `floor`: the share of what the distribution gives a layer that it keeps
+    rank all layers together, so that only the total is fixed; `floor`: the share of what the distribution gives a layer that it has
     even then. An update waits for the next step when it has no gradient to grow
     by, as its own step was skipped. `regrow_warmup`: over how many steps Adam's steps of a grown weight rise to their full size, on
     the weight's own clock (see `Regrowth`); 0 leaves them to Adam. `inflate`: the random start has the density d ** inflate, for a target

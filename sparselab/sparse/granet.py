@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .drop_grow import RigL, lifted
 from .pruning import check_share
+from .scores import top
 from .sparsifier import highest_overall
 
 # %% ../../nbs/sparse/24_granet.ipynb #e12609de
@@ -43,7 +44,8 @@ class GraNet(RigL):
         """Layer -> how many of its weights are among the largest |w| that the budget of this moment allows the network."""
         scores = {name: self.masks.weights[name].detach().abs().masked_fill(~self.masks[name], -1) for name in self.masks if name not in self.dense}
         keep = self.budget - sum(self.masks[name].numel() for name in self.dense)
-        scores = {name: lifted(layer, least) for (name, layer), least in zip(scores.items(), self.floors(list(scores), keep), strict=True)}
+        floors = self.floors() if self.floor else dict.fromkeys(scores, 0)
+        scores = {name: lifted(layer, top(layer, min(floors[name], self.masks.counts[name]))) for name, layer in scores.items()}
         return {name: int(mask.count_nonzero()) for name, mask in highest_overall(scores, keep).items()}
 
     def groups(self) -> list[tuple[list[str], int, int]]:

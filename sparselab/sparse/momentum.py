@@ -42,8 +42,8 @@ class SNFS(SET):
 
     def groups(self) -> list[tuple[list[str], int, int]]:
         free = {name: count for name, count in self.masks.counts.items() if name not in self.dense}
-        floors = dict(zip(free, self.floors(list(free), sum(free.values())), strict=True))
-        keep = {name: max(count - int(self.fraction(self.steps) * count), floors[name]) for name, count in free.items()}
+        floors = self.floors()
+        keep = {name: min(count, max(count - int(self.fraction(self.steps) * count), floors[name])) for name, count in free.items()}
         shares = {name: float(self.gradients[name][self.masks[name]].abs().sum()) / max(count, 1)
                   for name, count in free.items()}
         room = {name: self.masks[name].numel() - keep[name] for name in free}

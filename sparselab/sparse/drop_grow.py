@@ -182,18 +182,17 @@ class Replacing(Updating, abstract=True):
 
         `masks`: flat, as the scores. `keep`: how many weights stay; where these are fewer than all floors, they are shared out.
         """
-        floors, raised = self.floors(), []
+        floors = self.floors()
         least = {name: floors[name] for name in names}
         room = {name: min(least[name], drop.numel()) for name, drop in zip(names, drop_scores, strict=True)}
         staying = share_out(min(keep, sum(room.values())), least, room)
-        for name, mask, drop, grow in zip(names, masks, drop_scores, grow_scores, strict=True):
-            drop, grow = (scores.clamp(max=torch.finfo(scores.dtype).max) for scores in (drop, grow))  # a score of its own may be infinite
-            stay = top(drop, staying[name])
-            taken = torch.zeros_like(mask)
-            taken[mask.nonzero().view(-1)[stay]] = True
-            come = top(grow, least[name] - staying[name], taken)
-            raised.append((lifted(drop, stay), lifted(grow, come)))
-        return [drop for drop, _ in raised], [grow for _, grow in raised]
+        best = [top(drop, staying[name]) for name, drop in zip(names, drop_scores, strict=True)]
+        drop_scores = [lifted(drop, stay) for drop, stay in zip(drop_scores, best, strict=True)]
+        if staying != least:
+            taken = [torch.zeros_like(mask).index_fill_(0, mask.nonzero().view(-1)[stay], True) for mask, stay in zip(masks, best, strict=True)]
+            come = [top(grow, least[name] - staying[name], there) for name, grow, there in zip(names, grow_scores, taken, strict=True)]
+            grow_scores = [lifted(grow, places) for grow, places in zip(grow_scores, come, strict=True)]
+        return drop_scores, grow_scores
 
     @abstractmethod
     def grow_scores(self, name: str) -> Tensor:
@@ -215,10 +214,8 @@ class Replacing(Updating, abstract=True):
 
 
 def lifted(scores: Tensor, places: Tensor) -> Tensor:
-    """`scores` with those at the flat `places` at infinity, where no ranking passes them over."""
-    if not len(places):
-        return scores
-    scores = scores.clone()
+    """`scores`, at most the largest number, with those at the flat `places` at infinity, where no ranking passes them over."""
+    scores = scores.clamp(max=torch.finfo(scores.dtype).max)
     scores.view(-1)[places] = torch.inf
     return scores
 

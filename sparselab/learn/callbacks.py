@@ -146,7 +146,7 @@ class Progress(Callback):
                   f"; the others used all weights, zeros too, because {steps.reason}" * bool(steps.reason) + ".")
         elif steps.kernels == "auto" and steps.reason:
             print(f"Training steps use all weights, zeros too, because {steps.reason}.")
-        elif steps.dear:
+        elif steps.dear and learner.sparsifier.masks.sparsity:
             print(f"In the first epoch training steps used all weights, zeros too, because {steps.dear}.")
         elif steps.left == learner.step:
             method = type(learner.sparsifier).__name__

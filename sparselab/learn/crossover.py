@@ -22,7 +22,7 @@ from torch import nn
 from .. import __version__
 from .models import build
 from .objectives import objective
-from .sparse_steps import SparseSteps, usual
+from .sparse_steps import SparseSteps, kind_of, usual
 from ..sparse import sparsify
 from ..sparse.products import with_numba
 
@@ -108,7 +108,7 @@ _unkept: set[tuple[Path, str]] = set()  # what could not be kept is not measured
 
 def crossover(large: bool, fused: bool) -> float:
     """Up to which share of the products sparse steps are faster on this machine: as it was measured first, or `usual` where nothing is kept."""
-    likely, kind = usual(large, fused), f"{'large' if large else 'small'}{' fused' * fused}"
+    likely, kind = usual(large, fused), kind_of(large, fused)
     try:
         folder = cache_folder()
     except RuntimeError:  # a user without a home

@@ -9,6 +9,7 @@ __all__ = ['keep', 'relax', 'follow', 'lean', 'keep_in_torch', 'relax_in_torch',
 # %% ../../nbs/learn/21b_fusion.ipynb #2ca89beb
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .rows import Line, Margins, MaxPool, Norm, Pass, Rows, Sparse, merged, merged_backward, through
@@ -88,8 +89,12 @@ def lean(g, ends, weights, rows, n):
 def keep_in_torch(x, rows, n, slope, ends):
     """`keep` in PyTorch's operations."""
     ends[:] = x[:, n:]
-    values = torch.from_numpy(x)
-    torch.maximum(values, float(slope) * values, out=values)
+    F.leaky_relu_(torch.from_numpy(x), float(slope))
+
+
+def _parts(rows: np.ndarray, columns: int) -> list[np.ndarray]:
+    """The rows in parts so small that what is computed from them stays in the cache."""
+    return np.array_split(rows, -(-len(rows) * columns // 2**15)) if len(rows) else []
 
 
 def _lines(ends: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -104,22 +109,27 @@ def _lines(ends: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def relax_in_torch(a, ends, rows, slope, side):
     """`relax` in PyTorch's operations."""
-    (_, _, chord, below), a = _lines(torch.from_numpy(ends), float(slope)), torch.from_numpy(a)
-    torch.from_numpy(side).copy_(a.sign())
-    a.copy_(a.clamp(max=0) * chord + a.clamp(min=0) * below)
+    for part in _parts(rows, a.shape[1]):
+        (_, _, chord, below), coefficient = _lines(torch.from_numpy(ends[part]), float(slope)), torch.from_numpy(a[part])
+        side[part] = coefficient.sign().numpy()
+        a[part] = (coefficient.clamp(max=0) * chord + coefficient.clamp(min=0) * below).numpy()
 
 
 def follow_in_torch(x, a, ends, rows, slope, side):
     """`follow` in PyTorch's operations."""
-    x, a, ends, slope = torch.from_numpy(x), torch.from_numpy(a), torch.from_numpy(ends), float(slope)
+    for part in _parts(rows, x.shape[1]):
+        x[part], ends[part] = (found.numpy() for found in _followed(*(torch.from_numpy(all_[part]) for all_ in (x, a, ends, side)), float(slope)))
+
+
+def _followed(x: Tensor, a: Tensor, ends: Tensor, side: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """What `follow` writes over x and over the ends."""
     low, up, chord, below = _lines(ends, slope)
-    side, turns = torch.from_numpy(side), (low < 0) & (up > 0)
-    share, on_chord = (1 - side) / 2, (side < 0) & (chord > 0)
+    turns, share, on_chord = (low < 0) & (up > 0), (1 - side) / 2, (side < 0) & (chord > 0)
     negative, width = torch.where(on_chord, a / torch.where(on_chord, chord, 1), 0), torch.where(turns, up - low, 1)
     turn = torch.where(turns, ((x - (low + up) / 2) / width) * ((1 - slope) / width), 0)
-    x.copy_((share * chord + (1 - share) * below) * x + share * up.clamp(min=0) * (1 - chord))
     by_low, by_up = ((torch.where(end > 0, torch.ones_like(end), slope) - chord) / 2 for end in (low, up))
-    ends.copy_(torch.cat([negative * (by_low + turn * up), negative * (by_up - turn * low)], 1))
+    pulls = torch.cat([negative * (by_low + turn * up), negative * (by_up - turn * low)], 1)
+    return (share * chord + (1 - share) * below) * x + share * up.clamp(min=0) * (1 - chord), pulls
 
 # %% ../../nbs/learn/21b_fusion.ipynb #2f74a6f3
 class Kept(Pass):
@@ -144,9 +154,11 @@ class Kept(Pass):
         if with_numba() and place == made:
             lean(self.gradient(place), self.ends_before[made], self.pulls.numpy(), self.rows[made], self.n)
         else:
-            g = torch.from_numpy(self.ends_before[made]).view(-1, 2, self.m) * self.pulls
-            g = through(g.flatten(1), self.tensor(place)[:, self.n :], 1.0 if place == made else self.net.slope[place])
-            torch.from_numpy(self.gradient(place))[:, self.n :] += g
+            for part in _parts(self.rows[made], 2 * self.m):  # what other rows hold are ends still, as `follow` leaves these out
+                g = torch.from_numpy(self.ends_before[made][part]).view(-1, 2, self.m) * self.pulls
+                out = torch.from_numpy(self.x[place][part, self.n :])
+                g = through(g.flatten(1), out, 1.0 if place == made else self.net.slope[place])
+                self.gradient(place)[part, self.n :] += g.numpy()
 
 
 class Relaxed(Pass):

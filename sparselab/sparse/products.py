@@ -543,51 +543,58 @@ class Product:
 class Bags:
     """Entries for `embedding_bag`, in bags: those of one output row, of one input row, or of one weight.
 
-    The table holds the rows `read`, then the same rows with their ends changed. `col`: the place of every entry's row in `read`;
-    `weight`: its weight; `index`: the place of its row in the table, in the second half where the weight is negative.
+    A matrix is read where it lies, as a table of blocks of columns: a row is a block of clean values and one of each end, or several where
+    n and m differ. `col`, `weight`: of every entry, its row and its weight.
     """
 
-    def __init__(self, read: np.ndarray, rows: int, col: np.ndarray, weight: np.ndarray, ptr: np.ndarray):
-        place = np.zeros(rows, np.int32)
-        place[read] = np.arange(len(read), dtype=np.int32)
-        self.read, self.weight = (torch.from_numpy(part.astype(np.int64)) for part in (read, weight))
-        self.col, self.starts = (torch.from_numpy(part.astype(np.int32)) for part in (place[col], ptr[:-1]))
-        self.negative, self.index = torch.zeros(0, dtype=torch.bool), self.col
-        self._room, self._of = torch.empty(0, 0), None  # what the last table is kept in, and of what it is, if it is kept
+    def __init__(self, ptr: np.ndarray, col: np.ndarray, weight: np.ndarray):
+        self.starts, self.col, self.weight = (torch.from_numpy(part.astype(np.int32)) for part in (ptr[:-1], col, weight))
+        self.known: tuple[int, int, Tensor] = (0, 0, torch.zeros(0, dtype=torch.bool))  # what `index` was made for
 
-    def at(self, values: Tensor) -> Tensor:
-        """`index` for these values; it is made anew when a weight has changed its sign."""
+    def index(self, blocks: int, ends: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every entry, the place of the block that it reads: of clean values, of lower and of upper ends, counted from the first of the lower.
+
+        `blocks`: of a row; `ends`: those of its lower ends. It is made anew when a weight has changed its sign.
+        """
         negative = values < 0
-        if not torch.equal(negative, self.negative):
-            self.negative, self.index = negative, self.col + (len(self.read) * negative.int()).index_select(0, self.weight)
-        return self.index
+        if (blocks, ends) != self.known[:2] or not torch.equal(negative, self.known[2]):
+            self.known = blocks, ends, negative
+            first, change = self.col * blocks, (ends * negative.int()).index_select(0, self.weight)
+            self._index = first, first + change, first + (ends - change)
+        return self._index
 
-    def table(self, x: np.ndarray, n: int, keep: bool = False) -> Tensor:
-        """The rows that are read, and once more with the ends changed, (2 rows, columns); `keep`: for `again`."""
-        count, m, self._of = len(self.read), (x.shape[1] - n) // 2, (x, n) if keep else None
-        x, found = torch.from_numpy(x), self._room
-        if found.shape[1] != x.shape[1] or found.dtype != x.dtype:
-            found = x.new_empty(2 * count, x.shape[1])
-            if found.numel() < 2**22:  # small ones are kept
-                self._room = found
-            else:
-                self._of = None
-        torch.index_select(x, 0, self.read, out=found[:count])
-        rows, turned = found.numpy()[:count], found.numpy()[count:]
-        turned[:, :n], turned[:, n : n + m], turned[:, n + m :] = rows[:, :n], rows[:, n + m :], rows[:, n : n + m]
-        return found
+    def read(self, x: np.ndarray, n: int, values: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """For every block of a row: its number, the index of its entries, the index of the other end, and the table that both read."""
+        width = math.gcd(n, (x.shape[1] - n) // 2)
+        clean, blocks = n // width, x.shape[1] // width
+        ends, flat = (blocks - clean) // 2, torch.from_numpy(x).view(-1)
+        straight, lower, upper = self.index(blocks, ends, values)
+        for block in range(blocks):
+            first = block - ends if block >= clean + ends else block
+            index, other = (straight, straight) if block < clean else (lower, upper) if first == block else (upper, lower)
+            yield block, index, other, flat[first * width :].view(-1, width)
 
-    def again(self, x: np.ndarray, n: int) -> Tensor:
-        """`table` of an x that has not changed since it was kept: the one that the last call has made, once, if it was of x."""
-        kept = self._of is not None and self._of[0] is x and self._of[1] == n
-        found = self._room if kept else self.table(x, n)
-        self._of = None
-        return found
+    def sums(self, x: np.ndarray, n: int, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """For every block, the sum of every bag, (bags, width)."""
+        by = values.index_select(0, self.weight)
+        for block, index, _, table in self.read(x, n, values):
+            yield block, F.embedding_bag(index, table, self.starts, mode="sum", per_sample_weights=by)
 
-    def sums(self, table: Tensor, values: Tensor) -> Tensor:
-        """The sum of every bag, (bags, columns)."""
-        w = values.index_select(0, self.weight)
-        return F.embedding_bag(self.at(values), table, self.starts, mode="sum", per_sample_weights=w)
+
+_inner_products = torch.ops.aten._embedding_bag_per_sample_weights_backward
+
+
+def _blocks(x: np.ndarray, width: int) -> np.ndarray:
+    """Its rows as blocks of columns, (rows, blocks, width), in the same memory."""
+    return torch.from_numpy(x).view(len(x), -1, width).numpy()
+
+
+def _through_in_torch(g: Tensor, out: Tensor, slope: float) -> None:
+    """In place, the gradient before an activation, whose output is `out`."""
+    if slope == 0:
+        torch.ops.aten.threshold_backward.grad_input(g, out, 0, grad_input=g)
+    elif slope < 1:
+        torch.ops.aten.leaky_relu_backward.grad_input(g, out, slope, True, grad_input=g)
 
 
 class BagProduct(Product):
@@ -595,48 +602,48 @@ class BagProduct(Product):
 
     def __init__(self, entries: Entries, live: np.ndarray):
         super().__init__(entries, live)
-        self.outward = Bags(self.into.rows, len(self.reads), *self.out.columns, self.out.ptr)  # W x: a bag for each output row
-        self.inward = Bags(self.out.rows, len(live), *self.into.columns, self.into.ptr)  # W^T g: a bag for each input row
+        self.outward = Bags(self.out.ptr, *self.out.columns)  # W x: a bag for each output row
+        self.inward = Bags(self.into.ptr, *self.into.columns)  # W^T g: a bag for each input row
         kept = live[entries.row]
         self.ptr, order = sort(entries.weight[kept], entries.weights)
-        row, col = entries.row[kept][order], entries.col[kept][order]
-        place, weight = np.zeros(len(live), np.int32), np.repeat(np.arange(entries.weights), np.diff(self.ptr))
-        place[self.out.rows] = np.arange(len(self.out.rows), dtype=np.int32)
-        self.single = Bags(self.into.rows, len(self.reads), col, weight, self.ptr)  # gradients: a bag for each weight
-        self.target = torch.from_numpy(place[row])  # of the entries of every weight, their output rows
+        row, col, weight = (part[kept][order] for part in (entries.row, entries.col, entries.weight))
+        self.single = Bags(self.ptr, col, weight)  # gradients: a bag for each weight
+        self.target = torch.from_numpy(row.astype(np.int32))  # of the entries of every weight, their output rows
         self.used = np.flatnonzero(np.diff(self.ptr))  # weights that have entries
         self.channels = tuple(torch.from_numpy(part) for part in (self.channel_rows, self.channel_ptr[:-1]))
 
     def forward(self, x, values, bias, y, n, slope=1.0):
-        z = self.outward.sums(self.single.table(x, n, keep=True), torch.from_numpy(values))
-        if len(bias):
-            z += torch.from_numpy(bias[self.channel]).unsqueeze(1)
-        if slope < 1:
-            z = z.relu_() if slope == 0 else torch.maximum(z, slope * z)
-        y[self.out.rows] = z.numpy()
+        more = torch.from_numpy(bias[self.channel]).unsqueeze(1) if len(bias) else None
+        for block, z in self.outward.sums(x, n, torch.from_numpy(values)):
+            if more is not None:
+                z += more
+            if slope < 1:
+                z = z.relu_() if slope == 0 else F.leaky_relu_(z, float(slope))
+            _blocks(y, z.shape[1])[self.out.rows, block] = z.numpy()
 
     def backward(self, g, values, x, gx, n, slope, add, dvalues):
-        w, rows, read = torch.from_numpy(values), self.inward.table(g, n), self.single.again(x, n)
+        w = torch.from_numpy(values)
         if dvalues is not None and len(self.used):
-            self._value_gradient(rows, read, w, dvalues)
+            self._value_gradient(g, w, x, n, dvalues)
         if gx is not None:
-            found, x = self.inward.sums(rows, w), read[: len(self.into.rows)]
-            if slope < 1:
-                found = torch.ops.aten.threshold_backward(found, x, 0) if slope == 0 else torch.where(x > 0, found, slope * found)
-            gx[self.into.rows] = gx[self.into.rows] + found.numpy() if add else found.numpy()
+            found, rows = np.empty_like(gx) if add else gx, self.into.rows
+            for block, part in self.inward.sums(g, n, w):
+                _blocks(found, part.shape[1])[rows, block] = part.numpy()
+            _through_in_torch(*map(torch.from_numpy, (found, x)), float(slope))
+            if add:
+                gx[rows] += found[rows]
 
-    def _value_gradient(self, rows: Tensor, table: Tensor, w: Tensor, dvalues: np.ndarray) -> None:
-        bags, half = self.single, len(table) // 2
-
-        def products(index: Tensor) -> np.ndarray:
-            found = torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, table, index, bags.starts, self.target, 0)
-            return np.add.reduceat(found.numpy(), self.ptr[self.used])
-
-        found = products(bags.at(w))
-        new = (w == 0).numpy()[self.used]
-        if new.any():  # |w| has slope 0 at 0
-            found = np.where(new, (products(bags.col) + products(bags.col + half)) / 2, found)
-        dvalues[self.used] += found
+    def _value_gradient(self, g: np.ndarray, w: Tensor, x: np.ndarray, n: int, dvalues: np.ndarray) -> None:
+        bags, flat, dots = self.single, torch.from_numpy(g).view(-1), torch.zeros(())
+        new = (w == 0).index_select(0, bags.weight).nonzero().squeeze(1) if (w == 0).any() else ()
+        for block, index, other, table in bags.read(x, n, w):
+            width = table.shape[1]
+            of, target = flat[block * width :].view(-1, width), self.target * (x.shape[1] // width)
+            part = _inner_products(of, table, index, bags.starts, target, 0)
+            if len(new) and other is not index:  # |w| has slope 0 at 0
+                part[new] = (part[new] + _inner_products(of, table, other[new], bags.starts, target[new], 0)) / 2
+            dots = part + dots
+        dvalues[self.used] += np.add.reduceat(dots.numpy(), self.ptr[self.used])
 
     def bias_gradient(self, g, sums):
         sums += F.embedding_bag(self.channels[0], torch.from_numpy(g), self.channels[1], mode="sum").sum(1).numpy()

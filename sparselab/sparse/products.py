@@ -560,7 +560,7 @@ class Bags:
         if (blocks, ends) != self.known[:2] or not torch.equal(negative, self.known[2]):
             self.known = blocks, ends, negative
             first, change = self.col * blocks, (ends * negative.int()).index_select(0, self.weight)
-            self._index = first, first + change, first + (ends - change)
+            self._index = (first, first + change, first + (ends - change)) if ends else (first,) * 3
         return self._index
 
     def read(self, x: np.ndarray, n: int, values: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:

@@ -228,7 +228,7 @@ class Coefficients:
         return lb, ub
 
 # %% ../../nbs/sparse/36_coefficients.ipynb #613c8329
-PAIRS = 2**17  # of a function and a neuron that it reaches: more are carried in parts
+PAIRS = 2**11  # of a function and a neuron that it reaches: more are carried in parts, so that a step stays in the cache
 
 
 class _Step(NamedTuple):
@@ -312,7 +312,8 @@ class BagCoefficients(Coefficients):
         plan = _Plan(self.net, top, stop, np.arange(len(rows)), self.net.first[top] + rows)
         if plan.pairs <= PAIRS or len(rows) == 1:
             return [(rows, plan)]
-        return [part for half in np.array_split(rows, 2) for part in self._parts(top, stop, half)]
+        fewer = np.array_split(rows, min(len(rows), -(-plan.pairs // PAIRS)))
+        return [part for some in fewer for part in self._parts(top, stop, some)]
 
     def refine(self, lines, place, z):
         B = len(lines.finite)

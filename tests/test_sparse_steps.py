@@ -681,6 +681,23 @@ def test_a_loss_of_four_shares_has_the_gradients_of_the_dense_network(progress, 
         assert np.allclose(steps.net.values.of(name, steps.grad), expected, atol=2e-3 * abs(expected).max() + 1e-7), name
 
 
+@numba_or_not
+@pytest.mark.parametrize("batch", [12, 16])  # 16: whole vectors, for which a compiled step has another loop
+@pytest.mark.parametrize("goal", ["natural", "ibp"])
+@pytest.mark.parametrize("name", ["mlp", "cnn4"])
+def test_a_weight_that_is_no_number_makes_none_of_the_loss(name, goal, batch, numba):
+    """A compiled ReLU might take it for nothing."""
+    torch.manual_seed(0)
+    with machine(numba):
+        steps, _ = both(build(name, MODELS[name], 10).train(), objective(goal, 0.01))
+        x, y = torch.rand(batch, *MODELS[name]), torch.randint(0, 10, (batch,))
+        assert steps.ready(x, 0.9)
+        layer, mask = next(iter(steps.sparsifier.masks.items()))
+        with torch.no_grad():
+            steps.sparsifier.masks.weights[layer][mask] = torch.nan
+        assert steps.ready(x, 0.9) and np.isnan(steps._gradient(x, y, 0.9))
+
+
 def test_entries_are_kept_while_the_mask_is():
     model, masks = sparse_model("cnn4", 0.9)
     net = Rows(model, torch.rand(2, 1, 8, 8))

@@ -255,8 +255,8 @@ def _by_blocks(start, rows, length, pitch, slope, bias, vectors, ptr, source, do
                 while k < end:
                     total = add_product(total, item(value, k), item(y, _read_by(source, down, k, r, j * item(right, k))))
                     k += 1
-                if s < 1:
-                    total = total if (total if forth else x[g + j]) > 0 else s * total if s else zero
+                if s < 1 and (total if forth else x[g + j]) <= 0:
+                    total = s * total if s else zero
                 y[g + j] = total
                 j += 1
 

@@ -68,8 +68,8 @@ def total_of(a: np.ndarray) -> float:
 
 
 def bent(a: np.ndarray, y: np.ndarray, slope: float) -> np.ndarray:
-    """a where y is positive, elsewhere slope times a, or 0 for the slope 0."""
-    return np.where(y > 0, a, slope * a if slope else 0)
+    """a where y is positive or not a number, elsewhere slope times a, or 0 for the slope 0."""
+    return np.where(~(y <= 0), a, slope * a if slope else 0)
 
 
 def turn(x: np.ndarray, row: int, column: int, y: np.ndarray, to: int, at: int) -> None:
@@ -185,7 +185,7 @@ if numba is not None:
             zero = ir.Constant(args[0].type, None)
             flat = builder.fcmp_ordered("==", args[2], ir.Constant(args[2].type, 0))
             less = builder.select(flat, zero, builder.fmul(_spread(builder, args[2], a.length), args[0]))
-            return builder.select(builder.fcmp_ordered(">", args[1], zero), args[0], less)
+            return builder.select(builder.fcmp_unordered(">", args[1], zero), args[0], less)
 
         return a(a, y, a.dtype), made
 

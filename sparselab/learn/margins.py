@@ -76,10 +76,10 @@ def margins_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, methods: tupl
         net, _ = sparse_network(model, x, kernels, engine)
         attacks = pgd(model if net is None else net, x, y, radius(eps), generator=torch.Generator(x.device).manual_seed(torch_seed(seed)))
         with torch.no_grad():
-            logits, attacked = model(x), model(attacks).argmax(1)
+            logits, attacked = ask(model, x), model(attacks).argmax(1)
             C = margin_matrix(y, logits.shape[1], logits.dtype)
             boxes = _boxes(x, [radius(float(eps)) for eps in grid])
-            neurons, seen = _neurons(model, x), [] if net is None else _seen(model, x, boxes)
+            neurons, seen = _neurons(model, x), [] if net is None else _seen(model, logits, boxes)
             for method in methods:
                 if method == "crown" and (reason := _too_long(neurons, engine)):
                     left_out[method] = f"Margins by CROWN were not recorded, as {reason}; robust.verify computes them."
@@ -123,10 +123,10 @@ def _boxes(x: Tensor, radii: list[float | Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(lower), torch.cat(upper)
 
 
-def _seen(model: nn.Module, x: Tensor, boxes: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """What the real model says at the images, and at a corner and an inner point of every box."""
-    points = [x.repeat(len(boxes[0]) // len(x), *[1] * (x.dim() - 1)), *probes(*boxes)]
-    return [torch.cat([ask(model, part) for part in point.split(500)]) for point in points]
+def _seen(model: nn.Module, logits: Tensor, boxes: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """What the real model says at the images, its `logits`, and at a corner and an inner point of every box."""
+    there = [torch.cat([ask(model, part) for part in points.split(500)]) for points in probes(*boxes)]
+    return [logits.repeat(len(boxes[0]) // len(logits), 1), *there]
 
 
 def _worst_on_nonzeros(net: Engine, seen: list[Tensor], boxes: tuple[Tensor, Tensor], radii: int, method: str, C: Tensor) -> np.ndarray:

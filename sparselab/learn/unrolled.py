@@ -34,6 +34,7 @@ from ..sparse.coefficients import Lines, coefficients_kind
 from ..sparse.entries import Entries, convolution, in_reading_order, linear
 from ..sparse.neurons import Neurons, signals_kind
 from ..sparse.products import columns_to_rows, compiled, product_kind, with_numba
+from ..sparse.vectors import LANES
 
 # %% ../../nbs/learn/26_unrolled.ipynb #3f45e3fe
 @dataclass(frozen=True)
@@ -397,10 +398,11 @@ class _Evaluated(nn.Module):
         return len(self.net.value)
 
     def batches(self, images: int, arrays: int) -> list[slice]:
-        """Which images to carry at a time, as even as can be, when there are so many arrays of neurons and images."""
+        """Which images to carry at a time, all but the last as many and in whole vectors, when there are so many arrays of neurons and images."""
         most = max(1, min(IMAGES, ROOM // (arrays * len(self.net.bias))))
-        parts = max(1, -(-images // most))
-        return [slice(images * i // parts, images * (i + 1) // parts) for i in range(parts)]
+        even = -(-images // max(1, -(-images // most)))
+        each = max(1, min(most - most % LANES or most, -(-even // LANES) * LANES))
+        return [slice(first, min(first + each, images)) for first in range(0, max(1, images), each)]
 
     def _parts(self, x: Tensor, arrays: int) -> list[Tensor]:
         """What is given of each image, in batches; of one image as it is, which is sooner done."""

@@ -94,7 +94,7 @@ def keep_in_torch(x, rows, n, slope, ends):
 
 def _parts(rows: np.ndarray, columns: int) -> list[np.ndarray]:
     """The rows in parts so small that what is computed from them stays in the cache."""
-    return np.array_split(rows, -(-len(rows) * columns // 2**15)) if len(rows) else []
+    return np.array_split(rows, -(-len(rows) * columns // 2**15)) if len(rows) and columns else []
 
 
 def _lines(ends: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -154,7 +154,7 @@ class Kept(Pass):
         if with_numba() and place == made:
             lean(self.gradient(place), self.ends_before[made], self.pulls.numpy(), self.rows[made], self.n)
         else:
-            for part in _parts(self.rows[made], 2 * self.m):  # what other rows hold are ends still, as `follow` leaves these out
+            for part in _parts(self.rows[made], 2 * self.m):  # `follow` has made gradients of these rows alone
                 g = torch.from_numpy(self.ends_before[made][part]).view(-1, 2, self.m) * self.pulls
                 out = torch.from_numpy(self.x[place][part, self.n :])
                 g = through(g.flatten(1), out, 1.0 if place == made else self.net.slope[place])

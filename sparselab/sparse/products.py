@@ -540,53 +540,60 @@ class Product:
         row_sums(g, self.channel_ptr, self.channel_rows, sums)
 
 # %% ../../nbs/sparse/34_products.ipynb #3f045397
-class Bags:
-    """Entries for `embedding_bag`, in bags: those of one output row, of one input row, or of one weight.
+def _tables(x: np.ndarray, n: int) -> list[tuple[slice, Tensor, int]]:
+    """The columns of x in blocks, n clean ones, the lower and the upper ends: of each its columns, and a table, with so many rows for one of x.
 
-    A matrix is read where it lies, as a table of blocks of columns: a row is a block of clean values and one of each end, or several where
-    n and m differ. `col`, `weight`: of every entry, its row and its weight.
+    Row r of x has its part of the block in the table's row r times that number. As many clean columns as boxes, or one kind alone, are read
+    where they lie; others are copied.
     """
+    m = (x.shape[1] - n) // 2
+    found = []
+    for first, last, width in ((0, n, n), (n, n + 2 * m, m)) if n and m and n != m else ((0, n + 2 * m, n or m),):
+        part = x if last - first == x.shape[1] and x.flags.c_contiguous else np.ascontiguousarray(x[:, first:last])
+        flat, rows = torch.from_numpy(part).view(-1), part.shape[1] // max(1, width)
+        found += [(slice(first + at * width, first + (at + 1) * width), flat[at * width :].view(-1, width), rows) for at in range(rows)]
+    return found
+
+
+class Bags:
+    """Entries for `embedding_bag`, in bags: those of one output row, of one input row, or of one weight; `col`, `weight`: of every entry."""
 
     def __init__(self, ptr: np.ndarray, col: np.ndarray, weight: np.ndarray):
-        self.starts, self.col, self.weight = (torch.from_numpy(part.astype(np.int32)) for part in (ptr[:-1], col, weight))
-        self.known: tuple[int, int, Tensor] = (0, 0, torch.zeros(0, dtype=torch.bool))  # what `index` was made for
+        self.starts, self.col, self.weight = (torch.from_numpy(np.asarray(part, np.int32)) for part in (ptr[:-1], col, weight))
+        self.rows, self.negative = 0, torch.zeros(0, dtype=torch.bool)  # what `indices` have been made for
 
-    def index(self, blocks: int, ends: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every entry, the place of the block that it reads: of clean values, of lower and of upper ends, counted from the first of the lower.
+    def indices(self, rows: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of a table, of every entry, for the lower and for the upper ends; both begin with the table of the lower ones.
 
-        `blocks`: of a row; `ends`: those of its lower ends. It is made anew when a weight has changed its sign.
+        `rows`: of the table, for one row of the matrix. A negative weight reads the other end, which is one row further on. They are made
+        anew where a weight has changed its sign.
         """
-        negative = values < 0
-        if (blocks, ends) != self.known[:2] or not torch.equal(negative, self.known[2]):
-            self.known = blocks, ends, negative
-            first, change = self.col * blocks, (ends * negative.int()).index_select(0, self.weight)
-            self._index = (first, first + change, first + (ends - change)) if ends else (first,) * 3
-        return self._index
+        if rows != self.rows or not torch.equal(values < 0, self.negative):
+            self.rows, self.negative = rows, values < 0
+            first, change = self.col * rows, self.negative.int().index_select(0, self.weight)
+            self._indices = first + change, first + (1 - change)
+        return self._indices
 
-    def read(self, x: np.ndarray, n: int, values: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """For every block of a row: its number, the index of its entries, the index of the other end, and the table that both read."""
-        width = math.gcd(n, (x.shape[1] - n) // 2)
-        clean, blocks = n // width, x.shape[1] // width
-        ends, flat = (blocks - clean) // 2, torch.from_numpy(x).view(-1)
-        straight, lower, upper = self.index(blocks, ends, values)
-        for block in range(blocks):
-            first = block - ends if block >= clean + ends else block
-            index, other = (straight, straight) if block < clean else (lower, upper) if first == block else (upper, lower)
-            yield block, index, other, flat[first * width :].view(-1, width)
+    def read(self, x: np.ndarray, n: int, values: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
+        """Of every block of columns: which they are, the rows that entries read, those of the other end if there is one, and the table of both."""
+        tables = _tables(x, n)
+        if n:
+            columns, table, rows = tables.pop(0)
+            yield columns, self.col * rows, None, table
+        if tables:
+            (lower, table, rows), (upper, _, _) = tables
+            low, up = self.indices(rows, values)
+            yield lower, low, up, table
+            yield upper, up, low, table
 
-    def sums(self, x: np.ndarray, n: int, values: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """For every block, the sum of every bag, (bags, width)."""
+    def sums(self, x: np.ndarray, n: int, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Of every block of columns: which they are, and the sum of every bag, (bags, width)."""
         by = values.index_select(0, self.weight)
-        for block, index, _, table in self.read(x, n, values):
-            yield block, F.embedding_bag(index, table, self.starts, mode="sum", per_sample_weights=by)
+        for columns, index, _, table in self.read(x, n, values):
+            yield columns, F.embedding_bag(index, table, self.starts, mode="sum", per_sample_weights=by)
 
 
 _inner_products = torch.ops.aten._embedding_bag_per_sample_weights_backward
-
-
-def _blocks(x: np.ndarray, width: int) -> np.ndarray:
-    """Its rows as blocks of columns, (rows, blocks, width), in the same memory."""
-    return torch.from_numpy(x).view(len(x), -1, width).numpy()
 
 
 def _through_in_torch(g: Tensor, out: Tensor, slope: float) -> None:
@@ -614,34 +621,33 @@ class BagProduct(Product):
 
     def forward(self, x, values, bias, y, n, slope=1.0):
         more = torch.from_numpy(bias[self.channel]).unsqueeze(1) if len(bias) else None
-        for block, z in self.outward.sums(x, n, torch.from_numpy(values)):
+        for columns, z in self.outward.sums(x, n, torch.from_numpy(values)):
             if more is not None:
                 z += more
             if slope < 1:
                 z = z.relu_() if slope == 0 else F.leaky_relu_(z, float(slope))
-            _blocks(y, z.shape[1])[self.out.rows, block] = z.numpy()
+            y[self.out.rows, columns] = z.numpy()
 
     def backward(self, g, values, x, gx, n, slope, add, dvalues):
         w = torch.from_numpy(values)
         if dvalues is not None and len(self.used):
             self._value_gradient(g, w, x, n, dvalues)
         if gx is not None:
-            found, rows = np.empty_like(gx) if add else gx, self.into.rows
-            for block, part in self.inward.sums(g, n, w):
-                _blocks(found, part.shape[1])[rows, block] = part.numpy()
-            _through_in_torch(*map(torch.from_numpy, (found, x)), float(slope))
+            found, rows = np.zeros_like(gx) if add else gx, self.into.rows
+            for columns, part in self.inward.sums(g, n, w):
+                found[rows, columns] = part.numpy()
+            _through_in_torch(*map(torch.from_numpy, (found, x)), float(slope))  # of all rows, as nobody reads the others
             if add:
                 gx[rows] += found[rows]
 
     def _value_gradient(self, g: np.ndarray, w: Tensor, x: np.ndarray, n: int, dvalues: np.ndarray) -> None:
-        bags, flat, dots = self.single, torch.from_numpy(g).view(-1), torch.zeros(())
-        new = (w == 0).index_select(0, bags.weight).nonzero().squeeze(1) if (w == 0).any() else ()
-        for block, index, other, table in bags.read(x, n, w):
-            width = table.shape[1]
-            of, target = flat[block * width :].view(-1, width), self.target * (x.shape[1] // width)
+        bags, dots = self.single, torch.zeros(())
+        zero = (w == 0).index_select(0, bags.weight).nonzero().squeeze(1)  # entries of weights that are 0, where |w| has slope 0
+        for (_, index, other, table), (_, of, rows) in zip(bags.read(x, n, w), _tables(g, n), strict=True):
+            target = self.target * rows
             part = _inner_products(of, table, index, bags.starts, target, 0)
-            if len(new) and other is not index:  # |w| has slope 0 at 0
-                part[new] = (part[new] + _inner_products(of, table, other[new], bags.starts, target[new], 0)) / 2
+            if len(zero) and other is not None:
+                part[zero] = (part[zero] + _inner_products(of, table, other[zero], bags.starts, target[zero], 0)) / 2
             dots = part + dots
         dvalues[self.used] += np.add.reduceat(dots.numpy(), self.ptr[self.used])
 
@@ -655,7 +661,7 @@ def product_kind() -> type[Product]:
 
 
 def empty_rows(rows: int, columns: int) -> np.ndarray:
-    """A matrix of zeros that begins where a line of the cache does, as a vector that lies in two lines is loaded twice."""
+    """A matrix of zeros that begins where a line of the cache does: a vector in two lines is loaded twice, and PyTorch sums it in another order."""
     flat = np.zeros(rows * columns + LANES, np.float32)
     first = -flat.ctypes.data % 64 // flat.itemsize
     return flat[first : first + rows * columns].reshape(rows, columns)

@@ -641,14 +641,14 @@ class BagProduct(Product):
                 gx[rows] += found[rows]
 
     def _value_gradient(self, g: np.ndarray, w: Tensor, x: np.ndarray, n: int, dvalues: np.ndarray) -> None:
-        bags, dots = self.single, torch.zeros(())
+        bags, dots = self.single, w.new_zeros(len(self.target))
         zero = (w == 0).index_select(0, bags.weight).nonzero().squeeze(1)  # entries of weights that are 0, where |w| has slope 0
         for (_, index, other, table), (_, of, rows) in zip(bags.read(x, n, w), _tables(g, n), strict=True):
             target = self.target * rows
             part = _inner_products(of, table, index, bags.starts, target, 0)
             if len(zero) and other is not None:
                 part[zero] = (part[zero] + _inner_products(of, table, other[zero], bags.starts, target[zero], 0)) / 2
-            dots = part + dots
+            dots += part
         dvalues[self.used] += np.add.reduceat(dots.numpy(), self.ptr[self.used])
 
     def bias_gradient(self, g, sums):

@@ -70,6 +70,12 @@ def test_a_share_that_was_kept_counts_where_nothing_can_be_written(asked, monkey
     assert crossover.crossover(True, False) == usual(True, False) and len(asked) == 1
 
 
+def test_what_was_measured_of_other_steps_is_measured_anew(asked, monkeypatch):
+    crossover.crossover(False, False)
+    monkeypatch.setattr(crossover, "GENERATION", crossover.GENERATION + 1)
+    assert crossover.crossover(False, False) == 0.2 and len(asked) == 2
+
+
 def test_what_cannot_be_kept_is_measured_once(asked):
     (cache_folder() / "crossover.json").mkdir(parents=True)
     assert [crossover.crossover(False, False) for _ in range(3)] == [usual(False, False)] * 3 and len(asked) == 1

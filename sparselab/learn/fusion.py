@@ -118,7 +118,8 @@ def relax_in_torch(a, ends, rows, slope, side):
 def follow_in_torch(x, a, ends, rows, slope, side):
     """`follow` in PyTorch's operations."""
     for part in _parts(rows, x.shape[1]):
-        x[part], ends[part] = (found.numpy() for found in _followed(*(torch.from_numpy(all_[part]) for all_ in (x, a, ends, side)), float(slope)))
+        given = (torch.from_numpy(rows_of[part]) for rows_of in (x, a, ends, side))
+        x[part], ends[part] = (found.numpy() for found in _followed(*given, float(slope)))
 
 
 def _followed(x: Tensor, a: Tensor, ends: Tensor, side: Tensor, slope: float) -> tuple[Tensor, Tensor]:
